@@ -1,0 +1,526 @@
+"""Pictures of simple shapes on textured backgrounds, a data set made on the spot.
+
+It stands in for COCO where the real data is not at hand: small enough to make in seconds, and not solvable by colour,
+since only the outline of an object tells its class. :func:`make_scene` makes one picture and knows no file format;
+:func:`make_shapes_coco` writes many of them in COCO's instance format.
+"""
+from __future__ import annotations
+
+import colorsys
+import json
+import operator
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+from rich.console import Console
+from rich.progress import track
+
+FORMAT = 'convneur_mm shapes, COCO instances'
+# Raise it with every change that alters what the same arguments give, so that older folders are made anew.
+FORMAT_VERSION = 1
+SPLITS = ('train', 'val')
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 2048
+MAX_OBJECTS = 5
+# The size of an object over the side of the image.
+MIN_OBJECT_SIZE, MAX_OBJECT_SIZE = 0.12, 0.55
+# Below this many pixels across a star and a cross cannot be told apart, however small the image is.
+MIN_OBJECT_PIXELS = 14
+MIN_VISIBLE_FRACTION = 0.5
+# For an image of 160 x 160 pixels; it grows with the area of the image.
+MIN_VISIBLE_AREA = 60
+# What is left of an object on the far side of another one is part of its mask only from this many pixels on.
+MIN_FRAGMENT_AREA = 6
+# Distances of colours (CIE 1976) between an object and what surrounds it: for its main and for its second colour.
+MIN_CONTRAST, MIN_SECOND_CONTRAST = 38.0, 26.0
+
+_COMPLETE_NAME = 'shapes.json'
+_UNFINISHED_NAME = 'shapes.unfinished.json'
+_IMAGE_NAME = re.compile(r'\d{6,}\.jpg')
+
+
+# The outlines are signed distance functions: of points (x, y) relative to the centre of a shape of size 1, negative
+# inside. One function thus gives the mask (sign at the pixel centre) and the smooth edge of the image (distance). The
+# distances need only be right close to the edge, which lets the corners outside do without the exact, longer formulas.
+def _disk(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 0.5
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.43
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    slanted = np.sqrt(0.75) * np.abs(x) - 0.5 * y
+    return np.maximum(slanted, y) - 0.3
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    tip, notch, half_sector = 0.6, 0.25, np.pi / 5
+    # Folded into half a sector, the outline is the one line from a tip to the notch beside it.
+    angle = np.abs((np.arctan2(y, x) + half_sector) % (2 * half_sector) - half_sector)
+    radius = np.hypot(x, y)
+    along = np.array([notch * np.cos(half_sector) - tip, notch * np.sin(half_sector)])
+    normal_x, normal_y = along[1] / np.hypot(*along), -along[0] / np.hypot(*along)
+    return normal_x * (radius * np.cos(angle) - tip) + normal_y * radius * np.sin(angle)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(x, y) - 0.395) - 0.125
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = np.abs(x), np.abs(y)
+    length, width = 0.54, 0.17
+    return np.minimum(np.maximum(x - length, y - width), np.maximum(x - width, y - length))
+
+
+_OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    'disk': _disk, 'square': _square, 'triangle': _triangle, 'star': _star, 'ring': _ring, 'cross': _cross}
+# No outline reaches farther from its centre, in units of its size.
+_REACH = 0.61
+
+SHAPE_CLASSES = tuple(_OUTLINES)
+"""The class names; the index in this tuple is the class index, and the COCO category id is one more."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An object of a :class:`Scene`.
+
+    Attributes:
+        label: Class index, into ``SHAPE_CLASSES``.
+        mask: Visible pixels, bool, shape (H, W).
+        visible_fraction: Area of ``mask`` over the area the whole shape has, the part outside the image included.
+    """
+
+    label: int
+    mask: np.ndarray
+    visible_fraction: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is on it.
+
+    Attributes:
+        image: RGB, uint8, shape (H, W, 3).
+        instances: The objects, the one farthest back first; their masks do not overlap.
+    """
+
+    image: np.ndarray
+    instances: list[Instance]
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """A placed shape, drawn on the smallest square around it, which may reach over the border of the image.
+
+    ``distance`` is in pixels, ``x`` and ``y`` are in units of the shape's size along its own axes.
+    """
+
+    top: int
+    left: int
+    distance: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+
+    def crop(self, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """The part that lies inside the image: as indices into the image, and as indices into the patch."""
+        spans = [(max(start, 0), min(start + length, size))
+                 for start, length in zip((self.top, self.left), self.distance.shape, strict=True)]
+        (top, bottom), (left, right) = spans
+        return ((slice(top, bottom), slice(left, right)),
+                (slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left)))
+
+
+def make_scene(rng: np.random.Generator, size: int) -> Scene:
+    """Makes one picture with one to five objects.
+
+    An object is 0.12 to 0.55 of the image side across, but no less than 14 pixels. Later objects cover earlier ones;
+    of every object at least half stays visible, and at least 60 pixels of an image of 160 x 160.
+
+    Args:
+        rng: Source of everything random; the scene is a function of its state and ``size`` alone.
+        size: Side of the square image, in pixels, 64 to 2048.
+
+    Returns:
+        The scene, with an image of shape (size, size, 3) and masks of shape (size, size).
+
+    Raises:
+        ValueError: ``size`` is not an integer from 64 to 2048.
+    """
+    size = _checked_int('size', size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
+    min_area = MIN_VISIBLE_AREA * (size / 160) ** 2
+    canvas = _background(rng, size)
+    labels: list[int] = []
+    masks: list[np.ndarray] = []
+    whole_areas: list[int] = []
+    for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
+        label = int(rng.integers(len(SHAPE_CLASSES)))
+        smallest = max(MIN_OBJECT_SIZE * size, MIN_OBJECT_PIXELS)
+        pixels = float(np.exp(rng.uniform(np.log(smallest), np.log(MAX_OBJECT_SIZE * size))))
+        # Only the place is drawn again: a new size, too, would make small objects more frequent in full images.
+        for _ in range(20):
+            patch = _place(rng, label, pixels, size)
+            inside, of_patch = patch.crop(size)
+            shape = np.zeros((size, size), bool)
+            shape[inside] = patch.distance[of_patch] <= 0
+            whole_area = int((patch.distance <= 0).sum())
+            shape = _without_fragments(shape)
+            remaining = [_without_fragments(mask & ~shape) for mask in masks]
+            # What shows only through the hole of a ring looks like no class, so the hole does not count as a view.
+            views = [mask & ~_filled(shape) for mask in remaining] + [shape]
+            areas = whole_areas + [whole_area]
+            if all(view.sum() >= max(MIN_VISIBLE_FRACTION * area, min_area)
+                   for view, area in zip(views, areas, strict=True)):
+                labels.append(label)
+                masks, whole_areas = remaining + [shape], areas
+                _paint(rng, canvas, patch, pixels)
+                break
+    canvas += rng.normal(0, rng.uniform(0.004, 0.02), canvas.shape).astype(np.float32)
+    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return Scene(image, [Instance(label, mask, float(mask.sum() / area))
+                         for label, mask, area in zip(labels, masks, whole_areas, strict=True)])
+
+
+def scene_at(seed: int, split: str, index: int, size: int) -> Scene:
+    """Makes the scene that has a given place in the data set, whatever the number of scenes there.
+
+    Args:
+        seed: Seed of the data set, 0 to 2**32 - 1.
+        split: ``'train'`` or ``'val'``.
+        index: Place in the split, from 0.
+        size: Side of the square image, in pixels, 64 to 2048.
+
+    Returns:
+        The scene; see :func:`make_scene`.
+
+    Raises:
+        ValueError: An argument is not one of those named.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+    seed = _checked_int('seed', seed, 0, 2**32 - 1)
+    index = _checked_int('index', index, 0, 2**32 - 1)
+    return make_scene(np.random.default_rng([seed, SPLITS.index(split), index]), size)
+
+
+def mask_to_segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
+    """Turns a mask into a COCO segmentation that pycocotools decodes to exactly this mask.
+
+    Args:
+        mask: bool, shape (H, W).
+
+    Returns:
+        Polygons, each a flat list x0, y0, x1, y1, ... in pixels from the outer corner of the first pixel; or, for a
+        mask that polygons cannot give, such as one with holes, a compressed run-length encoding: ``size`` as [H, W]
+        and ``counts`` as str.
+
+    Raises:
+        ValueError: The mask is not a two-dimensional bool array, or it is empty.
+    """
+    if mask.dtype != bool or mask.ndim != 2 or not mask.any():
+        raise ValueError(f'mask must be a bool array of shape (H, W) with a pixel set, got {mask.dtype} of shape '
+                         f'{mask.shape} with {np.count_nonzero(mask)} set')
+    # OpenCV's outlines run through the centres of the outermost pixels, which takes half a pixel off all around. On
+    # the doubled mask that is a quarter, and the centres of the original pixels stay clearly inside.
+    doubled = mask.repeat(2, 0).repeat(2, 1).astype(np.uint8)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    # Straightened stairs are shorter and nicer to look at, so they come first; where they gain or lose a pixel, the
+    # stairs themselves are taken. Neither gives a mask with holes.
+    for tolerance in (0.8, 0.6, 0.0):
+        lines = [cv2.approxPolyDP(contour, tolerance, True) if tolerance else contour for contour in contours]
+        polygons = [((line.reshape(-1) + 0.5) / 2).tolist() for line in lines if len(line) >= 3]
+        if polygons and np.array_equal(_decode(polygons, mask.shape), mask):
+            return polygons
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {'size': [int(side) for side in mask.shape], 'counts': encoded['counts'].decode('ascii')}
+
+
+def make_shapes_coco(root: str | os.PathLike[str], num_train: int = 400, num_val: int = 100, image_size: int = 160,
+                     seed: int = 0) -> Path:
+    """Writes the shapes as a data set in COCO's instance format.
+
+    Makes ``train/*.jpg``, ``val/*.jpg``, ``annotations/instances_train.json``, ``annotations/instances_val.json`` and,
+    last, ``shapes.json`` with the arguments. The same arguments give the same bytes, given the same versions of numpy
+    and OpenCV; an image depends on its split, its place there, ``image_size`` and ``seed``, but not on how many there
+    are. A folder that is complete and was made with the same arguments is left alone; one that was made with others,
+    or left unfinished, is made anew. Images are 8 bit RGB, boxes and areas in pixels and of the visible part.
+
+    Args:
+        root: Folder to write to; it may be missing, empty or an earlier result of this function.
+        num_train: Number of training images, 1 to 999999.
+        num_val: Number of validation images, 1 to 999999.
+        image_size: Side of the square images, in pixels, 64 to 2048.
+        seed: Seed of everything random, 0 to 2**32 - 1.
+
+    Returns:
+        ``root`` as a path.
+
+    Raises:
+        ValueError: An argument is out of its range, or ``root`` is a file or holds something else.
+    """
+    root = Path(root)
+    counts = {'train': _checked_int('num_train', num_train, 1, 999999),
+              'val': _checked_int('num_val', num_val, 1, 999999)}
+    arguments = {'format': FORMAT, 'version': FORMAT_VERSION, 'num_train': counts['train'], 'num_val': counts['val'],
+                 'image_size': _checked_int('image_size', image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+                 'seed': _checked_int('seed', seed, 0, 2**32 - 1)}
+    if not _claim(root, arguments):
+        return root
+    (root / 'annotations').mkdir(exist_ok=True)
+    for split, count in counts.items():
+        (root / split).mkdir(exist_ok=True)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        # pycocotools takes an annotation id of 0 for "no match", so both ids start at 1.
+        for index in track(range(count), description=f'{split} images', console=Console(stderr=True)):
+            scene = scene_at(arguments['seed'], split, index, arguments['image_size'])
+            name = _image_name(index)
+            _write_jpeg(root / split / name, scene.image)
+            height, width = scene.image.shape[:2]
+            images.append({'id': index + 1, 'file_name': name, 'width': width, 'height': height, 'license': 1})
+            for instance in scene.instances:
+                annotations.append({'id': len(annotations) + 1, 'image_id': index + 1, **_coco_annotation(instance)})
+        _write_json(root / 'annotations' / f'instances_{split}.json', {
+            'info': {'description': f'Shapes on textured backgrounds, {split}', 'version': str(FORMAT_VERSION)},
+            'licenses': [{'id': 1, 'name': 'Apache License 2.0', 'url': 'https://www.apache.org/licenses/LICENSE-2.0'}],
+            'images': images,
+            'annotations': annotations,
+            'categories': [{'id': label + 1, 'name': name, 'supercategory': 'shape'}
+                           for label, name in enumerate(SHAPE_CLASSES)],
+        })
+    os.replace(root / _UNFINISHED_NAME, root / _COMPLETE_NAME)
+    return root
+
+
+def _checked_int(name: str, value: Any, low: int, high: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        raise ValueError(f'{name} must be an integer from {low} to {high}, got {value!r}')
+    return number
+
+
+def _place(rng: np.random.Generator, label: int, pixels: float, size: int) -> _Patch:
+    """Puts a shape of ``pixels`` pixels across somewhere on an image, at most a little over its border."""
+    margin = 0.4 * pixels
+    centre_y, centre_x = rng.uniform(margin, size - margin, 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    reach = _REACH * pixels + 1
+    top, left = int(np.floor(centre_y - reach)), int(np.floor(centre_x - reach))
+    side = int(np.ceil(2 * reach)) + 1
+    y = (np.arange(top, top + side)[:, None] + 0.5 - centre_y) / pixels
+    x = (np.arange(left, left + side)[None, :] + 0.5 - centre_x) / pixels
+    x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    return _Patch(top, left, _OUTLINES[SHAPE_CLASSES[label]](x, y) * pixels, x, y)
+
+
+def _without_fragments(mask: np.ndarray) -> np.ndarray:
+    _, components, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    keep = stats[:, cv2.CC_STAT_AREA] >= MIN_FRAGMENT_AREA
+    keep[0] = False
+    return keep[components]
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED).astype(bool)
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch, pixels: float) -> None:
+    """Draws a shape with a soft shadow on ``canvas`` (float32 RGB from 0 to 1), in place."""
+    size = len(canvas)
+    inside, of_patch = patch.crop(size)
+    shadow = np.zeros((size, size), np.float32)
+    shadow[inside] = (0.5 - patch.distance[of_patch]).clip(0, 1)
+    shift = rng.uniform(-0.05, 0.05, 2) * pixels
+    shadow = cv2.warpAffine(shadow, np.float32([[1, 0, shift[0]], [0, 1, shift[1]]]), (size, size))
+    shadow = cv2.GaussianBlur(shadow, (0, 0), max(0.05 * pixels, 1.0))
+    canvas *= 1 - rng.uniform(0, 0.45) * shadow[..., None]
+
+    area = canvas[inside]
+    distance = patch.distance[of_patch].astype(np.float32)
+    surroundings = area[np.abs(distance - 1.5) < 3]
+    first, second = _object_colours(rng, surroundings)
+    mix = _object_pattern(rng, patch, pixels)[of_patch].astype(np.float32)[..., None]
+    colour = first + (second - first) * mix
+    direction = rng.uniform(0, 2 * np.pi)
+    light = np.cos(direction) * patch.x[of_patch] + np.sin(direction) * patch.y[of_patch]
+    colour = colour * (1 + rng.uniform(0, 0.25) * light.astype(np.float32))[..., None]
+    alpha = (0.5 - distance).clip(0, 1)[..., None]
+    area += alpha * (colour.clip(0, 1) - area)
+
+
+def _object_pattern(rng: np.random.Generator, patch: _Patch, pixels: float) -> np.ndarray:
+    """A texture over a patch, 0 where the first colour shows and 1 where the second one does."""
+    kind = rng.choice(['plain', 'fade', 'stripes', 'checks', 'clouds'])
+    # Marks finer than this many pixels would be mere noise.
+    waves = rng.uniform(2, max(min(6, pixels / 6), 2.5))
+    angle, phase = rng.uniform(0, 2 * np.pi, 2)
+    u = np.cos(angle) * patch.x + np.sin(angle) * patch.y
+    v = np.cos(angle) * patch.y - np.sin(angle) * patch.x
+    # A mark's edge blurs over about a pixel, whatever the size.
+    sharpness = pixels / (2 * waves)
+    if kind == 'plain':
+        return np.zeros_like(patch.x)
+    if kind == 'fade':
+        return (u + 0.5).clip(0, 1)
+    if kind == 'stripes':
+        return 0.5 + (sharpness * np.sin(2 * np.pi * waves * u + phase) / 2).clip(-0.5, 0.5)
+    if kind == 'checks':
+        product = np.sin(np.pi * waves * u + phase) * np.sin(np.pi * waves * v + phase)
+        return 0.5 + (sharpness * product).clip(-0.5, 0.5)
+    return _clouds(rng, len(patch.x), 3)
+
+
+def _object_colours(rng: np.random.Generator, surroundings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draws two colours that both stand out from the colours in ``surroundings``, float32 RGB, shape (N, 3)."""
+    around = _to_lab(surroundings)
+
+    def contrast(colour: np.ndarray) -> float:
+        # Not the mean distance: an object should stand out along nearly its whole outline.
+        return float(np.quantile(np.linalg.norm(around - _to_lab(colour[None]), axis=1), 0.05))
+
+    candidates = [_colour(rng.uniform(), rng.uniform(0.0, 1.0) ** 0.5, rng.uniform(0.15, 1.0)) for _ in range(40)]
+    contrasts = [contrast(candidate) for candidate in candidates]
+    good = next((i for i, value in enumerate(contrasts) if value >= MIN_CONTRAST), int(np.argmax(contrasts)))
+    first = candidates[good]
+    for _ in range(20):
+        second = (first * rng.uniform(0.5, 1.5) + rng.uniform(-0.2, 0.2, 3)).clip(0, 1).astype(np.float32)
+        if contrast(second) >= MIN_SECOND_CONTRAST:
+            return first, second
+    return first, first
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A textured picture without objects, float32 RGB from 0 to 1, shape (size, size, 3)."""
+    kind = rng.choice(['clouds', 'stripes', 'waves', 'checks', 'gradient'])
+    y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
+    angle, phase = rng.uniform(0, 2 * np.pi, 2)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    clouds = _clouds(rng, size, 5)
+    waves = rng.uniform(4, 12)
+    sharpness = min(size / (2 * waves), 4.0)
+    if kind == 'clouds':
+        pattern = clouds
+    elif kind == 'stripes':
+        pattern = 0.5 + (sharpness * np.sin(2 * np.pi * waves * u + phase) / 2).clip(-0.5, 0.5)
+    elif kind == 'waves':
+        pattern = 0.5 + 0.5 * np.sin(2 * np.pi * (waves * u + rng.uniform(1, 4) * clouds) + phase)
+    elif kind == 'checks':
+        # Twice as fine as stripes: a check must not pass for a square.
+        product = np.sin(2 * np.pi * waves * u + phase) * np.sin(2 * np.pi * waves * v + phase)
+        pattern = 0.5 + (sharpness * product / 2).clip(-0.5, 0.5)
+    else:
+        pattern = (u + 0.5 + 0.3 * (clouds - 0.5)).clip(0, 1)
+    hue, saturation, value = rng.uniform(), rng.uniform(0.05, 0.65), rng.uniform(0.3, 0.95)
+    # The two colours are akin, which leaves room in the colour space for objects that stand out from both.
+    first = _colour(hue, saturation, value)
+    second = _colour(hue + rng.uniform(-0.12, 0.12), saturation * rng.uniform(0.5, 1.2),
+                     value + rng.choice([-1, 1]) * rng.uniform(0.08, 0.25))
+    canvas = first + (second - first) * pattern[..., None].astype(np.float32)
+    shade = 1 + rng.uniform(0.1, 0.4) * (_clouds(rng, size, 3) - 0.5)
+    return (canvas * shade[..., None].astype(np.float32)).clip(0, 1)
+
+
+def _clouds(rng: np.random.Generator, size: int, octaves: int) -> np.ndarray:
+    """Smooth noise from 0 to 1, shape (size, size)."""
+    total = np.zeros((size, size))
+    for octave in range(octaves):
+        grid = rng.normal(size=(3 * 2**octave, 3 * 2**octave))
+        total += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC) / 2**octave
+    low, high = np.quantile(total, (0.01, 0.99))
+    return ((total - low) / (high - low)).clip(0, 1)
+
+
+def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
+    rgb = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
+    return np.array(rgb, np.float32)
+
+
+def _to_lab(colours: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+
+
+def _decode(polygons: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape))).astype(bool)
+
+
+def _coco_annotation(instance: Instance) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(instance.mask.any(1)), np.flatnonzero(instance.mask.any(0))
+    top, left = int(rows[0]), int(columns[0])
+    return {'category_id': instance.label + 1,
+            'bbox': [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+            'area': int(instance.mask.sum()),
+            'iscrowd': 0,
+            'segmentation': mask_to_segmentation(instance.mask)}
+
+
+def _image_name(index: int) -> str:
+    return f'{index + 1:06d}.jpg'
+
+
+def _claim(root: Path, arguments: dict[str, Any]) -> bool:
+    """Readies ``root`` for writing and says whether there is anything to do.
+
+    While a set is written a file under another name holds the arguments: a run that was cut short is then known for
+    ours, and what it left can be removed without a danger of removing something else.
+    """
+    if root.exists() and not root.is_dir():
+        raise ValueError(f'root must be a folder, got a file: {root}')
+    root.mkdir(parents=True, exist_ok=True)
+    complete, unfinished = root / _COMPLETE_NAME, root / _UNFINISHED_NAME
+    found = _read_arguments(complete)
+    if found is None and _read_arguments(unfinished) is None and any(root.iterdir()):
+        raise ValueError(f'root must be missing, empty or made by make_shapes_coco, got a folder with other content: '
+                         f'{root}')
+    if found == arguments and _is_complete(root, arguments):
+        return False
+    _write_json(unfinished, arguments)
+    complete.unlink(missing_ok=True)
+    for split in SPLITS:
+        (root / 'annotations' / f'instances_{split}.json').unlink(missing_ok=True)
+        for path in (root / split).glob('*.jpg'):
+            if _IMAGE_NAME.fullmatch(path.name):
+                path.unlink()
+    return True
+
+
+def _is_complete(root: Path, arguments: dict[str, Any]) -> bool:
+    for split in SPLITS:
+        if not (root / 'annotations' / f'instances_{split}.json').is_file() or not (root / split).is_dir():
+            return False
+        names = set(os.listdir(root / split))
+        if not all(_image_name(index) in names for index in range(arguments[f'num_{split}'])):
+            return False
+    return True
+
+
+def _read_arguments(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get('format') == FORMAT else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, separators=(',', ':')) + '\n', encoding='utf-8')
+
+
+def _write_jpeg(path: Path, image: np.ndarray) -> None:
+    done, buffer = cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    if not done:
+        raise OSError(f'OpenCV could not encode {path}')
+    path.write_bytes(buffer.tobytes())

@@ -1,0 +1,3 @@
+from .hooks import CheckpointKeysHook
+
+__all__ = ['CheckpointKeysHook']

@@ -1,0 +1,157 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, early checks, and the process group."""
+from __future__ import annotations
+
+import argparse
+import os
+import os.path as osp
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed
+from mmengine.config import Config, DictAction
+
+from ..paths import config_root
+
+
+class LaunchError(Exception):
+    """Something the user gave cannot work; the message names it. Raised before any long work."""
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that training and testing share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                        help='override settings, e.g. model.backbone.memory_cfg.chunk_size=196; a list is '
+                        'written key="[a,b]", without blanks')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
+    # Launchers spell it either way; the value is read from the environment.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs ``main``; a :class:`LaunchError` ends it with one line instead of a traceback for each process."""
+    try:
+        main()
+    except LaunchError as error:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
+    """Loads the config with its overrides, checks what can be checked at once, and joins the process group.
+
+    Args:
+        args (argparse.Namespace): As parsed by :func:`make_parser`.
+        splits (tuple[str, ...]): The data the run reads, of 'train', 'val' and 'test'.
+
+    Returns:
+        Config: Ready for ``Runner.from_cfg``.
+
+    Raises:
+        LaunchError: If the config, a data file or a device it names does not exist.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(find_config(args.config))
+    cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
+        'work_dirs', osp.splitext(osp.basename(args.config))[0])
+    check_data_files(cfg, splits)
+    custom_hooks = cfg.get('custom_hooks') or []
+    if not any(hook['type'] == 'CheckpointKeysHook' for hook in custom_hooks):
+        cfg.custom_hooks = [*custom_hooks, dict(type='CheckpointKeysHook')]
+    if args.launcher != 'none':
+        set_up_processes(cfg, args.launcher)
+    return cfg
+
+
+def find_config(name: str) -> str:
+    """Path of a config given by path, relative to the current folder or to the shipped ``configs``, or by name."""
+    path = name if name.endswith('.py') else f'{name}.py'
+    root = config_root()
+    candidates = [name, path, str(root / path), str(root.parent / path)]
+    for candidate in candidates:
+        if osp.isfile(candidate):
+            return candidate
+    raise LaunchError(f'no config {name!r}, neither here ({os.getcwd()}) nor among the shipped ones ({root})')
+
+
+def existing_file(path: str, argument: str) -> str:
+    """``path``, if it is a URL or an existing file.
+
+    Raises:
+        LaunchError: If it is neither.
+    """
+    if not urlparse(path).scheme and not osp.isfile(path):
+        raise LaunchError(f'{argument}: no such file: {path}')
+    return path
+
+
+def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Checks that the annotation files and image folders named by a config exist.
+
+    Raises:
+        LaunchError: Names the key and the path of the first one that does not.
+    """
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if not loader:
+            continue
+        for key, path in _data_paths(loader['dataset'], f'{split}_dataloader.dataset'):
+            if not osp.exists(path):
+                raise LaunchError(f'{key}: {path} does not exist (looked for from {os.getcwd()}); set data_root, '
+                                  'ann_file and data_prefix of the dataset to where the data is')
+
+
+def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
+    """(config key, local path) of each file and folder of a dataset config, wrapped datasets included."""
+    if 'dataset' in dataset:
+        yield from _data_paths(dataset['dataset'], f'{key}.dataset')
+    for i, inner in enumerate(dataset.get('datasets', ())):
+        yield from _data_paths(inner, f'{key}.datasets[{i}]')
+    if dataset.get('backend_args'):
+        return  # not on this machine's disk
+    root = dataset.get('data_root') or ''
+    entries = {'ann_file': dataset.get('ann_file')}
+    prefix = dataset.get('data_prefix') or {}
+    for name, value in (prefix.items() if isinstance(prefix, dict) else [('img_path', prefix)]):
+        entries[f'data_prefix.{name}'] = value
+    for name, value in entries.items():
+        if isinstance(value, str) and value and not urlparse(osp.join(root, value)).scheme:
+            yield f'{key}.{name}', osp.join(root, value)
+
+
+def set_up_processes(cfg: Config, launcher: str) -> None:
+    """Joins the process group over gloo where there is no GPU; with GPUs, MMEngine does it over NCCL.
+
+    MMEngine's own set-up asks for a CUDA device whatever the backend, and its DDP wrapper names one; both leave an
+    existing process group and an explicit ``model_wrapper_cfg`` alone.
+
+    Raises:
+        LaunchError: If there are more processes than GPUs on this machine.
+    """
+    if torch.cuda.is_available():
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if processes > torch.cuda.device_count():
+            raise LaunchError(f'{processes} processes were asked for, but {torch.cuda.device_count()} GPUs are visible')
+        return
+    if launcher == 'slurm':
+        nodes = subprocess.run(['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']],
+                               check=True, capture_output=True, text=True).stdout.split()
+        os.environ.update(RANK=os.environ['SLURM_PROCID'], WORLD_SIZE=os.environ['SLURM_NTASKS'],
+                          LOCAL_RANK=os.environ['SLURM_LOCALID'])
+        os.environ.setdefault('MASTER_ADDR', nodes[0])
+        os.environ.setdefault('MASTER_PORT', '29500')
+    torch.distributed.init_process_group('gloo')
+    cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
+    if not cfg.get('model_wrapper_cfg'):
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False))

@@ -1,0 +1,106 @@
+"""Building blocks of ConvNeur. Names follow mmpretrain's ConvNeXt, so its ConvNeXt-V2 weights fit as they are."""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint as cp
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor
+
+FUSIONS = ('gate', 'add', 'concat')
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x.permute(0, 2, 3, 1))
+        return x.permute(0, 3, 1, 2)
+
+
+class GRN(nn.Module):
+    """Global response normalisation of ConvNeXt-V2, on (N, H, W, C).
+
+    Args:
+        channels (int): Number of channels, C.
+        eps (float): Added to the mean response. Defaults to 1e-6.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        relative = response / (response.mean(dim=-1, keepdim=True) + self.eps)
+        return self.gamma * (x * relative) + self.beta + x
+
+
+class ConvNeurBlock(BaseModule):
+    """A ConvNeXt-V2 block whose output a global branch may modulate.
+
+    ``F_loc`` is depthwise 7×7 → LayerNorm → Linear C→4C → GELU → GRN → Linear 4C→C of the input X, and G the global
+    branch's map of the same X. The output is
+
+    - ``X + DropPath(F_loc)`` without a global branch,
+    - ``X + DropPath(sigmoid(G) ⊙ F_loc)`` for fusion 'gate' (Eq. 6),
+    - ``X + DropPath(F_loc + G)`` for 'add',
+    - ``X + DropPath(Conv1×1([F_loc, G]))`` for 'concat'.
+
+    Args:
+        channels (int): Number of channels, C.
+        global_branch (nn.Module | None): Maps (N, C, H, W) to the same shape. Defaults to None.
+        fusion (str): 'gate', 'add' or 'concat'. Defaults to 'gate'.
+        drop_path_rate (float): Stochastic depth rate. Defaults to 0.
+        with_cp (bool): Whether to recompute the block in the backward pass to save memory. Defaults to False.
+
+    Raises:
+        ValueError: If ``fusion`` is unknown.
+    """
+
+    def __init__(self, channels: int, global_branch: nn.Module | None = None, fusion: str = 'gate',
+                 drop_path_rate: float = 0.0, with_cp: bool = False) -> None:
+        super().__init__()
+        if fusion not in FUSIONS:
+            raise ValueError(f'fusion must be one of {FUSIONS}, got {fusion!r}')
+        self.with_cp = with_cp
+        self.fusion = fusion
+        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = LayerNorm2d(channels, eps=1e-6)
+        self.pointwise_conv1 = nn.Linear(channels, 4 * channels)
+        self.grn = GRN(4 * channels)
+        self.pointwise_conv2 = nn.Linear(4 * channels, channels)
+        self.global_branch = global_branch
+        if global_branch is not None and fusion == 'concat':
+            self.fuse = nn.Conv2d(2 * channels, channels, 1)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def local_features(self, x: Tensor) -> Tensor:
+        """F_loc of (N, C, H, W)."""
+        x = self.norm(self.depthwise_conv(x)).permute(0, 2, 3, 1)
+        x = self.grn(F.gelu(self.pointwise_conv1(x)))
+        return self.pointwise_conv2(x).permute(0, 3, 1, 2)
+
+    def _fuse(self, local: Tensor, context: Tensor) -> Tensor:
+        if self.fusion == 'gate':
+            return context.sigmoid() * local
+        if self.fusion == 'add':
+            return local + context
+        return self.fuse(torch.cat((local, context), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+
+        def update(x: Tensor) -> Tensor:
+            local = self.local_features(x)
+            if self.global_branch is not None:
+                local = self._fuse(local, self.global_branch(x))
+            return x + self.drop_path(local)
+
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(update, x, use_reentrant=False)
+        return update(x)

@@ -1,0 +1,218 @@
+"""ConvNeur, the backbone."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule, ModuleList, Sequential
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ..engine.checkpoint import load_pretrained
+from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d
+from .global_memory import GlobalMemory
+from .neural_memory import NeuralMemory
+
+PLACEMENTS = ('stage', 'block', 'none')
+MEMORY_OPTIONS = ('mem_channels', *(
+    name for name in inspect.signature(NeuralMemory).parameters if name not in ('channels', 'init_cfg')))
+
+
+@MODELS.register_module()
+class ConvNeur(BaseModule):
+    """ConvNeur, from "Efficiency Follows Global-Local Decoupling" (CVPR 2026).
+
+    Four stages of ConvNeXt-V2 blocks; the first block of each stage is gated by a global branch, a neural memory that
+    is read and rewritten chunk by chunk over the feature map.
+
+    ======  ===========  ====================  ============
+    arch    depths       channels              mem_channels
+    ======  ===========  ====================  ============
+    m1      2, 2, 6, 2   40, 80, 160, 320      80
+    m2      2, 2, 6, 2   48, 96, 192, 384      96
+    m3      2, 2, 6, 2   64, 128, 256, 512     128
+    m4      2, 2, 8, 2   80, 160, 320, 640     160
+    ======  ===========  ====================  ============
+
+    Args:
+        arch (str | dict): A name from the table, or a dict of ``depths``, ``channels`` and ``mem_channels``.
+            Defaults to 'm3'.
+        in_channels (int): Channels of the image. Defaults to 3.
+        memory_cfg (dict | None): Options of the memory that differ from their defaults: ``mem_channels`` (default: by
+            arch) and those of :class:`NeuralMemory`, among them ``chunk_size=196`` and ``inner_step=1.0``.
+            Defaults to None.
+        placement (str): Blocks with a global branch: the first of each 'stage', every 'block', or 'none'.
+            Defaults to 'stage'.
+        fusion (str): How the global map meets the local features: 'gate', 'add' or 'concat'. Defaults to 'gate'.
+        drop_path_rate (float): Largest stochastic depth rate; blocks rise to it linearly. Defaults to 0.
+        out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last). Each has a
+            LayerNorm of its own; stages after the last one returned are not built. Defaults to (0, 1, 2, 3).
+        gap_before_final_norm (bool): Whether each output is averaged over the image before its LayerNorm, as
+            classification wants. Defaults to False.
+        frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none. Defaults to 0.
+        with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
+        init_cfg (dict | list[dict] | None): MMEngine initialisation. ``dict(type='Pretrained', checkpoint=...)``
+            takes a path or URL of a ConvNeur checkpoint, bare or of a whole model; a ``checkpoint`` of None stands
+            for weights still to be named: training then starts at random, with a warning. Defaults to None.
+
+    Raises:
+        ValueError: For an unknown arch, option or stage, naming the value and what was expected.
+    """
+
+    arch_settings = {
+        'm1': dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320], mem_channels=80),
+        'm2': dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384], mem_channels=96),
+        'm3': dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512], mem_channels=128),
+        'm4': dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640], mem_channels=160),
+    }
+
+    def __init__(
+        self,
+        arch: str | dict = 'm3',
+        in_channels: int = 3,
+        memory_cfg: dict | None = None,
+        placement: str = 'stage',
+        fusion: str = 'gate',
+        drop_path_rate: float = 0.0,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        gap_before_final_norm: bool = False,
+        frozen_stages: int = 0,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        default_init = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
+        self.pretrained = init_cfg if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained' else None
+        super().__init__(init_cfg=default_init if init_cfg is None or self.pretrained is not None else init_cfg)
+
+        self.arch = arch
+        self.depths, self.channels, mem_channels = self._parse_arch(arch)
+        num_stages = len(self.depths)
+        memory_cfg = self._parse_memory_cfg(memory_cfg)
+        mem_channels = memory_cfg.pop('mem_channels', None) or mem_channels
+        for name, value, known in (('placement', placement, PLACEMENTS), ('fusion', fusion, FUSIONS)):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {known}, got {value!r}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        self.out_indices = self._parse_out_indices(out_indices, num_stages)
+        if isinstance(frozen_stages, bool) or frozen_stages not in range(num_stages + 1):
+            raise ValueError(f'frozen_stages must be an integer from 0 to {num_stages}, got {frozen_stages!r}')
+        self.frozen_stages = frozen_stages
+        self.gap_before_final_norm = gap_before_final_norm
+
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(self.depths)).split(self.depths)
+        self.downsample_layers = ModuleList()
+        self.stages = ModuleList()
+        for i in range(self.out_indices[-1] + 1):
+            channels = self.channels[i]
+            if i == 0:
+                downsample = Sequential(nn.Conv2d(in_channels, channels, 4, stride=4), LayerNorm2d(channels, eps=1e-6))
+            else:
+                downsample = Sequential(
+                    LayerNorm2d(self.channels[i - 1], eps=1e-6),
+                    nn.Conv2d(self.channels[i - 1], channels, 2, stride=2))
+            self.downsample_layers.append(downsample)
+            self.stages.append(Sequential(*(
+                ConvNeurBlock(
+                    channels,
+                    global_branch=GlobalMemory(channels, mem_channels, **memory_cfg)
+                    if placement == 'block' or (placement == 'stage' and j == 0) else None,
+                    fusion=fusion,
+                    drop_path_rate=rate,
+                    with_cp=with_cp)
+                for j, rate in enumerate(drop_path_rates[i].tolist()))))
+            if i in self.out_indices:
+                self.add_module(f'norm{i}', LayerNorm2d(channels, eps=1e-6))
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of the stages named by ``out_indices``.
+
+        Args:
+            x (Tensor): Images, (N, in_channels, H, W), of any size from 32 × 32 up.
+
+        Returns:
+            tuple[Tensor, ...]: For stage i a contiguous (N, C_i, H/2^(2+i), W/2^(2+i)), sizes rounded down; or
+            (N, C_i) with ``gap_before_final_norm``.
+
+        Raises:
+            ValueError: If the image is too small for the last stage.
+        """
+        stride = 2 ** (1 + len(self.stages))
+        if min(x.shape[2:]) < stride:
+            raise ValueError(f'images must be at least {stride} x {stride} pixels, got {tuple(x.shape[2:])}')
+        outs = []
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+            x = stage(downsample(x))
+            if i in self.out_indices:
+                norm = getattr(self, f'norm{i}')
+                if self.gap_before_final_norm:
+                    outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1))
+                else:
+                    # The permuted LayerNorm leaves channels_last memory, which mmcv's CUDA and C++ operators read as
+                    # if it were NCHW.
+                    outs.append(norm(x).contiguous())
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Initialises all weights, or loads the pretrained ones.
+
+        Raises:
+            ValueError: If the checkpoint named by ``init_cfg`` holds none of the backbone's weights, or weights of
+                other shapes.
+        """
+        super().init_weights()
+        if self.pretrained is None:
+            return
+        checkpoint = self.pretrained.get('checkpoint')
+        if checkpoint:
+            load_pretrained(self, checkpoint, prefix=self.pretrained.get('prefix'))
+        else:
+            MMLogger.get_current_instance().warning(
+                f'ConvNeur-{self.arch} starts from random weights: no ImageNet checkpoint is given. Set '
+                'model.backbone.init_cfg.checkpoint to a path or URL.')
+
+    def train(self, mode: bool = True) -> ConvNeur:
+        """Sets the mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        for i in range(min(self.frozen_stages, len(self.stages))):
+            for module in (self.downsample_layers[i], self.stages[i]):
+                module.eval()
+                module.requires_grad_(False)
+
+    def _parse_arch(self, arch: str | dict) -> tuple[list[int], list[int], int]:
+        if isinstance(arch, str):
+            if arch not in self.arch_settings:
+                raise ValueError(f'arch must be one of {tuple(self.arch_settings)} or a dict, got {arch!r}')
+            arch = self.arch_settings[arch]
+        expected = {'depths', 'channels', 'mem_channels'}
+        if set(arch) != expected or len(arch['depths']) != len(arch['channels']) or not arch['depths']:
+            raise ValueError(f'a custom arch must be a dict of {sorted(expected)} with as many depths as channels, '
+                             f'got {dict(arch)}')
+        return list(arch['depths']), list(arch['channels']), arch['mem_channels']
+
+    @staticmethod
+    def _parse_memory_cfg(memory_cfg: dict | None) -> dict:
+        memory_cfg = dict(memory_cfg or {})
+        unknown = sorted(set(memory_cfg) - set(MEMORY_OPTIONS))
+        if unknown:
+            raise ValueError(f'memory_cfg takes the keys {MEMORY_OPTIONS}, got {unknown}')
+        return memory_cfg
+
+    @staticmethod
+    def _parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+        if not indices or any(not -num_stages <= i < num_stages for i in indices):
+            raise ValueError(f'out_indices must name stages from {-num_stages} to {num_stages - 1}, '
+                             f'got {out_indices!r}')
+        indices = [i % num_stages for i in indices]
+        if sorted(set(indices)) != indices:
+            raise ValueError(f'out_indices must be in ascending order without repetition, got {out_indices!r}')
+        return tuple(indices)

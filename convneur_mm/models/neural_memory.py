@@ -1,0 +1,151 @@
+"""The neural memory as a layer over a sequence of tokens (Sec. 3.3 of the paper, between the two 1×1 convolutions)."""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor
+
+from ..ops import MemoryState, UpdateGenerators, neural_memory, written_tokens
+from ..ops.neural_memory import check_options
+
+# Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
+STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
+
+# Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
+# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 would multiply their
+# gradient by 1e12. Ordinary norms are around 1.
+NORMALIZE_EPS = 1e-3
+
+
+class NeuralMemory(BaseModule):
+    """Multi-head neural memory: LayerNorm, projections, chunk-wise retrieval and update, output projection.
+
+    Args:
+        channels (int): Channels of the tokens, Cm.
+        chunk_size (int): Tokens per chunk, L. Defaults to 196.
+        inner_step (float): Factor of the generated step, in [0, 1]. Defaults to 1.0.
+        head_dim (int): Channels per head, d. Must divide ``channels``. Defaults to 16.
+        hidden_dim (int): Hidden units of each head's memory, e. Defaults to 8.
+        update_rule (str): 'sequential' (Eq. 3, gradients at M_{t-1}) or 'parallel' (all gradients at M_0).
+            Defaults to 'sequential'.
+        retrieve (str): 'previous' (Eq. 2, causal over chunks) or 'final' (every token reads M_T).
+            Defaults to 'previous'.
+        max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
+        backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory`. Defaults to 'auto'.
+        init_cfg (dict | list[dict] | None): MMEngine initialisation on top of the layer's own. Defaults to None.
+
+    Raises:
+        ValueError: If an option is outside its range or ``channels`` is not a multiple of ``head_dim``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        chunk_size: int = 196,
+        inner_step: float = 1.0,
+        head_dim: int = 16,
+        hidden_dim: int = 8,
+        update_rule: str = 'sequential',
+        retrieve: str = 'previous',
+        max_write_norm: float = 1.0,
+        backend: str = 'auto',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        check_options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, backend)
+        for name, value in (('channels', channels), ('head_dim', head_dim), ('hidden_dim', hidden_dim)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+        if channels % head_dim:
+            raise ValueError(f'channels must be a multiple of head_dim, got channels={channels}, head_dim={head_dim}')
+        self.channels = channels
+        self.chunk_size = chunk_size
+        self.inner_step = inner_step
+        self.head_dim = head_dim
+        self.num_heads = channels // head_dim
+        self.update_rule = update_rule
+        self.retrieve = retrieve
+        self.max_write_norm = max_write_norm
+        self.backend = backend
+
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(channels, channels, bias=False)
+        self.w1 = nn.Parameter(torch.empty(self.num_heads, head_dim, hidden_dim))
+        self.w2 = nn.Parameter(torch.empty(self.num_heads, hidden_dim, head_dim))
+        self.generators = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, 3 * channels))
+        self.proj = nn.Linear(channels, channels, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Projections as all of ConvNeXt-V2's, M_0 at the scale of its fan-in, the generators' biases as above."""
+        self.norm.reset_parameters()
+        for linear in (self.query, self.key, self.value, self.proj, self.generators[0], self.generators[2]):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+        for w in (self.w1, self.w2):
+            nn.init.normal_(w, std=w.size(1) ** -0.5)
+        nn.init.zeros_(self.generators[0].bias)
+        step, momentum, decay = self.generators[2].bias.data.chunk(3)
+        step.fill_(STEP_BIAS)
+        momentum.fill_(MOMENTUM_BIAS)
+        decay.fill_(DECAY_BIAS)
+
+    def init_weights(self) -> None:
+        """Resets the layer: a model-wide init_cfg may just have set its biases to zero and its scales to another."""
+        if not self.init_cfg:
+            self.reset_parameters()
+        super().init_weights()
+
+    def forward(self, x: Tensor, state: MemoryState | None = None,
+                return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
+        """Reads the memory for every token while it is rewritten chunk by chunk.
+
+        Args:
+            x (Tensor): Tokens in row-major order, (B, N, channels).
+            state (MemoryState | None): Memory to go on from; None starts at the learned M_0. Defaults to None.
+            return_state (bool): Whether to return the memory after the last chunk too. Defaults to False.
+
+        Returns:
+            Tensor | tuple[Tensor, MemoryState]: Tokens (B, N, channels), and the state if asked for.
+
+        Raises:
+            ValueError: If ``x`` is not (B, N, channels).
+        """
+        if x.dim() != 3 or x.size(-1) != self.channels:
+            raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
+        tokens = self.norm(x)
+        num_written = written_tokens(tokens.size(1), self.chunk_size, self.retrieve, return_state)
+        w1, generators = self.w1, self.update_weights
+        if not num_written and torch.is_grad_enabled():
+            # A single chunk writes nothing, so keys, values and generators have no part in the output, and plain DDP
+            # refuses parameters without a gradient. Sums of no elements tie them to the graph: nothing is computed,
+            # their gradients are exact zeros.
+            unused = (self.key.weight, self.value.weight, *generators)
+            w1 = w1 + sum(p.flatten()[:0].sum() for p in unused).to(w1.dtype)
+        y, state = neural_memory(
+            self._split_heads(self.query(tokens), normalize=True),
+            self._split_heads(self.key(tokens), normalize=True),
+            self._split_heads(self.value(tokens)),
+            w1, self.w2, generators,
+            chunk_size=self.chunk_size, inner_step=self.inner_step, max_write_norm=self.max_write_norm,
+            update_rule=self.update_rule, retrieve=self.retrieve, state=state, return_state=return_state,
+            backend=self.backend)
+        y = self.proj(y.transpose(1, 2).flatten(2))
+        return (y, state) if return_state else y
+
+    @property
+    def update_weights(self) -> UpdateGenerators:
+        """The update generators' weights as the op takes them."""
+        first, _, last = self.generators
+        return UpdateGenerators(first.weight, first.bias, last.weight, last.bias)
+
+    def _split_heads(self, x: Tensor, normalize: bool = False) -> Tensor:
+        """(B, N, Cm) → (B, h, N, d), L2-normalised over d in at least float32 if asked for."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        if not normalize:
+            return x
+        return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=NORMALIZE_EPS)

@@ -1,0 +1,80 @@
+"""The neural memory as the paper writes it: one chunk after the other, inner gradients by autograd.
+
+This is the definition that every faster implementation is tested against. It favours likeness to the equations over
+speed and holds all of the graph that autograd makes of them.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import MemoryState, UpdateGenerators
+
+
+def read(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """M(z) = z + GELU(z·W1)·W2 for ``z`` (B, h, L, d), ``w1`` (B, h, d, e) and ``w2`` (B, h, e, d)."""
+    return z + F.gelu(z @ w1) @ w2
+
+
+def update_coefficients(surprise: Tensor, generators: UpdateGenerators, inner_step: float) -> tuple[Tensor, ...]:
+    """Step θ, momentum η and decay α, each (B, h, d), from the per-channel surprise (B, h, d)."""
+    hidden = F.gelu(F.linear(surprise.flatten(1), generators.in_weight, generators.in_bias))
+    out = F.linear(hidden, generators.out_weight, generators.out_bias).sigmoid()
+    step, momentum, decay = (c.reshape(surprise.shape) for c in out.chunk(3, dim=-1))
+    return inner_step * step, momentum, decay
+
+
+def neural_memory_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    generators: UpdateGenerators,
+    state: MemoryState,
+    *,
+    chunk_size: int,
+    inner_step: float,
+    max_write_norm: float,
+    update_rule: str,
+    retrieve: str,
+    return_state: bool,
+) -> tuple[Tensor, MemoryState | None]:
+    """See :func:`convneur_mm.ops.neural_memory`; ``state`` is the memory before the first chunk.
+
+    Runs under ``torch.no_grad`` but not under ``torch.inference_mode``, which forbids autograd altogether.
+    """
+    learn = torch.is_grad_enabled()
+    m1, m2, p1, p2 = state
+    initial = w1.expand(m1.shape), w2.expand(m2.shape)
+    q_chunks, k_chunks, v_chunks = (x.split(chunk_size, dim=2) for x in (q, k, v))
+    outputs = []
+    for t, q_t in enumerate(q_chunks):
+        outputs.append(read(q_t, m1, m2))  # Eq. 2
+        if t == len(q_chunks) - 1 and not (return_state or retrieve == 'final'):
+            break  # nothing reads what the last chunk would write
+        k_t, v_t = k_chunks[t], v_chunks[t]
+
+        with torch.enable_grad():
+            a1, a2 = (
+                a if a.requires_grad else a.detach().requires_grad_()
+                for a in ((m1, m2) if update_rule == 'sequential' else initial)
+            )
+            error = read(k_t, a1, a2) - v_t
+            loss = error.square().mean(dim=-1).sum()  # Eq. 3; heads have weights of their own, so one sum serves
+            g1, g2 = torch.autograd.grad(loss, (a1, a2), create_graph=learn)
+        if not learn:
+            error = error.detach()
+
+        step, momentum, decay = update_coefficients(error.square().mean(dim=2), generators, inner_step)
+        u1, u2 = step[..., :, None] * g1, step[..., None, :] * g2
+        norm = u1.square().sum((-2, -1), keepdim=True) + u2.square().sum((-2, -1), keepdim=True)
+        bound = (1 + norm / max_write_norm**2).sqrt()
+        p1 = momentum[..., :, None] * p1 - u1 / bound  # Eq. 4
+        p2 = momentum[..., None, :] * p2 - u2 / bound
+        m1 = (1 - decay[..., :, None]) * m1 + p1
+        m2 = (1 - decay[..., None, :]) * m2 + p2
+
+    y = read(q, m1, m2) if retrieve == 'final' else torch.cat(outputs, dim=2)
+    return y, MemoryState(m1, m2, p1, p2) if return_state else None

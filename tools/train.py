@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Trains a detector, segmentor or classifier from a config.
+
+    tools/train.py configs/cascade_rcnn_convneur_m3_1x_coco.py
+
+On several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
+"""
+import argparse
+
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from convneur_mm.engine import launch
+
+
+def parse_args() -> argparse.Namespace:
+    parser = launch.make_parser(__doc__.splitlines()[0])
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate by the actual over the recipe\'s batch size')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from this checkpoint, or from the latest of the work dir if none is named')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.amp and not launch.torch.cuda.is_available():
+        raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible')
+    cfg = launch.load_config(args, splits=('train', 'val'))
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise launch.LaunchError(f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks')
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else launch.existing_file(args.resume, '--resume')
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+
+
+if __name__ == '__main__':
+    launch.run(main)
