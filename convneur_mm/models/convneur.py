@@ -91,7 +91,11 @@ class ConvNeur(BaseModule):
         self.depths, self.channels, mem_channels = self._parse_arch(arch)
         num_stages = len(self.depths)
         memory_cfg = self._parse_memory_cfg(memory_cfg)
-        mem_channels = memory_cfg.pop('mem_channels', None) or mem_channels
+        if memory_cfg.get('mem_channels') is not None:
+            mem_channels = memory_cfg['mem_channels']
+        memory_cfg.pop('mem_channels', None)
+        if not isinstance(mem_channels, int) or mem_channels < 1:
+            raise ValueError(f'mem_channels must be an integer of at least 1, got {mem_channels!r}')
         for name, value, known in (('placement', placement, PLACEMENTS), ('fusion', fusion, FUSIONS)):
             if value not in known:
                 raise ValueError(f'{name} must be one of {known}, got {value!r}')

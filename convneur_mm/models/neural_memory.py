@@ -14,9 +14,9 @@ from ..ops.neural_memory import check_options
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
 
 # Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
-# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 would multiply their
-# gradient by 1e12. Ordinary norms are around 1.
-NORMALIZE_EPS = 1e-3
+# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
+# 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
+NORMALIZE_EPS = 1e-2
 
 
 class NeuralMemory(BaseModule):

@@ -45,7 +45,7 @@ def neural_memory_reference(
 
     Runs under ``torch.no_grad`` but not under ``torch.inference_mode``, which forbids autograd altogether.
     """
-    learn = torch.is_grad_enabled()
+    learn = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, w1, w2, *generators, *state))
     m1, m2, p1, p2 = state
     initial = w1.expand(m1.shape), w2.expand(m2.shape)
     q_chunks, k_chunks, v_chunks = (x.split(chunk_size, dim=2) for x in (q, k, v))
@@ -58,7 +58,7 @@ def neural_memory_reference(
 
         with torch.enable_grad():
             a1, a2 = (
-                a if a.requires_grad else a.detach().requires_grad_()
+                a if learn and a.requires_grad else a.detach().requires_grad_()
                 for a in ((m1, m2) if update_rule == 'sequential' else initial)
             )
             error = read(k_t, a1, a2) - v_t

@@ -1,0 +1,397 @@
+"""The backbone: published counts, equality with ConvNeXt-V2, contiguity, gradients, options, errors."""
+import warnings
+from contextlib import contextmanager
+from importlib import import_module
+
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.models.backbones import ConvNeXt
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convneur_mm.models import ConvNeur, NeuralMemory
+
+ARCHS = ('m1', 'm2', 'm3', 'm4')
+TINY = dict(depths=[1, 2, 1, 1], channels=[16, 24, 32, 48], mem_channels=16)
+
+
+def randomize(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
+    """Moves every parameter off its initial value, so that GRN, biases and gates all take part."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64).to(p) * std)
+    return model
+
+
+def classifier_counts(**kwargs) -> tuple[float, float]:
+    """Millions of parameters and G multiply-accumulates at 224² of the backbone with a 1000-class linear head."""
+    model = ConvNeur(out_indices=3, gap_before_final_norm=True, **kwargs).eval()
+    head = nn.Linear(model.channels[-1], 1000)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head(model(torch.zeros(1, 3, 224, 224))[-1])
+    params = sum(p.numel() for module in (model, head) for p in module.parameters())
+    return params / 1e6, counter.get_total_flops() / 2 / 1e9
+
+
+@pytest.mark.parametrize('arch, params, flops', [
+    ('m1', 4.3, 0.71), ('m2', 6.1, 1.01), ('m3', 10.6, 1.77), ('m4', 18.1, 3.06)])
+def test_published_size(arch, params, flops):
+    """Table 1 and 2 of the paper."""
+    found = classifier_counts(arch=arch)
+    assert round(found[0], 1) == params
+    assert round(found[1], 2) == flops
+
+
+@pytest.mark.parametrize('options, flops', [
+    (dict(placement='none'), 1.4),
+    (dict(placement='stage'), 1.8),
+    (dict(placement='block'), 2.3),
+    (dict(memory_cfg=dict(mem_channels=64)), 1.5),
+    (dict(memory_cfg=dict(mem_channels=128)), 1.8),
+    (dict(memory_cfg=dict(mem_channels=256)), 2.7),
+    (dict(fusion='add'), 1.8),
+    (dict(fusion='concat'), 1.9),
+    (dict(fusion='gate'), 1.8),
+])
+def test_published_ablations(options, flops):
+    """Table 5 of the paper: placement, memory channels, fusion."""
+    assert round(classifier_counts(arch='m3', **options)[1], 1) == flops
+
+
+def test_concat_adds_parameters():
+    """Table 5: 0.7 M for the concatenation's pointwise reduction."""
+    assert round(classifier_counts(fusion='concat')[0] - classifier_counts(fusion='gate')[0], 1) == 0.7
+
+
+@pytest.mark.parametrize('ours, theirs', [('m1', 'atto'), ('m2', 'femto'), ('m3', 'pico'), ('m4', 'nano')])
+def test_without_global_branch_equals_mmpretrain(ours, theirs):
+    model = randomize(ConvNeur(ours, placement='none')).eval()
+    peer = ConvNeXt(theirs, use_grn=True, layer_scale_init_value=0.0, out_indices=(0, 1, 2, 3),
+                    gap_before_final_norm=False)
+    peer.eval()  # its train() returns None
+    peer.load_state_dict(model.state_dict())  # same names: their checkpoints load as they are
+    x = torch.randn(2, 3, 65, 96)
+    with torch.no_grad():
+        for found, expected in zip(model(x), peer(x)):
+            assert (found - expected).norm() / expected.norm() <= 1e-5
+        model.gap_before_final_norm = peer.gap_before_final_norm = True
+        for found, expected in zip(model(x), peer(x)):
+            assert (found - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_without_global_branch_equals_timm():
+    model = randomize(ConvNeur('m3', placement='none', out_indices=3, gap_before_final_norm=True)).eval()
+    peer = timm.create_model('convnextv2_pico', num_classes=0).eval()
+    renames = {
+        'downsample_layers.0.': 'stem.', '.depthwise_conv.': '.conv_dw.', '.pointwise_conv1.': '.mlp.fc1.',
+        '.pointwise_conv2.': '.mlp.fc2.', '.grn.gamma': '.mlp.grn.weight', '.grn.beta': '.mlp.grn.bias',
+        'norm3.': 'head.norm.'}
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.startswith('stages.'):
+            stage, block, rest = name.split('.', 3)[1:]
+            name = f'stages.{stage}.blocks.{block}.{rest}'
+        elif name.startswith('downsample_layers.') and name[18] != '0':
+            name = f'stages.{name[18]}.downsample{name[19:]}'
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        if 'mlp.fc' in name and value.dim() == 2 and peer.state_dict()[name].dim() == 4:
+            value = value[:, :, None, None]
+        weights[name] = value.reshape(peer.state_dict()[name].shape)
+    peer.load_state_dict(weights)
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        found, expected = model(x)[-1], peer(x)
+    assert (found - expected).norm() / expected.norm() <= 1e-5
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_every_arch_gives_contiguous_pyramid(arch):
+    model = ConvNeur(arch).eval()
+    with torch.no_grad():
+        outs = model(torch.randn(1, 3, 64, 96))
+    assert [o.shape for o in outs] == [(1, c, 64 // s, 96 // s) for c, s in zip(model.channels, (4, 8, 16, 32))]
+    assert all(o.is_contiguous() for o in outs)
+    assert all(o.isfinite().all() for o in outs)
+
+
+@pytest.mark.parametrize('placement', ['stage', 'block'])
+@pytest.mark.parametrize('fusion', ['gate', 'add', 'concat'])
+@pytest.mark.parametrize('memory_cfg', [
+    dict(chunk_size=20), dict(chunk_size=20, update_rule='parallel'), dict(chunk_size=20, retrieve='final'),
+    dict(chunk_size=4096, inner_step=1e-3)])
+@pytest.mark.parametrize('size', [(33, 47), (64, 64)])
+def test_every_parameter_has_a_gradient(placement, fusion, memory_cfg, size):
+    """Also where stages have a single chunk and parameters feed nothing but the update: plain DDP asks for that."""
+    model = randomize(ConvNeur(TINY, placement=placement, fusion=fusion, memory_cfg=memory_cfg))
+    sum(o.square().mean() for o in model(torch.randn(2, 3, *size))).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+
+
+def test_every_working_parameter_has_a_nonzero_gradient():
+    """Where every stage has several chunks, nothing is left untrained."""
+    model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=1)).double())
+    sum(o.square().mean() for o in model(torch.randn(2, 3, 96, 64, dtype=torch.float64))).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.norm() > 0, name
+
+
+def test_single_chunk_gives_zero_gradients_to_the_update():
+    memory = NeuralMemory(32, chunk_size=64)
+    memory(torch.randn(2, 64, 32)).square().sum().backward()
+    unused = {'key.weight', 'value.weight', 'generators.0.weight', 'generators.0.bias', 'generators.2.weight',
+              'generators.2.bias'}
+    for name, p in memory.named_parameters():
+        assert (p.grad.norm() == 0) == (name in unused), name
+
+
+@pytest.mark.parametrize('size', [(33, 47), (224, 320), (32, 32), (97, 41)])
+def test_odd_sizes(size):
+    model = ConvNeur(TINY, memory_cfg=dict(chunk_size=50)).eval()
+    with torch.no_grad():
+        outs = model(torch.randn(1, 3, *size))
+    assert [tuple(o.shape[2:]) for o in outs] == [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
+
+
+def test_with_cp_equals_without():
+    x = torch.randn(2, 3, 64, 80, dtype=torch.float64)
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=30), with_cp=with_cp).double(), seed=3)
+        outs = model(x)
+        sum(o.square().mean() for o in outs).backward()
+        results.append([*outs, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_with_cp_keeps_drop_path():
+    """The recomputation draws the same paths."""
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = randomize(ConvNeur(TINY, drop_path_rate=0.5, with_cp=with_cp).double(), seed=3)
+        torch.manual_seed(1)
+        x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+        sum(o.square().mean() for o in model(x)).backward()
+        results.append([p.grad for p in model.parameters()])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_drop_path_rises_linearly():
+    model = ConvNeur('m1', drop_path_rate=0.11)
+    rates = [getattr(b.drop_path, 'drop_prob', 0.0) for stage in model.stages for b in stage]
+    assert np.allclose(rates, np.linspace(0, 0.11, 12))
+
+
+def test_gate_formula():
+    """Eq. 6, written out on one block."""
+    model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=30))).eval()
+    block = model.stages[1][0]
+    x = torch.randn(2, 24, 9, 7)
+    with torch.no_grad():
+        expected = x + torch.sigmoid(block.global_branch(x)) * block.local_features(x)
+        assert torch.allclose(block(x), expected, atol=1e-6)
+        assert (block(x) - x - block.local_features(x)).norm() > 0.1 * block.local_features(x).norm()
+
+
+def test_placement():
+    for placement, expected in [('none', [0, 0, 0, 0]), ('stage', [1, 1, 1, 1]), ('block', [1, 2, 1, 1])]:
+        model = ConvNeur(TINY, placement=placement)
+        assert [sum(isinstance(m, NeuralMemory) for m in s.modules()) for s in model.stages] == expected
+    assert model.stages[1][1].global_branch is not None
+
+
+def test_image_padding_does_not_break_training():
+    """Zero padding gives zero queries and keys at initialisation; normalising them must not blow gradients up.
+
+    The stem's LayerNorm makes padded gradients large in every ConvNeXt; the memory may not make them much larger.
+    """
+    x = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    x[..., 64:] = 0
+    norms = {}
+    for placement in ('none', 'stage'):
+        torch.manual_seed(0)
+        model = ConvNeur('m1', memory_cfg=dict(chunk_size=64), placement=placement)
+        model.init_weights()
+        sum(o.square().mean() for o in model(x)).backward()
+        norms[placement] = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norms['stage'] < 5 * norms['none']
+
+
+@pytest.mark.parametrize('chunk_size', [1, 7, 100, 4096])
+@pytest.mark.parametrize('inner_step', [1e-6, 1.0])
+@pytest.mark.parametrize('scale', [1.0, 1e3])
+def test_finite_at_extremes(chunk_size, inner_step, scale):
+    model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=chunk_size, inner_step=inner_step)))
+    x = scale * torch.randn(1, 3, 64, 60)
+    outs = model(x)
+    assert all(o.isfinite().all() for o in outs)
+    sum(o.square().mean() for o in outs).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_out_indices():
+    x = torch.randn(1, 3, 64, 64)
+    full = randomize(ConvNeur(TINY)).eval()
+    expected = full(x)
+    for indices in (2, -2, (0, 2), [1], (0, 1, 2, 3), (-4, -1)):
+        model = ConvNeur(TINY, out_indices=indices).eval()
+        missing, _ = model.load_state_dict(full.state_dict(), strict=False)
+        assert not missing
+        wanted = [i % 4 for i in ([indices] if isinstance(indices, int) else indices)]
+        assert {n.split('.')[0] for n, _ in model.named_parameters() if n.startswith('norm')} == {
+            f'norm{i}' for i in wanted}
+        for i, found in zip(wanted, model(x), strict=True):
+            assert torch.allclose(found, expected[i], atol=1e-6)
+
+
+def test_frozen_stages():
+    model = ConvNeur(TINY, frozen_stages=2, drop_path_rate=0.5)
+    assert model.train() is model
+    frozen = [p for i in range(2) for m in (model.downsample_layers[i], model.stages[i]) for p in m.parameters()]
+    live = [p for i in (2, 3) for m in (model.downsample_layers[i], model.stages[i]) for p in m.parameters()]
+    assert not any(p.requires_grad for p in frozen)
+    assert all(p.requires_grad for p in live)
+    assert not model.stages[1].training and model.stages[2].training
+    sum(o.square().mean() for o in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is None for p in frozen)
+    assert all(p.grad is not None for p in live)
+
+
+def test_init_weights_keeps_the_generators_biases():
+    model = ConvNeur('m1')
+    model.init_weights()
+    for memory in (m for m in model.modules() if isinstance(m, NeuralMemory)):
+        step, momentum, decay = memory.generators[2].bias.chunk(3)
+        assert (step == -2).all() and (momentum == 0).all() and (decay == -4).all()
+        assert abs(memory.w1.std().item() - 16**-0.5) < 0.05
+        assert abs(memory.w2.std().item() - 8**-0.5) < 0.07
+    conv = model.stages[2][3].pointwise_conv1
+    assert abs(conv.weight.std().item() - 0.02) < 0.001
+    assert (conv.bias == 0).all()
+
+
+def test_arguments_are_not_changed():
+    arch, memory_cfg = dict(TINY), dict(mem_channels=32, chunk_size=10)
+    init_cfg = dict(type='Pretrained', checkpoint=None)
+    before = [dict(x) for x in (arch, memory_cfg, init_cfg)]
+    model = ConvNeur(arch, memory_cfg=memory_cfg, init_cfg=init_cfg)
+    model.init_weights()
+    assert [arch, memory_cfg, init_cfg] == before
+    assert model.stages[0][0].global_branch.memory.channels == 32
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
+def test_resolves_from_every_scope(scope):
+    with DefaultScope.overwrite_default_scope(scope):
+        registry = MODELS if scope == 'mmengine' else import_module(f'{scope}.registry').MODELS
+        model = registry.build(dict(type='ConvNeur', arch=TINY))
+    assert type(model) is ConvNeur
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(arch='m5'), "arch must be one of .*'m1', 'm2', 'm3', 'm4'.* got 'm5'"),
+    (dict(arch=dict(depths=[1])), 'a custom arch must be a dict of'),
+    (dict(memory_cfg=dict(chunk_size=0)), 'chunk_size must be an integer of at least 1, got 0'),
+    (dict(memory_cfg=dict(chunks=3)), r"memory_cfg takes the keys .*got \['chunks'\]"),
+    (dict(memory_cfg=dict(mem_channels=100)), 'channels=100, head_dim=16'),
+    (dict(memory_cfg=dict(mem_channels=0)), 'mem_channels must be an integer of at least 1, got 0'),
+    (dict(placement='head'), "placement must be one of .*got 'head'"),
+    (dict(fusion='mul'), "fusion must be one of .*got 'mul'"),
+    (dict(out_indices=(0, 4)), r'out_indices must name stages from -4 to 3, got \(0, 4\)'),
+    (dict(out_indices=(2, 1)), 'ascending order'),
+    (dict(frozen_stages=5), 'frozen_stages must be an integer from 0 to 4, got 5'),
+    (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
+])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNeur(**options)
+
+
+def test_too_small_an_image_is_named():
+    with pytest.raises(ValueError, match=r'at least 32 x 32 pixels, got \(31, 64\)'):
+        ConvNeur(TINY)(torch.zeros(1, 3, 31, 64))
+
+
+@contextmanager
+def log_captured(caplog):
+    """Lets pytest see what the current MMEngine logger, which does not propagate, writes."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+class TestPretrained:
+
+    def save(self, tmp_path, weights, name='weights.pth'):
+        torch.save(weights, tmp_path / name)
+        return str(tmp_path / name)
+
+    @pytest.mark.parametrize('wrap', [
+        lambda w: w,
+        lambda w: dict(state_dict=w),
+        lambda w: dict(state_dict={f'backbone.{k}': v for k, v in w.items()} | {'head.fc.weight': torch.zeros(2)}),
+        lambda w: dict(state_dict={f'module.backbone.{k}': v for k, v in w.items()}),
+    ])
+    def test_loads(self, tmp_path, wrap):
+        source = randomize(ConvNeur(TINY))
+        path = self.save(tmp_path, wrap(source.state_dict()))
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=path))
+        model.init_weights()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, source.state_dict()[name]), name
+
+    def test_classifier_weights_serve_a_detector(self, tmp_path, caplog):
+        """The classifier has the last stage's LayerNorm only; the others are named as missing."""
+        source = randomize(ConvNeur(TINY, out_indices=3, gap_before_final_norm=True))
+        path = self.save(tmp_path, dict(state_dict={f'backbone.{k}': v for k, v in source.state_dict().items()}))
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=path))
+        with log_captured(caplog):
+            model.init_weights()
+        assert 'lacks 6 backbone weights' in caplog.text and 'norm0.weight' in caplog.text
+        assert torch.equal(model.stages[3][0].grn.gamma, source.stages[3][0].grn.gamma)
+        assert torch.equal(model.norm3.weight, source.norm3.weight)
+
+    def test_nothing_matches(self, tmp_path):
+        path = self.save(tmp_path, dict(state_dict={'layer1.0.conv1.weight': torch.zeros(2)}))
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=path))
+        with pytest.raises(ValueError, match=r"weights.pth holds none of the model's weights.*layer1.0.conv1.weight"):
+            model.init_weights()
+
+    def test_another_arch(self, tmp_path):
+        path = self.save(tmp_path, ConvNeur(dict(TINY, channels=[16, 32, 48, 64])).state_dict())
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=path))
+        with pytest.raises(ValueError, match=r'other shapes than the model.*expected \(24, 16, 2, 2\)'):
+            model.init_weights()
+
+    def test_no_file(self):
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth'))
+        with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+            model.init_weights()
+
+    def test_none_warns_once(self, caplog):
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=None))
+        with log_captured(caplog):
+            model.init_weights()
+        warned = [r for r in caplog.records if 'starts from random weights' in r.getMessage()]
+        assert len(warned) == 1
+        assert abs(model.stages[3][0].pointwise_conv1.weight.std().item() - 0.02) < 0.002
+
+    def test_no_init_cfg_does_not_warn(self, caplog):
+        with log_captured(caplog), warnings.catch_warnings():
+            warnings.simplefilter('error')
+            ConvNeur(TINY).init_weights()
+        assert 'random weights' not in caplog.text

@@ -1,0 +1,146 @@
+"""The memory as a layer: equality of its backends, chaining, autocast, and that it remembers."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convneur_mm.models import NeuralMemory
+
+
+def make_layer(seed: int = 0, **kwargs) -> NeuralMemory:
+    torch.manual_seed(seed)
+    layer = NeuralMemory(32, **kwargs)
+    for p in layer.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+@pytest.mark.parametrize('retrieve', ['previous', 'final'])
+@pytest.mark.parametrize('tokens', [50, 16, 5])
+def test_backends_agree(rule, retrieve, tokens):
+    x = torch.randn(2, tokens, 32, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ('reference', 'chunked'):
+        layer = make_layer(chunk_size=16, update_rule=rule, retrieve=retrieve, backend=backend).double()
+        y = layer(x)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], materialize_grads=True,
+                                        allow_unused=True)
+        results.append((y, *gradients))
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+def test_equations_by_hand():
+    """Steps 1-5 of one head and two chunks, straight from the text, without the op."""
+    layer = make_layer(chunk_size=3, head_dim=32, inner_step=0.7).double()
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    s = F.layer_norm(x[0], (32,), layer.norm.weight, layer.norm.bias, 1e-6)
+    q, k, v = s @ layer.query.weight.T, s @ layer.key.weight.T, s @ layer.value.weight.T
+    q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
+    w1, w2 = layer.w1[0], layer.w2[0]
+
+    def read(z, w1, w2):
+        return z + F.gelu(z @ w1) @ w2
+
+    first = read(q[:3], w1, w2)
+    error = read(k[:3], w1, w2) - v[:3]
+    g1, g2 = torch.autograd.grad((error**2).mean(1).sum(), (w1, w2))
+    step, momentum, decay = layer.generators((error**2).mean(0)).sigmoid().chunk(3)
+    u1, u2 = 0.7 * step[:, None] * g1, 0.7 * step[None] * g2
+    scale = (1 + (u1**2).sum() + (u2**2).sum()).sqrt()
+    w1 = (1 - decay)[:, None] * w1 - u1 / scale
+    w2 = (1 - decay)[None] * w2 - u2 / scale
+    expected = torch.cat((first, read(q[3:], w1, w2))) @ layer.proj.weight.T
+    assert (layer(x)[0] - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_chained_calls():
+    layer = make_layer(chunk_size=8).double()
+    x = torch.randn(2, 30, 32, dtype=torch.float64)
+    whole, whole_state = layer(x, return_state=True)
+    y1, state = layer(x[:, :16], return_state=True)
+    y2, state = layer(x[:, 16:], state=state, return_state=True)
+    assert torch.allclose(torch.cat((y1, y2), 1), whole, atol=1e-12)
+    for a, b in zip(state, whole_state):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert torch.allclose(layer(x), whole, atol=1e-12)
+
+
+def test_autocast_keeps_the_inner_loop_in_float32():
+    """Under bf16 autocast the state is float32 and as close to float32's as bf16 projections allow."""
+    layer = make_layer(chunk_size=8)
+    x = torch.randn(2, 60, 32)
+    exact, exact_state = layer(x, return_state=True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y, state = layer(x, return_state=True)
+    assert y.dtype == torch.bfloat16
+    assert all(s.dtype == torch.float32 for s in state)
+    assert (state.w1 - exact_state.w1).norm() < 0.02 * exact_state.w1.norm()
+    assert (y - exact).norm() < 0.03 * exact.norm()
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(channels=40), 'channels must be a multiple of head_dim, got channels=40, head_dim=16'),
+    (dict(channels=0), 'channels must be an integer of at least 1, got 0'),
+    (dict(channels=32, hidden_dim=0), 'hidden_dim must be an integer of at least 1, got 0'),
+    (dict(channels=32, chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralMemory(**options)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r'expected tokens of shape \(B, N, 32\), got \(2, 5, 16\)'):
+        make_layer()(torch.zeros(2, 5, 16))
+
+
+KEYS, VALUES, TOKENS = 12, 8, 256
+
+
+def draw_recall(batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, shown values (VALUES stands for none: the second half of the tokens asks) and the true values."""
+    table = torch.randint(VALUES, (batch, KEYS), generator=g)
+    keys = torch.randint(KEYS, (batch, TOKENS), generator=g)
+    values = table.gather(1, keys)
+    shown = values.clone()
+    shown[:, TOKENS // 2:] = VALUES
+    return keys, shown, values
+
+
+def recall_accuracy(**memory_cfg) -> float:
+    """Trains key-value recall for 150 iterations and returns the share of values named right."""
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    model = nn.ModuleDict(dict(
+        key=nn.Embedding(KEYS, 64), value=nn.Embedding(VALUES + 1, 64),
+        memory=NeuralMemory(64, chunk_size=32, **memory_cfg), norm=nn.LayerNorm(64), head=nn.Linear(64, VALUES)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+
+    def logits(keys, shown):
+        x = model['memory'](model['key'](keys) + model['value'](shown))
+        return model['head'](model['norm'](x))[:, TOKENS // 2:]
+
+    for _ in range(150):
+        keys, shown, values = draw_recall(32, g)
+        loss = F.cross_entropy(logits(keys, shown).flatten(0, 1), values[:, TOKENS // 2:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        keys, shown, values = draw_recall(256, g)
+        return (logits(keys, shown).argmax(-1) == values[:, TOKENS // 2:]).float().mean().item()
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(update_rule='parallel'), dict(retrieve='final')], ids=['default', 'parallel', 'final'])
+def test_recall(options):
+    assert recall_accuracy(**options) >= 0.99
+
+
+def test_no_recall_without_writing():
+    """What the decay alone can tell of a sequence does not name its values."""
+    assert recall_accuracy(inner_step=0.0) <= 0.40

@@ -1,0 +1,286 @@
+"""The op: fast path against reference against stored vectors, gradients, chaining, causality, extremes."""
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory, written_tokens
+
+RULES = ('sequential', 'parallel')
+RETRIEVALS = ('previous', 'final')
+VECTORS = Path(__file__).parents[1] / 'data' / 'neural_memory.npz'
+
+
+def make_inputs(batch=2, heads=2, tokens=50, d=16, e=8, dtype=torch.float64, seed=0, scale=1.0, normalize=True):
+    """Tensors of :func:`neural_memory` at realistic scales, all of them leaves that take gradients."""
+    g = torch.Generator().manual_seed(seed)
+    channels = heads * d
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * std
+
+    q, k, v = (draw(batch, heads, tokens, d, std=scale) for _ in range(3))
+    if normalize:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    w1, w2 = draw(heads, d, e, std=d**-0.5), draw(heads, e, d, std=e**-0.5)
+    out_bias = draw(3 * channels, std=0.1) + torch.tensor([-2.0, 0.0, -4.0], dtype=torch.float64).repeat_interleave(
+        channels)
+    generators = (draw(4 * channels, channels, std=channels**-0.5), draw(4 * channels, std=0.1),
+                  draw(3 * channels, 4 * channels, std=channels**-0.5), out_bias)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v, w1, w2, *generators)]
+
+
+def call(inputs, **kwargs):
+    return neural_memory(*inputs[:5], UpdateGenerators(*inputs[5:9]), **kwargs)
+
+
+def with_gradients(inputs, **kwargs):
+    """Outputs, state and the gradients of a random projection of both."""
+    y, state = call(inputs, **kwargs)
+    outputs = [y, *(state or ())]
+    g = torch.Generator().manual_seed(1)
+    loss = sum((o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o)).sum() for o in outputs)
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return outputs, [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients)]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    for i, (a, b) in enumerate(zip(found, expected)):
+        if b.norm() == 0:
+            assert a.norm() == 0, i
+        else:
+            assert relative_error(a, b) <= tolerance, i
+
+
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+def test_stored_vectors(backend):
+    """Vectors that the reference made when it agreed with the equations' author; they hold the equations in place."""
+    data = {name: torch.from_numpy(value) for name, value in np.load(VECTORS).items()}
+    tensors = [data[name] for name in ('q', 'k', 'v', 'w1', 'w2')]
+    generators = UpdateGenerators(*(data[f'generators_{name}'] for name in UpdateGenerators._fields))
+    for rule, retrieve, step in product(RULES, RETRIEVALS, (1.0, 1e-3)):
+        y, state = neural_memory(*tensors, generators, chunk_size=8, inner_step=step, update_rule=rule,
+                                 retrieve=retrieve, return_state=True, backend=backend)
+        name = f'{rule}_{retrieve}_{step}'
+        assert (y - data[f'y_{name}']).abs().max() <= 1e-10
+        for field in MemoryState._fields:
+            assert (getattr(state, field) - data[f'{field}_{rule}_{step}']).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('retrieve', RETRIEVALS)
+@pytest.mark.parametrize('return_state', [False, True])
+@pytest.mark.parametrize('tokens, chunk_size', [
+    (50, 16),  # ragged last chunk
+    (48, 16),  # whole chunks
+    (16, 16),  # one chunk, T = 1
+    (5, 16),   # N < L
+    (7, 1),    # L = 1
+    (1, 1),    # one token
+    (17, 16),  # last chunk of one token
+])
+def test_chunked_equals_reference(rule, retrieve, return_state, tokens, chunk_size):
+    inputs = make_inputs(tokens=tokens)
+    options = dict(chunk_size=chunk_size, update_rule=rule, retrieve=retrieve, return_state=return_state)
+    expected, expected_gradients = with_gradients(inputs, backend='reference', **options)
+    found, found_gradients = with_gradients(inputs, backend='chunked', **options)
+    assert len(found) == (5 if return_state else 1)
+    assert_equal(found, expected)
+    assert_equal(found_gradients, expected_gradients)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3), heads=st.integers(1, 3), tokens=st.integers(1, 40), chunk_size=st.integers(1, 45),
+    d=st.integers(1, 9), e=st.integers(1, 5), rule=st.sampled_from(RULES), retrieve=st.sampled_from(RETRIEVALS),
+    inner_step=st.sampled_from([0.0, 1e-3, 0.5, 1.0]), max_write_norm=st.sampled_from([0.01, 1.0, 100.0]),
+    return_state=st.booleans(), seed=st.integers(0, 99))
+def test_chunked_equals_reference_everywhere(batch, heads, tokens, d, e, seed, rule, **options):
+    inputs = make_inputs(batch=batch, heads=heads, tokens=tokens, d=d, e=e, seed=seed)
+    options['update_rule'] = rule
+    expected, expected_gradients = with_gradients(inputs, backend='reference', **options)
+    found, found_gradients = with_gradients(inputs, backend='chunked', **options)
+    assert_equal(found, expected)
+    # The gradient of one channel or token can vanish but for rounding, so all of them are measured together.
+    assert_equal([torch.cat([g.flatten() for g in found_gradients])],
+                 [torch.cat([g.flatten() for g in expected_gradients])])
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('retrieve', RETRIEVALS)
+def test_gradcheck(rule, retrieve):
+    inputs = make_inputs(batch=1, heads=2, tokens=5, d=3, e=2)
+
+    def outputs(*tensors):
+        y, state = call(tensors, chunk_size=2, update_rule=rule, retrieve=retrieve, return_state=True)
+        return (y, *state)
+
+    assert torch.autograd.gradcheck(outputs, inputs, fast_mode=False)
+
+
+def test_gradgradcheck():
+    inputs = make_inputs(batch=1, heads=1, tokens=5, d=3, e=2)
+    assert torch.autograd.gradgradcheck(lambda *x: call(x, chunk_size=2)[0], inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('split', [16, 32])
+def test_two_calls_equal_one(backend, rule, split):
+    inputs = make_inputs(tokens=50)
+    options = dict(chunk_size=16, update_rule=rule, return_state=True, backend=backend)
+    whole, whole_state = call(inputs, **options)
+    first = [x[:, :, :split] for x in inputs[:3]] + inputs[3:]
+    second = [x[:, :, split:] for x in inputs[:3]] + inputs[3:]
+    y1, state = call(first, **options)
+    y2, state = call(second, state=state, **options)
+    assert_equal([torch.cat((y1, y2), dim=2), *state], [whole, *whole_state])
+    whole_gradients = torch.autograd.grad(whole.square().sum() + whole_state.w1.sum(), inputs)
+    gradients = torch.autograd.grad(y1.square().sum() + y2.square().sum() + state.w1.sum(), inputs)
+    assert_equal(gradients, whole_gradients)
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_previous_is_causal_over_chunks(rule):
+    inputs = make_inputs(tokens=50)
+    before, _ = call(inputs, chunk_size=16, update_rule=rule)
+    changed = [x.detach().clone() for x in inputs]
+    for x in changed[:3]:
+        x[:, :, 32:] = torch.randn_like(x[:, :, 32:])
+    after, _ = call(changed, chunk_size=16, update_rule=rule)
+    assert torch.equal(before[:, :, :32], after[:, :, :32])
+    assert not torch.allclose(before[:, :, 32:], after[:, :, 32:])
+    # Its own keys and values reach a chunk's later readers, not the chunk itself.
+    changed = [x.detach().clone() for x in inputs]
+    changed[1][:, :, 16:32] = F.normalize(torch.randn_like(changed[1][:, :, 16:32]), dim=-1)
+    after, _ = call(changed, chunk_size=16, update_rule=rule)
+    assert torch.equal(before[:, :, :32], after[:, :, :32])
+    assert not torch.allclose(before[:, :, 32:], after[:, :, 32:])
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('retrieve', RETRIEVALS)
+def test_images_do_not_mix(rule, retrieve):
+    inputs = make_inputs(batch=3, tokens=50)
+    together, _ = call(inputs, chunk_size=16, update_rule=rule, retrieve=retrieve)
+    for i in range(3):
+        alone, _ = call([x[i:i + 1] for x in inputs[:3]] + inputs[3:], chunk_size=16, update_rule=rule,
+                        retrieve=retrieve)
+        assert relative_error(alone, together[i:i + 1]) <= 1e-12
+    grad, = torch.autograd.grad(together[0].sum(), inputs[1])
+    assert grad[0].norm() > 0
+    assert grad[1:].norm() == 0
+
+
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+def test_without_grad_equals_with_grad(backend):
+    inputs = make_inputs(tokens=50)
+    expected, _ = call(inputs, chunk_size=16, backend=backend)
+    with torch.no_grad():
+        found, _ = call(inputs, chunk_size=16, backend=backend)
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+    if backend == 'chunked':
+        with torch.inference_mode():
+            assert torch.equal(call(inputs, chunk_size=16, backend=backend)[0], expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('rule', RULES)
+def test_inner_loop_is_float32(dtype, rule):
+    """Half-precision inputs, also under autocast, give the float32 result of the same inputs, rounded once."""
+    half = [x.detach().to(dtype) for x in make_inputs(tokens=50)]
+    expected, expected_state = call([x.float() for x in half], chunk_size=16, update_rule=rule, return_state=True)
+    for enabled in (False, True):
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
+            found, state = call(half, chunk_size=16, update_rule=rule, return_state=True)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected.to(dtype))
+        assert state.w1.dtype == torch.float32
+        assert torch.equal(state.w1, expected_state.w1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 300), fraction=st.floats(0, 1), inner_step=st.floats(1e-6, 1), seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]), rule=st.sampled_from(RULES), retrieve=st.sampled_from(RETRIEVALS))
+def test_finite_at_extremes(tokens, fraction, inner_step, seed, scale, rule, retrieve):
+    """float32, any chunk size from 1 to N, values of scale 1e3: the bound on the write keeps everything finite."""
+    inputs = make_inputs(tokens=tokens, scale=scale, dtype=torch.float32, seed=seed)
+    chunk_size = max(1, round(fraction * tokens))
+    outputs, gradients = with_gradients(inputs, chunk_size=chunk_size, inner_step=inner_step, update_rule=rule,
+                                        retrieve=retrieve, return_state=True)
+    assert all(x.isfinite().all() for x in outputs + gradients)
+
+
+def test_write_is_bounded():
+    """With no decay and no momentum, one chunk moves each head's memory by less than max_write_norm."""
+    inputs = make_inputs(tokens=64, scale=1e3)
+    inputs[8].data[64:] = -50.0  # biases of momentum and decay; d·h is 32, so these are the last two thirds
+    inputs[8].data[32:] = -50.0
+    inputs[7].data[32:] = 0
+    _, state = call(inputs, chunk_size=64, return_state=True, max_write_norm=0.5)
+    change = (state.w1 - inputs[3]).square().sum((-2, -1)) + (state.w2 - inputs[4]).square().sum((-2, -1))
+    assert (change.sqrt() <= 0.5).all()
+    assert (change.sqrt() > 0.45).all()  # writes this large come close to the bound
+
+
+def test_step_zero_never_writes():
+    inputs = make_inputs(tokens=50)
+    inputs[8].data[64:] = -1e4  # no decay either
+    inputs[7].data[64:] = 0
+    y, state = call(inputs, chunk_size=16, inner_step=0.0, return_state=True)
+    assert torch.equal(state.w1, inputs[3].expand_as(state.w1))
+    q, w1, w2 = inputs[0], inputs[3], inputs[4]
+    assert relative_error(y, q + F.gelu(q @ w1) @ w2) <= 1e-12
+
+
+@pytest.mark.parametrize('tokens, chunk_size, expected', [
+    (50, 16, 48), (48, 16, 32), (16, 16, 0), (1, 1, 0), (3, 1, 2)])
+def test_written_tokens(tokens, chunk_size, expected):
+    assert written_tokens(tokens, chunk_size) == expected
+    assert written_tokens(tokens, chunk_size, retrieve='final') == tokens
+    assert written_tokens(tokens, chunk_size, return_state=True) == tokens
+    # What is not written has no influence.
+    inputs = make_inputs(tokens=tokens)
+    y, _ = call(inputs, chunk_size=chunk_size)
+    grad_k, = torch.autograd.grad(y.sum(), inputs[1], allow_unused=True, materialize_grads=True)
+    assert grad_k[:, :, expected:].norm() == 0
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+    (dict(chunk_size=2.5), 'chunk_size must be an integer of at least 1, got 2.5'),
+    (dict(inner_step=-1), r'inner_step must be a number in \[0, 1\], got -1'),
+    (dict(inner_step=float('nan')), r'inner_step must be a number in \[0, 1\], got nan'),
+    (dict(max_write_norm=0), 'max_write_norm must be a positive finite number, got 0'),
+    (dict(update_rule='serial'), "update_rule must be one of .*got 'serial'"),
+    (dict(retrieve='next'), "retrieve must be one of .*got 'next'"),
+    (dict(backend='cuda'), "backend must be one of .*got 'cuda'"),
+])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        call(make_inputs(), **options)
+
+
+def test_bad_shapes_are_named():
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match='k must have the shape of q'):
+        call([inputs[0], inputs[1][:, :, 1:], *inputs[2:]])
+    with pytest.raises(ValueError, match='w1 and w2 must have shapes'):
+        call([*inputs[:3], inputs[3][:1], *inputs[4:]])
+    with pytest.raises(ValueError, match='at least one token'):
+        call([x[:, :, :0] for x in inputs[:3]] + inputs[3:])
+    _, state = call(inputs, return_state=True)
+    with pytest.raises(ValueError, match='state.w1 must have shape'):
+        call([x[:1] for x in inputs[:3]] + inputs[3:], state=state)
