@@ -6,6 +6,7 @@
 On several GPUs, or several CPU processes: ``tools/dist_test.sh CONFIG CHECKPOINT GPUS``.
 """
 import argparse
+import os
 
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
@@ -47,7 +48,8 @@ def draw_predictions(cfg: launch.Config, args: argparse.Namespace) -> None:
     hook.show = args.show
     hook.wait_time = args.wait_time
     if args.show_dir:
-        hook.test_out_dir = args.show_dir
+        # mmdet joins a relative folder to the work dir once for every batch, ever deeper.
+        hook.test_out_dir = os.path.abspath(args.show_dir)
 
 
 def result_dumper(cfg: launch.Config, path: str) -> DumpResults:

@@ -1,0 +1,62 @@
+"""The backbone inside mmdet: RoI features, losses and gradients of the shipped light detector."""
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torchvision.ops import roi_align
+
+import convneur_mm
+from convneur_mm.models import ConvNeur
+
+
+@pytest.fixture(scope='module')
+def detector():
+    cfg = Config.fromfile(convneur_mm.config('cascade_rcnn_convneur_m1_shapes'))
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    return MODELS.build(cfg.model)
+
+
+def test_roi_features_are_torchvisions(detector):
+    """mmcv's RoIAlign takes any memory for NCHW; torchvision's looks at strides."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 128, 160)
+    with torch.no_grad():
+        features = detector.backbone(x)
+    boxes = torch.tensor([[0, 3.0, 5.0, 40.0, 61.0], [0, 10.0, 0.0, 90.0, 90.0], [1, 77.3, 20.1, 150.2, 100.9]])
+    extractor = detector.roi_head.bbox_roi_extractor[0]
+    for feature, layer, stride in zip(features, extractor.roi_layers, (4, 8, 16, 32)):
+        expected = roi_align(feature, boxes, (7, 7), 1 / stride, layer.sampling_ratio, aligned=True)
+        assert torch.allclose(layer(feature, boxes), expected, atol=1e-5)
+        assert feature.is_contiguous()
+
+
+def test_roi_features_of_channels_last_maps_would_be_wrong(detector):
+    """The trap itself, so that the test above is known to be able to fail."""
+    torch.manual_seed(0)
+    feature = torch.randn(2, 8, 20, 24)
+    boxes = torch.tensor([[1, 7.3, 20.1, 90.2, 70.9]])
+    layer = detector.roi_head.bbox_roi_extractor[0].roi_layers[0]
+    right = layer(feature, boxes)
+    wrong = layer(feature.contiguous(memory_format=torch.channels_last), boxes)
+    if torch.allclose(right, wrong, atol=1e-5):
+        pytest.fail('mmcv now reads strides: the contiguous() at the end of the backbone may go')
+
+
+def test_losses_reach_every_parameter(detector):
+    detector.train()
+    data = detector.data_preprocessor(
+        demo_mm_inputs(2, [[3, 128, 128], [3, 96, 128]], num_classes=6, num_items=[6, 6], with_mask=True), True)
+    losses, _ = detector.parse_losses(detector(**data, mode='loss'))
+    losses.backward()
+    assert losses.isfinite()
+    for name, p in detector.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+
+
+def test_backbone_is_ours(detector):
+    assert type(detector.backbone) is ConvNeur
+    assert detector.backbone.stages[0][0].global_branch.memory.chunk_size == 196
