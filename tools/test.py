@@ -18,7 +18,8 @@ from convneur_mm.engine import launch
 def parse_args() -> argparse.Namespace:
     parser = launch.make_parser(__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='path or URL of the checkpoint')
-    parser.add_argument('--out', metavar='FILE.pkl', help='save the predictions to this pickle file')
+    parser.add_argument('--out', metavar='PATH', help='save the predictions: detections and classifications in this '
+                        'pickle file, segmentations as label pictures in this folder')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='save pictures of the predictions in this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays with --show (default: 2)')
@@ -27,29 +28,37 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.out and not args.out.endswith(('.pkl', '.pickle')):
-        raise launch.LaunchError(f'--out must end in .pkl or .pickle, got {args.out}')
     cfg = launch.load_config(args, splits=('test',))
-    cfg.load_from = launch.existing_file(args.checkpoint, 'checkpoint')
+    segments = cfg.get('default_scope') == 'mmseg'
+    if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
+        raise launch.LaunchError(f'--out must end in .pkl or .pickle, got {args.out}')
+    cfg.load_from = launch.readable_checkpoint(args.checkpoint, 'checkpoint', args.allow_pickle)
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
+    if args.out and segments:
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    if args.out:
+    if args.out and not segments:
         runner.test_evaluator.metrics.append(result_dumper(cfg, args.out))
     runner.test()
 
 
 def draw_predictions(cfg: launch.Config, args: argparse.Namespace) -> None:
-    """Turns on the visualization hook that every OpenMMLab runtime config has."""
+    """Turns on the visualization hook, which each package words in its own way."""
     hook = cfg.default_hooks.get('visualization')
     if hook is None:
         raise launch.LaunchError(f'--show and --show-dir need default_hooks.visualization, which {args.config} lacks')
-    hook.draw = True
-    hook.show = args.show
-    hook.wait_time = args.wait_time
-    if args.show_dir:
-        # mmdet joins a relative folder to the work dir once for every batch, ever deeper.
-        hook.test_out_dir = os.path.abspath(args.show_dir)
+    # Absolute, as mmdet joins a relative folder to the work dir once for every batch, ever deeper.
+    folder = os.path.abspath(args.show_dir) if args.show_dir else None
+    scope = cfg.get('default_scope')
+    hook.update(show=args.show, wait_time=args.wait_time, interval=1)
+    if scope == 'mmpretrain':
+        hook.update(enable=True, out_dir=folder)
+    elif scope == 'mmseg':
+        hook.update(draw=True)
+        cfg.visualizer.save_dir = folder
+    else:
+        hook.update(draw=True, test_out_dir=folder)
 
 
 def result_dumper(cfg: launch.Config, path: str) -> DumpResults:

@@ -37,7 +37,8 @@ def main() -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else launch.existing_file(args.resume, '--resume')
+        cfg.load_from = None if args.resume == 'auto' else launch.readable_checkpoint(
+            args.resume, '--resume', args.allow_pickle)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

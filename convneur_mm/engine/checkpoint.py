@@ -1,12 +1,81 @@
-"""Loading weights with a clear word about what did not fit."""
+"""Reading checkpoints safely, and loading weights with a clear word about what did not fit."""
 from __future__ import annotations
 
+import os
+import os.path as osp
+import pickle
 from collections.abc import Iterable, Mapping
+from urllib.parse import urlparse
 
+import torch
 import torch.nn as nn
+from mmengine.dist import barrier, master_only
 from mmengine.logging import MMLogger
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint holds more than tensors and plain values, and was not loaded."""
+
+
+def fetch_checkpoint(filename: str) -> str:
+    """A local path of a checkpoint given by path or URL; downloads go to torch's hub folder, once.
+
+    Raises:
+        FileNotFoundError: If ``filename`` is a path and no such file exists.
+    """
+    if not urlparse(filename).scheme:
+        path = osp.expanduser(filename)
+        if not osp.isfile(path):
+            raise FileNotFoundError(f'no such checkpoint: {filename}')
+        return path
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(filename).path))
+    if not osp.isfile(path):
+        MMLogger.get_current_instance().info(f'downloading {filename} to {path}')
+        _download(filename, path)
+        barrier()
+    return path
+
+
+@master_only
+def _download(url: str, path: str) -> None:
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    torch.hub.download_url_to_file(url, path)
+
+
+def read_checkpoint(filename: str, allow_pickle: bool = False) -> dict:
+    """Reads a checkpoint onto the CPU: tensors, plain values, and the log buffers MMEngine saves beside them.
+
+    Args:
+        filename (str): Path or URL.
+        allow_pickle (bool): Whether a file that holds arbitrary Python objects may be loaded too. Unpickling runs code
+            that the file brings along, so do this only for files from a source you trust. Defaults to False.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnsafeCheckpointError: If the file needs pickle and that is not allowed.
+        ValueError: If the file is no checkpoint at all.
+    """
+    path = fetch_checkpoint(filename)
+    try:
+        if allow_pickle:
+            return torch.load(path, map_location='cpu', weights_only=False)
+        with _mmengine_globals():
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split('WeightsUnpickler error: ')[-1].split('. Please use')[0].splitlines()[0]
+        if 'GLOBAL' not in reason and 'nsupported' not in reason:
+            raise ValueError(f'{filename} is no checkpoint, or damaged: {reason}') from error
+        raise UnsafeCheckpointError(f'{filename} was not loaded, because it needs pickle, which can run any code: '
+                                    f'{reason}. If you trust its source') from None
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f'{filename} is no checkpoint, or damaged: {error}') from error
+
+
+def _mmengine_globals():
+    """Lets the weights-only reader through to the harmless classes of MMEngine's own checkpoints."""
+    return torch.serialization.safe_globals(mmengine_checkpoint.get_torch_safe_globals())
 
 
 def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -23,7 +92,7 @@ def check_some_match(expected: Iterable[str], found: Iterable[str], filename: st
                          f'the checkpoint {_some(found)}')
 
 
-def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None) -> None:
+def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None, allow_pickle: bool = False) -> None:
     """Loads a backbone from a checkpoint of itself or of a whole model, and logs what is missing.
 
     Args:
@@ -31,12 +100,16 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
         filename (str): Path or URL.
         prefix (str | None): Prefix of the backbone's weights in the checkpoint. Defaults to 'backbone.' where the
             checkpoint has such names, else to none.
+        allow_pickle (bool): See :func:`read_checkpoint`. Defaults to False.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If none of the backbone's weights is in the file, or some have other shapes there.
+        ValueError: If the file needs pickle, none of the backbone's weights is in it, or some have other shapes there.
     """
-    weights = checkpoint_weights(CheckpointLoader.load_checkpoint(filename, map_location='cpu'))
+    try:
+        weights = checkpoint_weights(read_checkpoint(filename, allow_pickle))
+    except UnsafeCheckpointError as error:
+        raise ValueError(f'{error}, set init_cfg.allow_pickle=True.') from None
     own = backbone.state_dict()
     if prefix is None:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''

@@ -14,6 +14,7 @@ import torch.distributed
 from mmengine.config import Config, DictAction
 
 from ..paths import config_root
+from .checkpoint import UnsafeCheckpointError, fetch_checkpoint, read_checkpoint
 
 
 class LaunchError(Exception):
@@ -29,6 +30,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         help='override settings, e.g. model.backbone.memory_cfg.chunk_size=196; a list is '
                         'written key="[a,b]", without blanks')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
+    parser.add_argument('--allow-pickle', action='store_true',
+                        help='load checkpoints that hold more than weights; they can run any code')
     # Launchers spell it either way; the value is read from the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -67,8 +70,12 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     custom_hooks = cfg.get('custom_hooks') or []
     if not any(hook['type'] == 'CheckpointKeysHook' for hook in custom_hooks):
         cfg.custom_hooks = [*custom_hooks, dict(type='CheckpointKeysHook')]
+    if not torch.cuda.is_available():
+        without_sync_bn(cfg.model)
     if args.launcher != 'none':
         set_up_processes(cfg, args.launcher)
+    if cfg.get('load_from'):
+        cfg.load_from = readable_checkpoint(cfg.load_from, 'load_from', args.allow_pickle)
     return cfg
 
 
@@ -83,15 +90,37 @@ def find_config(name: str) -> str:
     raise LaunchError(f'no config {name!r}, neither here ({os.getcwd()}) nor among the shipped ones ({root})')
 
 
-def existing_file(path: str, argument: str) -> str:
-    """``path``, if it is a URL or an existing file.
+def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str:
+    """Local path of a checkpoint that the Runner can load; MMEngine itself would load any pickle.
+
+    Args:
+        filename (str): Path or URL.
+        argument (str): The command line's name for it, for messages.
+        allow_pickle (bool): Whether files that hold more than weights are loaded too.
 
     Raises:
-        LaunchError: If it is neither.
+        LaunchError: If there is no such file, or it needs pickle and that is not allowed.
     """
-    if not urlparse(path).scheme and not osp.isfile(path):
-        raise LaunchError(f'{argument}: no such file: {path}')
+    try:
+        path = fetch_checkpoint(filename)
+        if not allow_pickle:
+            read_checkpoint(path)
+    except FileNotFoundError:
+        raise LaunchError(f'{argument}: no such file: {filename}') from None
+    except UnsafeCheckpointError as error:
+        raise LaunchError(f'{argument}: {error}, add --allow-pickle.') from None
+    except ValueError as error:
+        raise LaunchError(f'{argument}: {error}') from None
     return path
+
+
+def without_sync_bn(cfg: dict | list) -> None:
+    """Replaces SyncBN by BN, in place: it exists on GPUs only."""
+    for value in cfg.values() if isinstance(cfg, dict) else cfg:
+        if isinstance(value, (dict, list)):
+            without_sync_bn(value)
+    if isinstance(cfg, dict) and cfg.get('type') == 'SyncBN':
+        cfg['type'] = 'BN'
 
 
 def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:

@@ -173,7 +173,7 @@ class ConvNeur(BaseModule):
             return
         checkpoint = self.pretrained.get('checkpoint')
         if checkpoint:
-            load_pretrained(self, checkpoint, prefix=self.pretrained.get('prefix'))
+            load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
         else:
             MMLogger.get_current_instance().warning(
                 f'ConvNeur-{self.arch} starts from random weights: no ImageNet checkpoint is given. Set '

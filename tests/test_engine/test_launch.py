@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 
 import convneur_mm
 from convneur_mm.datasets import make_shapes_coco
-from convneur_mm.engine.launch import LaunchError, check_data_files, existing_file, find_config, load_config
+from convneur_mm.engine.checkpoint import read_checkpoint
+from convneur_mm.engine.launch import (
+    LaunchError,
+    check_data_files,
+    find_config,
+    load_config,
+    readable_checkpoint,
+    without_sync_bn,
+)
 
 ROOT = Path(__file__).parents[2]
 SHAPES = 'cascade_rcnn_convneur_m1_shapes'
@@ -73,16 +82,65 @@ def test_wrapped_and_joined_datasets_are_checked():
     check_data_files(Config(dict(train_dataloader=dict(dataset=remote))), ('train',))
 
 
-def test_checkpoint_is_a_file_or_a_url():
-    assert existing_file('https://host/x.pth', 'checkpoint') == 'https://host/x.pth'
-    with pytest.raises(LaunchError, match='checkpoint: no such file: x.pth'):
-        existing_file('x.pth', 'checkpoint')
+class RunsCode:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+def test_unsafe_checkpoints_are_refused(tmp_path):
+    mark = tmp_path / 'code_ran'
+    torch.save(dict(state_dict={}, extra=RunsCode(mark)), tmp_path / 'unsafe.pth')
+    with pytest.raises(LaunchError, match='unsafe.pth was not loaded, because it needs pickle.*open.*--allow-pickle'):
+        readable_checkpoint(str(tmp_path / 'unsafe.pth'), 'checkpoint', allow_pickle=False)
+    assert not mark.exists()
+    assert readable_checkpoint(str(tmp_path / 'unsafe.pth'), 'checkpoint', True) == str(tmp_path / 'unsafe.pth')
+    read_checkpoint(str(tmp_path / 'unsafe.pth'), allow_pickle=True)
+    assert mark.exists()
+
+
+def test_mmengine_checkpoints_are_safe(tmp_path):
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    saved = dict(meta=dict(epoch=1, dataset_meta=dict(classes=('a', 'b'))), message_hub=dict(log_scalars={'x': buffer}),
+                 state_dict={'w': torch.ones(2)})
+    torch.save(saved, tmp_path / 'safe.pth')
+    loaded = read_checkpoint(str(tmp_path / 'safe.pth'))
+    assert loaded['meta'] == saved['meta']
+    assert loaded['message_hub']['log_scalars']['x'].mean() == 1.5
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / 'x.pth').write_text('hello')
+    with pytest.raises(LaunchError, match='checkpoint: .*x.pth is no checkpoint, or damaged'):
+        readable_checkpoint(str(tmp_path / 'x.pth'), 'checkpoint', False)
+    with pytest.raises(LaunchError, match='checkpoint: no such file: y.pth'):
+        readable_checkpoint('y.pth', 'checkpoint', False)
+
+
+def test_urls_are_fetched_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'source.pth')
+    url = (tmp_path / 'source.pth').as_uri()
+    path = readable_checkpoint(url, 'checkpoint', False)
+    assert path == str(tmp_path / 'checkpoints' / 'source.pth')
+    (tmp_path / 'source.pth').unlink()
+    assert read_checkpoint(url)['state_dict']['w'].sum() == 2
+
+
+def test_sync_bn_becomes_bn():
+    cfg = dict(head=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)), necks=[dict(norm_cfg=dict(type='SyncBN'))])
+    without_sync_bn(cfg)
+    assert cfg == dict(head=dict(norm_cfg=dict(type='BN', requires_grad=True)), necks=[dict(norm_cfg=dict(type='BN'))])
 
 
 def test_work_dir_and_options(tmp_path, monkeypatch):
     make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1)
     monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(config=SHAPES, work_dir=None, launcher='none', local_rank=0,
+    args = argparse.Namespace(config=SHAPES, work_dir=None, launcher='none', local_rank=0, allow_pickle=False,
                               cfg_options={'model.backbone.memory_cfg.chunk_size': 4096})
     cfg = load_config(args, ('train', 'val'))
     assert cfg.work_dir == f'work_dirs/{SHAPES}'
@@ -94,7 +152,6 @@ def test_work_dir_and_options(tmp_path, monkeypatch):
     (['cascade_rcnn_convneur_m3_1x_coco'], 'error: train_dataloader.dataset.ann_file: data/coco/annotations/instances_'
                                            'train2017.json does not exist'),
     ([SHAPES, '--amp'], 'error: --amp needs a CUDA GPU'),
-    ([SHAPES, '--resume', 'x.pth', '--cfg-options', 'data_root=x'], 'error: '),
 ])
 def test_train_names_what_is_wrong(args, message, tmp_path):
     if '--amp' in args and torch.cuda.is_available():
@@ -104,6 +161,12 @@ def test_train_names_what_is_wrong(args, message, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(message)
     assert 'Traceback' not in done.stderr
+
+
+def test_resume_names_a_missing_checkpoint(tmp_path):
+    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1)
+    done = run_tool(SHAPES, '--resume', 'x.pth', cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (2, 'error: --resume: no such file: x.pth')
 
 
 def test_test_names_what_is_wrong(tmp_path):
