@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned stack this project runs on. A second run only checks and takes a second.
 #
-#   tools/setup_env.sh
+#   tools/setup_env.sh                     the maintained forks (requirements/primary.txt) in .venv
+#   tools/setup_env.sh --stack openmmlab   the upstream packages (requirements/openmmlab.txt) in .venv-openmmlab
 #
 # PYTHON=/path/to/python3.11   the interpreter to use (3.10, 3.11 or 3.12)
 # CONVNEUR_CACHE=DIR           where compiled mmcv wheels are kept (default ~/.cache/convneur_mm)
@@ -10,18 +11,27 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv="$root/.venv"
-requirements="$root/requirements/primary.txt"
 cache="${CONVNEUR_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/convneur_mm}"
 
 say() { printf '[setup] %s\n' "$*"; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 minutes() { printf '%d:%02d min' $(($1 / 60)) $(($1 % 60)); }
 
-[ $# -eq 0 ] || die "unknown argument '$1': this script takes none (see its head for the environment variables)"
+stack=primary
+if [ "${1:-}" = --stack ]; then
+  stack=${2:-}
+  shift $(($# < 2 ? $# : 2))
+fi
+[ $# -eq 0 ] || die "unknown argument '$1': expected nothing, or --stack primary|openmmlab"
+case "$stack" in
+  primary) venv="$root/.venv" ;;
+  openmmlab) venv="$root/.venv-openmmlab" ;;
+  *) die "--stack must be primary or openmmlab, got '$stack'" ;;
+esac
+requirements="$root/requirements/$stack.txt"
 
 # Whatever changes what is installed is part of the stamp: the requirement files, this script, setup.py.
-stamp="$venv/.convneur_mm-$(cat "$root"/requirements/{build,primary,tests}.txt "$root/setup.py" "${BASH_SOURCE[0]}" | cksum | cut -d' ' -f1)"
+stamp="$venv/.convneur_mm-$(cat "$root"/requirements/{build,tests}.txt "$requirements" "$root/setup.py" "${BASH_SOURCE[0]}" | cksum | cut -d' ' -f1)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$root" ]; then
   say "environment is up to date: $venv"
   exit 0
@@ -62,7 +72,7 @@ rm -f "$venv"/.convneur_mm-*
 [ -x "$venv/bin/python" ] && supported "$venv/bin/python" || { rm -rf "$venv"; "$python" -m venv "$venv"; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 say "1/4 torch and the build tools (several GB to download the first time; a few minutes)"
-pip install --quiet -r "$root/requirements/build.txt" $(grep -E '^(torch|torchvision|numpy)[=<>]' "$requirements")
+pip install --quiet -r "$root/requirements/build.txt" $(grep -E '^(torch|torchvision|numpy|setuptools)[=<>]' "$requirements")
 
 # ---- mmcv, compiled once for this Python, this torch and this kind of device
 # pip's own wheel cache does not know the torch version, so the wheel goes to a folder keyed by it.

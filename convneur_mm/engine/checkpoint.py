@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 import torch
 import torch.nn as nn
 from mmengine.dist import barrier, master_only
-from mmengine.logging import MMLogger
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
 
@@ -61,8 +61,7 @@ def read_checkpoint(filename: str, allow_pickle: bool = False) -> dict:
     try:
         if allow_pickle:
             return torch.load(path, map_location='cpu', weights_only=False)
-        with _mmengine_globals():
-            return torch.load(path, map_location='cpu', weights_only=True)
+        return _load_safely(path)
     except pickle.UnpicklingError as error:
         reason = str(error).split('WeightsUnpickler error: ')[-1].split('. Please use')[0].splitlines()[0]
         if 'GLOBAL' not in reason and 'nsupported' not in reason:
@@ -73,9 +72,48 @@ def read_checkpoint(filename: str, allow_pickle: bool = False) -> dict:
         raise ValueError(f'{filename} is no checkpoint, or damaged: {error}') from error
 
 
-def _mmengine_globals():
-    """Lets the weights-only reader through to the harmless classes of MMEngine's own checkpoints."""
-    return torch.serialization.safe_globals(mmengine_checkpoint.get_torch_safe_globals())
+def _load_safely(path: str) -> dict:
+    """Weights-only loading that lets MMEngine's log buffers, which lie in each of its checkpoints, pass."""
+    if hasattr(torch.serialization, 'safe_globals'):
+        with torch.serialization.safe_globals(mmengine_checkpoint.get_torch_safe_globals()):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    # Older torch, of the upstream stack, knows no way to add to what its weights-only reader accepts.
+    return torch.load(path, map_location='cpu', weights_only=False, pickle_module=_RestrictedPickle)
+
+
+class _RestrictedPickle:
+    """The part of the pickle module that torch.load uses, for tensors, plain values and log buffers alone."""
+
+    class Unpickler(pickle.Unpickler):
+        """Finds the few classes and functions that such files need, and no others."""
+
+        def find_class(self, module: str, name: str):
+            if (module, name) in (('builtins', 'getattr'), ('__builtin__', 'getattr')):
+                return _log_buffer_method
+            if (module, name) in _HARMLESS or (
+                    module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)) or (
+                    module == 'torch' and name.endswith('Storage')):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {module}.{name}')
+
+    @classmethod
+    def load(cls, file, **kwargs):
+        return cls.Unpickler(file, **kwargs).load()
+
+
+_HARMLESS = {
+    ('collections', 'OrderedDict'), ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'),
+    ('torch', 'Size'), ('torch', 'device'), ('mmengine.logging.history_buffer', 'HistoryBuffer'),
+    ('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
+    *((f'numpy.{core}.multiarray', name) for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
+}
+
+
+def _log_buffer_method(owner: type, name: str):
+    """Stands in for getattr, with which log buffers name their own methods."""
+    if owner is not HistoryBuffer or name not in ('mean', 'max', 'min', 'current'):
+        raise pickle.UnpicklingError(f'Unsupported global: GLOBAL getattr({owner!r}, {name!r})')
+    return getattr(owner, name)
 
 
 def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
