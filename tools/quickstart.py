@@ -2,6 +2,7 @@
 """Generates data, trains, tests and reports; ``tools/quickstart.sh`` makes the environment first and calls this."""
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -26,13 +28,45 @@ matplotlib.use('Agg')
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
-CONFIG = ROOT / 'configs' / 'cascade_rcnn_convneur_m1_shapes.py'
-OUT = ROOT / 'work_dirs' / 'quickstart'
-DATA = ROOT / 'data' / 'shapes'
-METRICS = {'bbox_mAP': 'coco/bbox_mAP', 'segm_mAP': 'coco/segm_mAP'}
-# Lines of MMEngine's log that a person wants to see, without its time stamps.
-PROGRESS = re.compile(r'Epoch\((train|val|test)\)\s+(.*)')
-WANTED = re.compile(r'^\[|eta: |^loss: |coco/(bbox|segm)_mAP: ')
+# Lines of MMEngine's log that a person wants to see, and the parts of them.
+PROGRESS = re.compile(r'(?:Epoch|Iter)\((train|val|test)\)\s+(.*)')
+WANTED = re.compile(r'^\[|^eta: |^loss: |^coco/(bbox|segm)_mAP: |^mIoU: |^accuracy/top1: ')
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of quick start.
+
+    Attributes:
+        config (str): File in ``configs/``.
+        form (str): Form of the generated data, as ``tools/make_shapes.py --format`` takes it.
+        data (str): Where the config expects the data.
+        num_train (int): Training pictures.
+        metrics (dict[str, str]): Name in the summary → name in MMEngine's log.
+        unit (float): Factor that makes the logged metrics fractions of 1.
+        out (str): Folder of the results.
+        caption (str): What the contact sheet shows.
+    """
+
+    config: str
+    form: str
+    data: str
+    num_train: int
+    metrics: dict[str, str]
+    unit: float
+    out: str
+    caption: str
+
+
+TASKS = {
+    'det': Task('cascade_rcnn_convneur_m1_shapes.py', 'coco', 'data/shapes', 1000,
+                {'bbox_mAP': 'coco/bbox_mAP', 'segm_mAP': 'coco/segm_mAP'}, 1.0, 'work_dirs/quickstart',
+                'each pair: ground truth left, prediction right'),
+    'seg': Task('semantic_fpn_convneur_m1_shapes.py', 'ade20k', 'data/shapes_ade20k', 1000,
+                {'mIoU': 'mIoU'}, 0.01, 'work_dirs/quickstart_seg', 'each pair: ground truth left, prediction right'),
+    'cls': Task('convneur_m1_shapes.py', 'imagenet', 'data/shapes_imagenet', 2000,
+                {'top1': 'accuracy/top1'}, 0.01, 'work_dirs/quickstart_cls', 'ground truth and prediction in each'),
+}
 
 
 def say(text: str) -> None:
@@ -60,7 +94,7 @@ def run(command: Sequence[str | Path], log: Path) -> float:
             tail.append(line)
             match = PROGRESS.search(line)
             if match:
-                parts = re.split(r'\s{2,}', match[2].strip())
+                parts = re.split(r'\s{2,}', re.sub(r'\[\s+', '[', match[2].strip()))
                 print(f'    {match[1]:5s} ' + '  '.join(p for p in parts if WANTED.search(p)), flush=True)
     if process.returncode:
         sys.exit(f'{"".join(tail)}\n[quickstart] error: the command above failed; its whole output: {log}')
@@ -73,23 +107,24 @@ def scalars(work_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def tested_metrics(work_dir: Path) -> dict[str, float]:
-    """The metrics of the newest test in a work dir."""
+def tested_metrics(work_dir: Path, task: Task) -> dict[str, float]:
+    """The metrics of the newest test in a work dir, as fractions of 1."""
     path = max(work_dir.glob('*/*.json'), key=lambda p: p.stat().st_mtime)
     logged = json.loads(path.read_text())
-    return {name: logged[key] for name, key in METRICS.items()}
+    return {name: round(logged[key] * task.unit, 4) for name, key in task.metrics.items()}
 
 
-def plot_curves(lines: list[dict], path: Path) -> None:
-    """Training loss over iterations, and the validation metrics over epochs."""
+def plot_curves(lines: list[dict], task: Task, path: Path) -> None:
+    """Training loss over iterations, and the validation metrics over epochs (or iterations, where that is the unit)."""
     train = [line for line in lines if 'loss' in line]
-    val = [line for line in lines if METRICS['bbox_mAP'] in line]
+    val = [line for line in lines if next(iter(task.metrics.values())) in line]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     left.plot([line['step'] for line in train], [line['loss'] for line in train], color='tab:blue')
     left.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
-    for (name, key), marker in zip(METRICS.items(), 'os'):
-        right.plot([line['step'] for line in val], [line[key] for line in val], marker=marker, label=name)
-    right.set(xlabel='epoch', ylabel='on the val split', ylim=(0, 1))
+    for (name, key), marker in zip(task.metrics.items(), 'os'):
+        right.plot([line['step'] for line in val], [line[key] * task.unit for line in val], marker=marker, label=name)
+    by_epoch = val[-1]['step'] < train[-1]['step']
+    right.set(xlabel='epoch' if by_epoch else 'iteration', ylabel='on the val split', ylim=(0, 1))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(loc='lower right')
     for axis in (left, right):
@@ -98,53 +133,67 @@ def plot_curves(lines: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def contact_sheet(folder: Path, path: Path, count: int = 12, columns: int = 3) -> None:
-    """The first pictures of a folder (ground truth left, prediction right) in one."""
-    files = sorted(folder.rglob('*.jpg'))[:count] or sorted(folder.rglob('*.png'))[:count]
+def contact_sheet(folder: Path, caption: str, path: Path, count: int = 12) -> None:
+    """The first pictures of a folder in one, under a caption."""
+    files = sorted(f for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))[:count]
     pictures = [cv2.imread(str(f)) for f in files]
     height, width = pictures[0].shape[:2]
     pictures = [cv2.copyMakeBorder(cv2.resize(p, (width, height)), 6, 6, 6, 6, cv2.BORDER_CONSTANT,
                                    value=(255, 255, 255)) for p in pictures]
+    columns = 3 if width > height else 6
     rows = [np.hstack(pictures[i:i + columns]) for i in range(0, len(pictures) - columns + 1, columns)]
     header = np.full((26, rows[0].shape[1], 3), 255, np.uint8)
-    cv2.putText(header, 'each pair: ground truth left, prediction right', (8, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5,
-                (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(header, caption, (8, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     cv2.imwrite(str(path), np.vstack([header, *rows]))
 
 
-def main() -> None:
+def quickstart(name: str) -> None:
+    """Runs one task from data to report."""
+    task = TASKS[name]
+    config, data, out = ROOT / 'configs' / task.config, ROOT / task.data, ROOT / task.out
     start = time.time()
-    if OUT.exists():
-        say(f'starting anew: removing {OUT.relative_to(ROOT)}')
-        shutil.rmtree(OUT)
-    OUT.mkdir(parents=True)
-    # Two processes even on one machine's cores: several parts of a detector use a single thread.
+    if out.exists():
+        say(f'starting anew: removing {task.out}')
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    # Two processes even on one machine's cores: several parts of a model use a single thread.
     processes = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     minutes = {}
-    say(f'1/4 data: {DATA.relative_to(ROOT)}')
-    minutes['data'] = run([sys.executable, TOOLS / 'make_shapes.py', DATA, '--num-train', '1000'], OUT / 'data.log')
-    say(f'2/4 training on {processes} {"GPU(s)" if torch.cuda.is_available() else "CPU process(es)"}; '
-        'about ten minutes on two cores')
-    train_dir, test_dir = OUT / 'train', OUT / 'test'
-    minutes['train'] = run([TOOLS / 'dist_train.sh', CONFIG, str(processes), '--work-dir', train_dir,
-                            '--auto-scale-lr'], OUT / 'train.log')
+    say(f'{name} 1/4: data')
+    minutes['data'] = run([sys.executable, TOOLS / 'make_shapes.py', data, '--format', task.form, '--num-train',
+                           str(task.num_train)], out / 'data.log')
+    device = 'GPU(s)' if torch.cuda.is_available() else 'CPU process(es)'
+    say(f'{name} 2/4: training on {processes} {device}, up to ten minutes on two cores')
+    train_dir, test_dir, pictures = out / 'train', out / 'test', out / 'pictures'
+    minutes['train'] = run([TOOLS / 'dist_train.sh', config, str(processes), '--work-dir', train_dir,
+                            '--auto-scale-lr'], out / 'train.log')
     checkpoint = Path((train_dir / 'last_checkpoint').read_text().strip())
-    say(f'3/4 testing {checkpoint.relative_to(ROOT)}')
-    minutes['test'] = run([TOOLS / 'dist_test.sh', CONFIG, checkpoint, str(processes), '--work-dir', test_dir,
-                           '--show-dir', OUT / 'pictures'], OUT / 'test.log')
-    say('4/4 report')
-    plot_curves(scalars(train_dir), OUT / 'curves.png')
-    contact_sheet(OUT / 'pictures', OUT / 'predictions.png')
+    say(f'{name} 3/4: testing the checkpoint')
+    minutes['test'] = run([TOOLS / 'dist_test.sh', config, checkpoint, str(processes), '--work-dir', test_dir,
+                           '--show-dir', pictures], out / 'test.log')
+    say(f'{name} 4/4: report')
+    plot_curves(scalars(train_dir), task, out / 'curves.png')
+    contact_sheet(pictures, task.caption, out / 'predictions.png')
     minutes['total'] = (time.time() - start) / 60
+    metrics = tested_metrics(test_dir, task)
     summary = dict(
-        tested_metrics(test_dir),
-        minutes={name: round(value, 2) for name, value in minutes.items()},
-        config=str(CONFIG.relative_to(ROOT)), checkpoint=str(checkpoint.relative_to(ROOT)), processes=processes,
+        metrics,
+        minutes={key: round(value, 2) for key, value in minutes.items()},
+        config=f'configs/{task.config}', checkpoint=str(checkpoint.relative_to(ROOT)), processes=processes,
         versions=dict(convneur_mm=__version__, torch=torch.__version__))
-    (OUT / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
-    figures = ', '.join(f'{name} {summary[name]:.3f}' for name in METRICS)
-    say(f'done: {figures} after {minutes["total"]:.1f} minutes')
-    say(f'see {OUT.relative_to(ROOT)}/: summary.json, curves.png, predictions.png')
+    (out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+    figures = ', '.join(f'{key} {value:.3f}' for key, value in metrics.items())
+    say(f'{name} done: {figures} after {minutes["total"]:.1f} minutes; see summary.json, curves.png and '
+        f'predictions.png in {task.out}/')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--task', choices=[*TASKS, 'all'], default='det',
+                        help='detection (the default), segmentation, classification, or one after the other')
+    task = parser.parse_args().task
+    for name in TASKS if task == 'all' else [task]:
+        quickstart(name)
 
 
 if __name__ == '__main__':

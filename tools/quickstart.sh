@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# From a bare clone to a trained and tested detector: makes the environment, generates a small data set, trains a light
-# Cascade Mask R-CNN with ConvNeur-m1 on it, tests the checkpoint, and leaves figures and pictures in
-# work_dirs/quickstart/.
+# From a bare clone to a trained and tested model: makes the environment, generates a small data set, trains a light
+# model with ConvNeur-m1 on it, tests the checkpoint, and leaves figures and pictures in work_dirs/.
 #
-#   tools/quickstart.sh
+#   tools/quickstart.sh [--task det|seg|cls|all]     (default: det, into work_dirs/quickstart/)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/tools/setup_env.sh"

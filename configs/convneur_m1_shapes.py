@@ -1,0 +1,46 @@
+# ConvNeur-m1 as a classifier of small pictures, trained from nothing on 2000 generated ones, 2 processes x 16 images:
+#   tools/make_shapes.py data/shapes_imagenet --format imagenet --num-train 2000
+#   tools/dist_train.sh configs/convneur_m1_shapes.py 2
+_base_ = './convneur_m1_300e_in1k.py'
+
+classes = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
+
+model = dict(
+    head=dict(num_classes=len(classes), topk=(1, ), loss=dict(label_smooth_val=0.0)),
+    # Mixed pictures ask for longer training.
+    train_cfg=None)
+data_preprocessor = dict(num_classes=len(classes))
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=96),
+    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    dict(type='RandomFlip', prob=0.5, direction='vertical'),
+    dict(type='PackInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=96),
+    dict(type='PackInputs'),
+]
+dataset = dict(type='CustomDataset', data_root='data/shapes_imagenet', with_label=True, classes=classes)
+train_dataloader = dict(
+    batch_size=16, num_workers=1,
+    dataset=dict(_delete_=True, **dataset, data_prefix='train', pipeline=train_pipeline))
+val_dataloader = dict(
+    batch_size=16, num_workers=1,
+    dataset=dict(_delete_=True, **dataset, data_prefix='val', pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1, ))
+test_evaluator = val_evaluator
+
+max_epochs = 12
+train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+optim_wrapper = dict(optimizer=dict(lr=1e-3), accumulative_counts=1)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=2, max_keep_ckpts=1, save_best=None))
+auto_scale_lr = dict(base_batch_size=32)
+randomness = dict(seed=0)

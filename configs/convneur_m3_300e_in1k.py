@@ -1,0 +1,10 @@
+# ImageNet-1K, 300 epochs at 224 x 224, 8 GPUs x 256 images x 2 accumulated iterations = 4096 images an update:
+#   tools/dist_train.sh configs/convneur_m3_300e_in1k.py 8
+_base_ = [
+    './_base_/models/convneur_classifier.py',
+    './_base_/datasets/imagenet_224.py',
+    './_base_/schedules/imagenet_300e.py',
+    './_base_/mmpretrain_runtime.py',
+]
+
+model = dict(backbone=dict(arch='m3'), head=dict(in_channels=512))

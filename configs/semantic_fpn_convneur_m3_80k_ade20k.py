@@ -1,0 +1,16 @@
+# Semantic FPN, 80k iterations, crops of 512 x 512, 4 GPUs x 4 images:
+#   tools/dist_train.sh configs/semantic_fpn_convneur_m3_80k_ade20k.py 4
+_base_ = [
+    './_base_/models/semantic_fpn_convneur.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/ade20k_80k.py',
+    './_base_/mmseg_runtime.py',
+]
+
+# The memory keeps its defaults, chunks of 196 tokens and an inner step of 1.0, as in pretraining. To take those of the
+# COCO configs, give the backbone memory_cfg=dict(chunk_size=4096, inner_step=1e-3); on the command line:
+#   --cfg-options model.backbone.memory_cfg.chunk_size=4096 model.backbone.memory_cfg.inner_step=1e-3
+model = dict(
+    data_preprocessor={{_base_.data_preprocessor}},
+    backbone=dict(arch='m3', init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained.m3}})),
+    neck=dict(in_channels=[64, 128, 256, 512]))

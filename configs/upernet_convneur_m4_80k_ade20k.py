@@ -1,0 +1,6 @@
+_base_ = './upernet_convneur_m3_80k_ade20k.py'
+
+model = dict(
+    backbone=dict(arch='m4', init_cfg=dict(checkpoint={{_base_.pretrained.m4}})),
+    decode_head=dict(in_channels=[80, 160, 320, 640]),
+    auxiliary_head=dict(in_channels=320))
