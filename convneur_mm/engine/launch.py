@@ -152,9 +152,11 @@ def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
     prefix = dataset.get('data_prefix') or {}
     for name, value in (prefix.items() if isinstance(prefix, dict) else [('img_path', prefix)]):
         entries[f'data_prefix.{name}'] = value
+    if not any(entries.values()):
+        entries['data_root'] = ''  # mmpretrain's datasets find their files below it themselves
     for name, value in entries.items():
-        if isinstance(value, str) and value and not urlparse(osp.join(root, value)).scheme:
-            yield f'{key}.{name}', osp.join(root, value)
+        if isinstance(value, str) and osp.join(root, value) and not urlparse(osp.join(root, value)).scheme:
+            yield f'{key}.{name}', osp.join(root, value).rstrip('/')
 
 
 def set_up_processes(cfg: Config, launcher: str) -> None:

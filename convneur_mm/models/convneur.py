@@ -4,7 +4,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule, ModuleList, Sequential
@@ -107,7 +106,9 @@ class ConvNeur(BaseModule):
         self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
 
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(self.depths)).split(self.depths)
+        num_blocks = sum(self.depths)
+        drop_path_rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
+        first_blocks = [sum(self.depths[:i]) for i in range(num_stages)]
         self.downsample_layers = ModuleList()
         self.stages = ModuleList()
         for i in range(self.out_indices[-1] + 1):
@@ -125,9 +126,9 @@ class ConvNeur(BaseModule):
                     global_branch=GlobalMemory(channels, mem_channels, **memory_cfg)
                     if placement == 'block' or (placement == 'stage' and j == 0) else None,
                     fusion=fusion,
-                    drop_path_rate=rate,
+                    drop_path_rate=drop_path_rates[first_blocks[i] + j],
                     with_cp=with_cp)
-                for j, rate in enumerate(drop_path_rates[i].tolist()))))
+                for j in range(self.depths[i]))))
             if i in self.out_indices:
                 self.add_module(f'norm{i}', LayerNorm2d(channels, eps=1e-6))
         self._freeze_stages()
@@ -169,6 +170,9 @@ class ConvNeur(BaseModule):
                 other shapes.
         """
         super().init_weights()
+        # With a bias of zero an image's padding is zero after the stem, and every LayerNorm on the way back multiplies
+        # its gradient by 1 / sqrt(eps) = 1000: through four stages that ends training from random weights at once.
+        nn.init.trunc_normal_(self.downsample_layers[0][0].bias, std=0.02)
         if self.pretrained is None:
             return
         checkpoint = self.pretrained.get('checkpoint')

@@ -78,6 +78,9 @@ def test_wrapped_and_joined_datasets_are_checked():
     ]:
         with pytest.raises(LaunchError, match=f'train_dataloader.{key}: nowhere/a.json'):
             check_data_files(Config(dict(train_dataloader=dict(dataset=dataset))), ('train',))
+    with pytest.raises(LaunchError, match='train_dataloader.dataset.data_root: nowhere/imagenet does not exist'):
+        dataset = dict(type='ImageNet', data_root='nowhere/imagenet', split='train')
+        check_data_files(Config(dict(train_dataloader=dict(dataset=dataset))), ('train',))
     remote = dict(type='CocoDataset', data_root='s3://bucket/', ann_file='a.json', data_prefix=dict(img='x/'))
     check_data_files(Config(dict(train_dataloader=dict(dataset=remote))), ('train',))
 

@@ -211,21 +211,40 @@ def test_placement():
     assert model.stages[1][1].global_branch is not None
 
 
-def test_image_padding_does_not_break_training():
-    """Zero padding gives zero queries and keys at initialisation; normalising them must not blow gradients up.
-
-    The stem's LayerNorm makes padded gradients large in every ConvNeXt; the memory may not make them much larger.
-    """
+@pytest.mark.parametrize('placement', ['none', 'stage'])
+def test_image_padding_does_not_break_training(placement):
+    """Were padding zero behind the stem, LayerNorms and the memory's L2 norms would blow its gradient up (to 1e12)."""
     x = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    x[..., 64:] = 0
-    norms = {}
-    for placement in ('none', 'stage'):
+    norms = []
+    for padded in (False, True):
         torch.manual_seed(0)
         model = ConvNeur('m1', memory_cfg=dict(chunk_size=64), placement=placement)
         model.init_weights()
-        sum(o.square().mean() for o in model(x)).backward()
-        norms[placement] = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert norms['stage'] < 5 * norms['none']
+        x[..., 64:] *= not padded
+        sum((o * torch.randn(o.shape)).mean() for o in model(x)).backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+    assert norms[1] < 10 * norms[0]
+
+
+def test_zero_tokens_do_not_break_training():
+    """The memory alone, where tokens are zero: F.normalize's own eps would multiply their gradient by 1e12."""
+    memory = NeuralMemory(32, chunk_size=8)
+    x = torch.randn(1, 32, 32)
+    norms = []
+    for zero in (False, True):
+        x[:, 16:] *= not zero
+        memory.zero_grad()
+        (memory(x) * torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(0))).sum().backward()
+        norms.append(memory.norm.bias.grad.norm())
+    assert norms[1] < 100 * norms[0]
+
+
+def test_meta_device():
+    """Shapes and FLOPs of large inputs can be had without their memory."""
+    with torch.device('meta'):
+        model = ConvNeur('m3', drop_path_rate=0.1)
+        outs = model(torch.zeros(1, 3, 512, 2048))
+    assert outs[0].shape == (1, 64, 128, 512)
 
 
 @pytest.mark.parametrize('chunk_size', [1, 7, 100, 4096])
@@ -279,6 +298,7 @@ def test_init_weights_keeps_the_generators_biases():
     conv = model.stages[2][3].pointwise_conv1
     assert abs(conv.weight.std().item() - 0.02) < 0.001
     assert (conv.bias == 0).all()
+    assert (model.downsample_layers[0][0].bias != 0).all()
 
 
 def test_arguments_are_not_changed():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ def neural_memory(
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    # Autocast does not know the meta device, on which shapes and FLOPs can be counted without memory.
+    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         q, w1, w2 = q.to(dtype), w1.to(dtype), w2.to(dtype)
         num_written = written_tokens(num_tokens, chunk_size, retrieve, return_state)
         k, v = (x[:, :, :num_written].to(dtype) for x in (k, v))  # the last chunk's are not needed, see there
