@@ -3,7 +3,8 @@
 #   tools/dist_train.sh configs/convneur_m1_shapes.py 2
 _base_ = './convneur_m1_300e_in1k.py'
 
-classes = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
+# In the order in which mmpretrain numbers class folders.
+classes = ('cross', 'disk', 'ring', 'square', 'star', 'triangle')
 
 model = dict(
     head=dict(num_classes=len(classes), topk=(1, ), loss=dict(label_smooth_val=0.0)),

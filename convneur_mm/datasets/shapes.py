@@ -1,30 +1,20 @@
-"""Pictures of simple shapes on textured backgrounds, a data set made on the spot.
+"""Pictures of simple shapes on textured backgrounds, made on the spot.
 
-It stands in for COCO where the real data is not at hand: small enough to make in seconds, and not solvable by colour,
-since only the outline of an object tells its class. :func:`make_scene` makes one picture and knows no file format;
-:func:`make_shapes_coco` writes many of them in COCO's instance format.
+They stand in for real data sets where those are not at hand: small enough to make in seconds, and not solvable by
+colour, since only the outline of an object tells its class. Here the pictures are made, as arrays; ``shapes_formats``
+writes them as data sets.
 """
 from __future__ import annotations
 
 import colorsys
-import json
 import operator
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
-from rich.console import Console
-from rich.progress import track
 
-FORMAT = 'convneur_mm shapes, COCO instances'
-# Raise it with every change that alters what the same arguments give, so that older folders are made anew.
-FORMAT_VERSION = 1
 SPLITS = ('train', 'val')
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 2048
@@ -40,10 +30,8 @@ MIN_VISIBLE_AREA = 60
 MIN_FRAGMENT_AREA = 6
 # Distances of colours (CIE 1976) between an object and what surrounds it: for its main and for its second colour.
 MIN_CONTRAST, MIN_SECOND_CONTRAST = 38.0, 26.0
-
-_COMPLETE_NAME = 'shapes.json'
-_UNFINISHED_NAME = 'shapes.unfinished.json'
-_IMAGE_NAME = re.compile(r'\d{6,}\.jpg')
+# The size of the one object of a picture that is to be classified: it should be what the picture is of.
+MIN_SINGLE_SIZE, MAX_SINGLE_SIZE = 0.35, 0.8
 
 
 # The outlines are signed distance functions: of points (x, y) relative to the centre of a shape of size 1, negative
@@ -88,7 +76,7 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 _REACH = 0.61
 
 SHAPE_CLASSES = tuple(_OUTLINES)
-"""The class names; the index in this tuple is the class index, and the COCO category id is one more."""
+"""The class names; the index in this tuple is the class index of scenes. COCO's and ADE20K's is one more."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +128,18 @@ class _Patch:
         return ((slice(top, bottom), slice(left, right)),
                 (slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left)))
 
+    def mask(self, size: int) -> np.ndarray:
+        """The pixels of the image that the shape covers, bool, shape (size, size)."""
+        inside, of_patch = self.crop(size)
+        mask = np.zeros((size, size), bool)
+        mask[inside] = self.distance[of_patch] <= 0
+        return _without_fragments(mask)
+
+    @property
+    def area(self) -> int:
+        """Pixels of the whole shape, those outside the image included."""
+        return int((self.distance <= 0).sum())
+
 
 def make_scene(rng: np.random.Generator, size: int) -> Scene:
     """Makes one picture with one to five objects.
@@ -157,7 +157,7 @@ def make_scene(rng: np.random.Generator, size: int) -> Scene:
     Raises:
         ValueError: ``size`` is not an integer from 64 to 2048.
     """
-    size = _checked_int('size', size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
+    size = checked_int('size', size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
     min_area = MIN_VISIBLE_AREA * (size / 160) ** 2
     canvas = _background(rng, size)
     labels: list[int] = []
@@ -170,25 +170,45 @@ def make_scene(rng: np.random.Generator, size: int) -> Scene:
         # Only the place is drawn again: a new size, too, would make small objects more frequent in full images.
         for _ in range(20):
             patch = _place(rng, label, pixels, size)
-            inside, of_patch = patch.crop(size)
-            shape = np.zeros((size, size), bool)
-            shape[inside] = patch.distance[of_patch] <= 0
-            whole_area = int((patch.distance <= 0).sum())
-            shape = _without_fragments(shape)
+            shape = patch.mask(size)
             remaining = [_without_fragments(mask & ~shape) for mask in masks]
             # What shows only through the hole of a ring looks like no class, so the hole does not count as a view.
             views = [mask & ~_filled(shape) for mask in remaining] + [shape]
-            areas = whole_areas + [whole_area]
+            areas = whole_areas + [patch.area]
             if all(view.sum() >= max(MIN_VISIBLE_FRACTION * area, min_area)
                    for view, area in zip(views, areas, strict=True)):
                 labels.append(label)
                 masks, whole_areas = remaining + [shape], areas
                 _paint(rng, canvas, patch, pixels)
                 break
-    canvas += rng.normal(0, rng.uniform(0.004, 0.02), canvas.shape).astype(np.float32)
-    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(image, [Instance(label, mask, float(mask.sum() / area))
-                         for label, mask, area in zip(labels, masks, whole_areas, strict=True)])
+    return Scene(_developed(rng, canvas), [Instance(label, mask, float(mask.sum() / area))
+                                           for label, mask, area in zip(labels, masks, whole_areas, strict=True)])
+
+
+def make_single_scene(rng: np.random.Generator, size: int, label: int) -> Scene:
+    """Makes one picture with exactly one object, for classification.
+
+    The object is 0.35 to 0.8 of the image side across, and no more than tips or corners of it lie outside the image.
+
+    Args:
+        rng: Source of everything random; the scene is a function of its state, ``size`` and ``label`` alone.
+        size: Side of the square image, in pixels, 64 to 2048.
+        label: Class index of the object, into ``SHAPE_CLASSES``.
+
+    Returns:
+        The scene, with an image of shape (size, size, 3) and one instance with a mask of shape (size, size).
+
+    Raises:
+        ValueError: ``size`` or ``label`` is not an integer in its range.
+    """
+    size = checked_int('size', size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
+    label = checked_int('label', label, 0, len(SHAPE_CLASSES) - 1)
+    canvas = _background(rng, size)
+    pixels = float(np.exp(rng.uniform(np.log(MIN_SINGLE_SIZE * size), np.log(MAX_SINGLE_SIZE * size))))
+    patch = _place(rng, label, pixels, size, margin=0.5)
+    mask = patch.mask(size)
+    _paint(rng, canvas, patch, pixels)
+    return Scene(_developed(rng, canvas), [Instance(label, mask, float(mask.sum() / patch.area))])
 
 
 def scene_at(seed: int, split: str, index: int, size: int) -> Scene:
@@ -206,103 +226,34 @@ def scene_at(seed: int, split: str, index: int, size: int) -> Scene:
     Raises:
         ValueError: An argument is not one of those named.
     """
-    if split not in SPLITS:
-        raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
-    seed = _checked_int('seed', seed, 0, 2**32 - 1)
-    index = _checked_int('index', index, 0, 2**32 - 1)
-    return make_scene(np.random.default_rng([seed, SPLITS.index(split), index]), size)
+    return make_scene(_rng_at(seed, split, index), size)
 
 
-def mask_to_segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
-    """Turns a mask into a COCO segmentation that pycocotools decodes to exactly this mask.
+def single_scene_at(seed: int, split: str, index: int, size: int) -> Scene:
+    """Makes the scene with one object that has a given place in the data set; the classes take turns.
 
     Args:
-        mask: bool, shape (H, W).
+        seed: Seed of the data set, 0 to 2**32 - 1.
+        split: ``'train'`` or ``'val'``.
+        index: Place in the split, from 0; its remainder by the number of classes is the class index of the object.
+        size: Side of the square image, in pixels, 64 to 2048.
 
     Returns:
-        Polygons, each a flat list x0, y0, x1, y1, ... in pixels from the outer corner of the first pixel; or, for a
-        mask that polygons cannot give, such as one with holes, a compressed run-length encoding: ``size`` as [H, W]
-        and ``counts`` as str.
+        The scene; see :func:`make_single_scene`.
 
     Raises:
-        ValueError: The mask is not a two-dimensional bool array, or it is empty.
+        ValueError: An argument is not one of those named.
     """
-    if mask.dtype != bool or mask.ndim != 2 or not mask.any():
-        raise ValueError(f'mask must be a bool array of shape (H, W) with a pixel set, got {mask.dtype} of shape '
-                         f'{mask.shape} with {np.count_nonzero(mask)} set')
-    # OpenCV's outlines run through the centres of the outermost pixels, which takes half a pixel off all around. On
-    # the doubled mask that is a quarter, and the centres of the original pixels stay clearly inside.
-    doubled = mask.repeat(2, 0).repeat(2, 1).astype(np.uint8)
-    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    # Straightened stairs are shorter and nicer to look at, so they come first; where they gain or lose a pixel, the
-    # stairs themselves are taken. Neither gives a mask with holes.
-    for tolerance in (0.8, 0.6, 0.0):
-        lines = [cv2.approxPolyDP(contour, tolerance, True) if tolerance else contour for contour in contours]
-        polygons = [((line.reshape(-1) + 0.5) / 2).tolist() for line in lines if len(line) >= 3]
-        if polygons and np.array_equal(_decode(polygons, mask.shape), mask):
-            return polygons
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {'size': [int(side) for side in mask.shape], 'counts': encoded['counts'].decode('ascii')}
+    # The further number keeps these pictures apart from those of scene_at, which would share their backgrounds.
+    return make_single_scene(_rng_at(seed, split, index, 1), size, index % len(SHAPE_CLASSES))
 
 
-def make_shapes_coco(root: str | os.PathLike[str], num_train: int = 400, num_val: int = 100, image_size: int = 160,
-                     seed: int = 0) -> Path:
-    """Writes the shapes as a data set in COCO's instance format.
-
-    Makes ``train/*.jpg``, ``val/*.jpg``, ``annotations/instances_train.json``, ``annotations/instances_val.json`` and,
-    last, ``shapes.json`` with the arguments. The same arguments give the same bytes, given the same versions of numpy
-    and OpenCV; an image depends on its split, its place there, ``image_size`` and ``seed``, but not on how many there
-    are. A folder that is complete and was made with the same arguments is left alone; one that was made with others,
-    or left unfinished, is made anew. Images are 8 bit RGB, boxes and areas in pixels and of the visible part.
-
-    Args:
-        root: Folder to write to; it may be missing, empty or an earlier result of this function.
-        num_train: Number of training images, 1 to 999999.
-        num_val: Number of validation images, 1 to 999999.
-        image_size: Side of the square images, in pixels, 64 to 2048.
-        seed: Seed of everything random, 0 to 2**32 - 1.
-
-    Returns:
-        ``root`` as a path.
+def checked_int(name: str, value: Any, low: int, high: int) -> int:
+    """Returns ``value`` as an int if it is an integer from ``low`` to ``high``.
 
     Raises:
-        ValueError: An argument is out of its range, or ``root`` is a file or holds something else.
+        ValueError: It is not; names the argument, its range and the value.
     """
-    root = Path(root)
-    counts = {'train': _checked_int('num_train', num_train, 1, 999999),
-              'val': _checked_int('num_val', num_val, 1, 999999)}
-    arguments = {'format': FORMAT, 'version': FORMAT_VERSION, 'num_train': counts['train'], 'num_val': counts['val'],
-                 'image_size': _checked_int('image_size', image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
-                 'seed': _checked_int('seed', seed, 0, 2**32 - 1)}
-    if not _claim(root, arguments):
-        return root
-    (root / 'annotations').mkdir(exist_ok=True)
-    for split, count in counts.items():
-        (root / split).mkdir(exist_ok=True)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        # pycocotools takes an annotation id of 0 for "no match", so both ids start at 1.
-        for index in track(range(count), description=f'{split} images', console=Console(stderr=True)):
-            scene = scene_at(arguments['seed'], split, index, arguments['image_size'])
-            name = _image_name(index)
-            _write_jpeg(root / split / name, scene.image)
-            height, width = scene.image.shape[:2]
-            images.append({'id': index + 1, 'file_name': name, 'width': width, 'height': height, 'license': 1})
-            for instance in scene.instances:
-                annotations.append({'id': len(annotations) + 1, 'image_id': index + 1, **_coco_annotation(instance)})
-        _write_json(root / 'annotations' / f'instances_{split}.json', {
-            'info': {'description': f'Shapes on textured backgrounds, {split}', 'version': str(FORMAT_VERSION)},
-            'licenses': [{'id': 1, 'name': 'Apache License 2.0', 'url': 'https://www.apache.org/licenses/LICENSE-2.0'}],
-            'images': images,
-            'annotations': annotations,
-            'categories': [{'id': label + 1, 'name': name, 'supercategory': 'shape'}
-                           for label, name in enumerate(SHAPE_CLASSES)],
-        })
-    os.replace(root / _UNFINISHED_NAME, root / _COMPLETE_NAME)
-    return root
-
-
-def _checked_int(name: str, value: Any, low: int, high: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -312,10 +263,17 @@ def _checked_int(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def _place(rng: np.random.Generator, label: int, pixels: float, size: int) -> _Patch:
-    """Puts a shape of ``pixels`` pixels across somewhere on an image, at most a little over its border."""
-    margin = 0.4 * pixels
-    centre_y, centre_x = rng.uniform(margin, size - margin, 2)
+def _rng_at(seed: int, split: str, index: int, *more: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+    seed = checked_int('seed', seed, 0, 2**32 - 1)
+    index = checked_int('index', index, 0, 2**32 - 1)
+    return np.random.default_rng([seed, SPLITS.index(split), index, *more])
+
+
+def _place(rng: np.random.Generator, label: int, pixels: float, size: int, margin: float = 0.4) -> _Patch:
+    """Puts a shape of ``pixels`` pixels across somewhere on an image, its centre ``margin`` shapes from the border."""
+    centre_y, centre_x = rng.uniform(margin * pixels, size - margin * pixels, 2)
     angle = rng.uniform(0, 2 * np.pi)
     reach = _REACH * pixels + 1
     top, left = int(np.floor(centre_y - reach)), int(np.floor(centre_x - reach))
@@ -434,6 +392,12 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     return (canvas * shade[..., None].astype(np.float32)).clip(0, 1)
 
 
+def _developed(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """The picture on ``canvas`` (float32 RGB from 0 to 1, changed in place) with a sensor's noise, as uint8."""
+    canvas += rng.normal(0, rng.uniform(0.004, 0.02), canvas.shape).astype(np.float32)
+    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
 def _clouds(rng: np.random.Generator, size: int, octaves: int) -> np.ndarray:
     """Smooth noise from 0 to 1, shape (size, size)."""
     total = np.zeros((size, size))
@@ -451,76 +415,3 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 def _to_lab(colours: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
-
-
-def _decode(polygons: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape))).astype(bool)
-
-
-def _coco_annotation(instance: Instance) -> dict[str, Any]:
-    rows, columns = np.flatnonzero(instance.mask.any(1)), np.flatnonzero(instance.mask.any(0))
-    top, left = int(rows[0]), int(columns[0])
-    return {'category_id': instance.label + 1,
-            'bbox': [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-            'area': int(instance.mask.sum()),
-            'iscrowd': 0,
-            'segmentation': mask_to_segmentation(instance.mask)}
-
-
-def _image_name(index: int) -> str:
-    return f'{index + 1:06d}.jpg'
-
-
-def _claim(root: Path, arguments: dict[str, Any]) -> bool:
-    """Readies ``root`` for writing and says whether there is anything to do.
-
-    While a set is written a file under another name holds the arguments: a run that was cut short is then known for
-    ours, and what it left can be removed without a danger of removing something else.
-    """
-    if root.exists() and not root.is_dir():
-        raise ValueError(f'root must be a folder, got a file: {root}')
-    root.mkdir(parents=True, exist_ok=True)
-    complete, unfinished = root / _COMPLETE_NAME, root / _UNFINISHED_NAME
-    found = _read_arguments(complete)
-    if found is None and _read_arguments(unfinished) is None and any(root.iterdir()):
-        raise ValueError(f'root must be missing, empty or made by make_shapes_coco, got a folder with other content: '
-                         f'{root}')
-    if found == arguments and _is_complete(root, arguments):
-        return False
-    _write_json(unfinished, arguments)
-    complete.unlink(missing_ok=True)
-    for split in SPLITS:
-        (root / 'annotations' / f'instances_{split}.json').unlink(missing_ok=True)
-        for path in (root / split).glob('*.jpg'):
-            if _IMAGE_NAME.fullmatch(path.name):
-                path.unlink()
-    return True
-
-
-def _is_complete(root: Path, arguments: dict[str, Any]) -> bool:
-    for split in SPLITS:
-        if not (root / 'annotations' / f'instances_{split}.json').is_file() or not (root / split).is_dir():
-            return False
-        names = set(os.listdir(root / split))
-        if not all(_image_name(index) in names for index in range(arguments[f'num_{split}'])):
-            return False
-    return True
-
-
-def _read_arguments(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) and content.get('format') == FORMAT else None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, separators=(',', ':')) + '\n', encoding='utf-8')
-
-
-def _write_jpeg(path: Path, image: np.ndarray) -> None:
-    done, buffer = cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
-    if not done:
-        raise OSError(f'OpenCV could not encode {path}')
-    path.write_bytes(buffer.tobytes())

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Checks a data set before training: decodes every image and compares it with its annotation.
+
+    tools/check_dataset.py coco data/coco/annotations/instances_train2017.json data/coco/train2017
+    tools/check_dataset.py ade20k data/ade/images/training data/ade/annotations/training
+    tools/check_dataset.py imagenet data/imagenet/train
+
+The exit code is 0 if there are no faults, 1 if there are, and 2 if the check cannot be made.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--workers', type=int, metavar='N',
+                        help='processes that decode images (default: one on each core)')
+    common.add_argument('--max-shown', type=count, default=10, metavar='N',
+                        help='faults to show; of the others, how many there are (default: %(default)s)')
+    forms = parser.add_subparsers(dest='form', required=True, metavar='FORM')
+    coco = forms.add_parser('coco', parents=[common], help='COCO instances')
+    coco.add_argument('ann_file', metavar='ANN_FILE', help='instances_*.json')
+    coco.add_argument('image_dir', metavar='IMAGE_DIR', help='folder that its file names are relative to')
+    ade20k = forms.add_parser('ade20k', parents=[common], help='images, and a label map of the same name for each')
+    ade20k.add_argument('image_dir', metavar='IMAGE_DIR', help='folder of the images of a split')
+    ade20k.add_argument('label_dir', metavar='LABEL_DIR', help='folder of its label maps')
+    ade20k.add_argument('--num-classes', type=int, default=150, metavar='N',
+                        help='label maps hold 1 to N, and 0 for no class (default: %(default)s)')
+    ade20k.add_argument('--image-suffix', default='.jpg', metavar='END',
+                        help='how the names of images end (default: %(default)s)')
+    ade20k.add_argument('--label-suffix', default='.png', metavar='END',
+                        help='how those of label maps end instead (default: %(default)s)')
+    imagenet = forms.add_parser('imagenet', parents=[common], help='a folder for each class')
+    imagenet.add_argument('folder', metavar='FOLDER', help='folder of the class folders of a split')
+    return parser.parse_args(argv)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be an integer of 0 or more, got {text!r}')
+    return int(text)
+
+
+def check(args: argparse.Namespace) -> Report:
+    if args.form == 'coco':
+        return check_coco(args.ann_file, args.image_dir, workers=args.workers)
+    if args.form == 'ade20k':
+        return check_ade20k(args.image_dir, args.label_dir, args.num_classes, args.image_suffix, args.label_suffix,
+                            workers=args.workers)
+    return check_imagenet(args.folder, workers=args.workers)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        report = check(args)
+    except BrokenProcessPool:
+        print('check_dataset: error: a worker process died, most likely for want of memory: try a smaller --workers',
+              file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f'check_dataset: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(report.text(args.max_shown))
+    return 0 if report.clean else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
