@@ -350,12 +350,14 @@ def _object_colours(rng: np.random.Generator, surroundings: np.ndarray) -> tuple
         # Not the mean distance: an object should stand out along nearly its whole outline.
         return float(np.quantile(np.linalg.norm(around - _to_lab(colour[None]), axis=1), 0.05))
 
-    candidates = [_colour(rng.uniform(), rng.uniform(0.0, 1.0) ** 0.5, rng.uniform(0.15, 1.0)) for _ in range(40)]
+    # Bright and mostly vivid, where backgrounds are dull: with either way round, a small network spends most of a short
+    # training on finding objects at all.
+    candidates = [_colour(rng.uniform(), rng.uniform(0.1, 1.0) ** 0.5, rng.uniform(0.75, 1.0)) for _ in range(40)]
     contrasts = [contrast(candidate) for candidate in candidates]
     good = next((i for i, value in enumerate(contrasts) if value >= MIN_CONTRAST), int(np.argmax(contrasts)))
     first = candidates[good]
     for _ in range(20):
-        second = (first * rng.uniform(0.5, 1.5) + rng.uniform(-0.2, 0.2, 3)).clip(0, 1).astype(np.float32)
+        second = (first * rng.uniform(0.75, 1.25) + rng.uniform(-0.15, 0.15, 3)).clip(0, 1).astype(np.float32)
         if contrast(second) >= MIN_SECOND_CONTRAST:
             return first, second
     return first, first
@@ -382,13 +384,13 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
         pattern = 0.5 + (sharpness * product / 2).clip(-0.5, 0.5)
     else:
         pattern = (u + 0.5 + 0.3 * (clouds - 0.5)).clip(0, 1)
-    hue, saturation, value = rng.uniform(), rng.uniform(0.05, 0.65), rng.uniform(0.3, 0.95)
+    hue, saturation, value = rng.uniform(), rng.uniform(0.05, 0.4), rng.uniform(0.2, 0.5)
     # The two colours are akin, which leaves room in the colour space for objects that stand out from both.
     first = _colour(hue, saturation, value)
     second = _colour(hue + rng.uniform(-0.12, 0.12), saturation * rng.uniform(0.5, 1.2),
-                     value + rng.choice([-1, 1]) * rng.uniform(0.08, 0.25))
+                     value + rng.choice([-1, 1]) * rng.uniform(0.1, 0.2))
     canvas = first + (second - first) * pattern[..., None].astype(np.float32)
-    shade = 1 + rng.uniform(0.1, 0.4) * (_clouds(rng, size, 3) - 0.5)
+    shade = 1 + rng.uniform(0.2, 0.5) * (_clouds(rng, size, 3) - 0.5)
     return (canvas * shade[..., None].astype(np.float32)).clip(0, 1)
 
 
