@@ -48,10 +48,10 @@ model = dict(
 data_preprocessor = dict(mean=[127.0] * 3, std=[60.0] * 3, to_rgb=True, num_classes=6)
 pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=64), dict(type='PackInputs')]
 train_dataloader = dict(
-    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_size=4, num_workers=0, persistent_workers=False, sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(type='CustomDataset', data_root='data/shapes_imagenet/train', pipeline=pipeline))
 val_dataloader = dict(
-    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    batch_size=4, num_workers=0, persistent_workers=False, sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(type='CustomDataset', data_root='data/shapes_imagenet/val', pipeline=pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1, ))
@@ -125,7 +125,7 @@ assert result.pred_instances.bboxes.shape[1] == 4
 from mmseg.apis import MMSegInferencer
 inferencer = MMSegInferencer(model='mmseg_child.py', weights={checkpoint!r}, device='cpu')
 result = inferencer('picture.png', return_datasamples=True)
-assert inferencer.visualizer.dataset_meta['classes'] == ('background', *CLASSES)
+assert tuple(inferencer.model.dataset_meta['classes']) == ('background', *CLASSES), inferencer.model.dataset_meta
 assert result.pred_sem_seg.data.shape == (1, 50, 70), result
 """,
     'mmpretrain': """
