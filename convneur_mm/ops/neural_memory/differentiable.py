@@ -106,7 +106,7 @@ def _split_chunks(x: Tensor, chunk_size: int) -> tuple[Tensor | None, Tensor | N
     )
 
 
-def neural_memory_chunked(
+def neural_memory_differentiable(
     q: Tensor,
     k: Tensor,
     v: Tensor,
