@@ -133,6 +133,22 @@ def test_gradgradcheck():
     assert torch.autograd.gradgradcheck(lambda *x: call(x, chunk_size=2)[0], inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('retrieve', RETRIEVALS)
+@pytest.mark.parametrize('return_state', [False, True])
+def test_second_order_equals_reference(rule, retrieve, return_state):
+    """Gradients made with create_graph, and the gradient of their squares."""
+    inputs = make_inputs(tokens=20, d=4, e=3)
+    found = {}
+    for backend in ('reference', 'chunked'):
+        y, state = call(inputs, chunk_size=8, update_rule=rule, retrieve=retrieve, return_state=return_state,
+                        backend=backend)
+        first = torch.autograd.grad(sum(o.square().sum() for o in (y, *(state or ()))), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        found[backend] = [*first, *second]
+    assert_equal(found['chunked'], found['reference'])
+
+
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('split', [16, 32])

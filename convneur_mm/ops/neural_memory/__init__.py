@@ -7,14 +7,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .differentiable import neural_memory_differentiable
+from .chunked import neural_memory_chunked
 from .reference import neural_memory_reference
 from .types import MemoryState, UpdateGenerators
 
 __all__ = ['BACKENDS', 'RETRIEVALS', 'UPDATE_RULES', 'MemoryState', 'UpdateGenerators', 'neural_memory',
            'written_tokens']
 
-BACKENDS = {'reference': neural_memory_reference, 'chunked': neural_memory_differentiable}
+BACKENDS = {'reference': neural_memory_reference, 'chunked': neural_memory_chunked}
 UPDATE_RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
 

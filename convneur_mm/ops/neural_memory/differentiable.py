@@ -13,18 +13,18 @@ from .reference import update_coefficients
 from .types import MemoryState, UpdateGenerators
 
 
-def _pack(w1: Tensor, w2: Tensor) -> Tensor:
+def pack(w1: Tensor, w2: Tensor) -> Tensor:
     return torch.cat((w1.transpose(-2, -1), w2), dim=-2)
 
 
-def _unpack(rows: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(rows: Tensor) -> tuple[Tensor, Tensor]:
     w1, w2 = rows.chunk(2, dim=-2)
     return w1.transpose(-2, -1), w2
 
 
 def _read(z: Tensor, rows: Tensor) -> Tensor:
     """M(z) = z + GELU(z·W1)·W2; ``z`` (…, L, d), ``rows`` (…, 2e, d)."""
-    w1, w2 = _unpack(rows)
+    w1, w2 = unpack(rows)
     return z + F.gelu(z @ w1) @ w2
 
 
@@ -39,7 +39,7 @@ def _surprise(k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         tuple[Tensor, Tensor]: The gradient in the layout of ``rows``, and mean squared errors (…, d).
     """
-    w1, w2 = _unpack(rows)
+    w1, w2 = unpack(rows)
     hidden = k @ w1
     active = F.gelu(hidden)
     error = k + active @ w2 - v
@@ -123,12 +123,12 @@ def neural_memory_differentiable(
     return_state: bool,
 ) -> tuple[Tensor, MemoryState | None]:
     """See :func:`convneur_mm.ops.neural_memory`; ``state`` is the memory before the first chunk."""
-    rows, momentum_rows = _pack(state.w1, state.w2), _pack(state.p1, state.p2)
+    rows, momentum_rows = pack(state.w1, state.w2), pack(state.p1, state.p2)
     options = (generators, chunk_size, inner_step, max_write_norm)
     if update_rule == 'sequential':
         memories, momentum_rows = _memories_sequential(k, v, rows, momentum_rows, *options)
     else:
-        memories, momentum_rows = _memories_parallel(k, v, _pack(w1, w2), rows, momentum_rows, *options)
+        memories, momentum_rows = _memories_parallel(k, v, pack(w1, w2), rows, momentum_rows, *options)
 
     if retrieve == 'final' or q.size(2) <= chunk_size:
         y = _read(q, memories[-1] if retrieve == 'final' else memories[0])
@@ -141,4 +141,4 @@ def neural_memory_differentiable(
         y = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
     if not return_state:
         return y, None
-    return y, MemoryState(*_unpack(memories[-1]), *_unpack(momentum_rows))
+    return y, MemoryState(*unpack(memories[-1]), *unpack(momentum_rows))
