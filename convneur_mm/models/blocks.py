@@ -35,9 +35,16 @@ class GRN(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        """(N, H, W, C) → the same shape and dtype; the statistics are taken in at least float32."""
+        if x.dtype in (torch.float16, torch.bfloat16):
+            response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        else:
+            # Several times faster than vector_norm over axes that are not the last. The bound keeps the root's
+            # gradient finite where a channel is zero everywhere.
+            response = (x * x).sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).sqrt()
         relative = response / (response.mean(dim=-1, keepdim=True) + self.eps)
-        return self.gamma * (x * relative) + self.beta + x
+        # γ·(x·relative) + β + x, with one pass over x.
+        return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * relative + 1).to(x.dtype))
 
 
 class ConvNeurBlock(BaseModule):

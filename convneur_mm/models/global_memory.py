@@ -1,6 +1,7 @@
 """The global memory branch: bottleneck, neural memory, gate map (Sec. 3.3)."""
 from __future__ import annotations
 
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -30,6 +31,11 @@ class GlobalMemory(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         height, width = x.shape[2:]
-        tokens = self.reduce(x).flatten(2).transpose(1, 2)  # (B, H·W, Cm)
-        tokens = self.memory(tokens)
-        return self.expand(tokens.transpose(1, 2).unflatten(2, (height, width)))
+        tokens = _pointwise(self.reduce, x.flatten(2).transpose(1, 2))  # (B, H·W, Cm)
+        tokens = _pointwise(self.expand, self.memory(tokens))
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _pointwise(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
+    """A 1×1 convolution of tokens (B, N, C), which is what channels_last maps are in memory: one matrix product."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)

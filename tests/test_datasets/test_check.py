@@ -18,7 +18,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from convneur_mm.datasets import SHAPE_CLASSES, make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
-from convneur_mm.datasets.check import Report, _uncompressed, check_ade20k, check_coco, check_imagenet
+from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
+from convneur_mm.datasets.check.coco import _uncompressed
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'check_dataset.py'
 MAKERS = {'coco': make_shapes_coco, 'ade20k': make_shapes_ade20k, 'imagenet': make_shapes_imagenet}

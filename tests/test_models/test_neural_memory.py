@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convneur_mm.models import NeuralMemory
+from convneur_mm.models.neural_memory import NORMALIZE_EPS
 
 
 def make_layer(seed: int = 0, **kwargs) -> NeuralMemory:
@@ -55,6 +56,27 @@ def test_equations_by_hand():
     assert (layer(x)[0] - expected).norm() <= 1e-12 * expected.norm()
 
 
+def test_heads_are_normalised():
+    """F.normalize with the same bound, to second order, also for tokens that are shorter than the bound."""
+    layer = make_layer()
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    x[0, 1] *= 1e-4
+    x.requires_grad_()
+
+    def expected(x):
+        return F.normalize(x.unflatten(-1, (2, 16)).transpose(1, 2), dim=-1, eps=NORMALIZE_EPS)
+
+    def gradients(function):
+        y = function(x)
+        first, = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return y, first, torch.autograd.grad(first.square().sum(), x)[0]
+
+    for a, b in zip(gradients(lambda x: layer._split_heads(x, normalize=True)), gradients(expected)):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    zero = torch.zeros(1, 1, 32, requires_grad=True)
+    assert torch.autograd.grad(layer._split_heads(zero, normalize=True).sum(), zero)[0].eq(1 / NORMALIZE_EPS).all()
+
+
 def test_chained_calls():
     layer = make_layer(chunk_size=8).double()
     x = torch.randn(2, 30, 32, dtype=torch.float64)
@@ -65,6 +87,24 @@ def test_chained_calls():
     for a, b in zip(state, whole_state):
         assert torch.allclose(a, b, atol=1e-12)
     assert torch.allclose(layer(x), whole, atol=1e-12)
+
+
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+def test_segments_without_gradients(monkeypatch, rule):
+    """Long inputs pass in segments of whole chunks: of 16 tokens of two images here, the last of them shorter."""
+    layer = make_layer(chunk_size=8, update_rule=rule).double()
+    x = torch.randn(2, 45, 32, dtype=torch.float64)
+    expected, expected_state = layer(x, return_state=True)
+    lengths = []
+    layer.norm.register_forward_hook(lambda module, args, output: lengths.append(output.size(1)))
+    monkeypatch.setattr('convneur_mm.models.neural_memory.SEGMENT_TOKENS', 40)
+    with torch.no_grad():
+        y, state = layer(x, return_state=True)
+        assert lengths == [16, 16, 13]
+        assert (layer(x) - expected).norm() <= 1e-12 * expected.norm()
+    assert (y - expected).norm() <= 1e-12 * expected.norm()
+    for a, b in zip(state, expected_state):
+        assert (a - b).norm() <= 1e-12 * b.norm()
 
 
 def test_autocast_keeps_the_inner_loop_in_float32():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import nullcontext
 
 import torch
@@ -75,8 +76,8 @@ def neural_memory(
         state (MemoryState | None): Memory and momentum to go on from, as returned by an earlier call. Two calls
             split at a chunk boundary equal one. None starts at M_0 with no momentum. Defaults to None.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
-        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed form) or 'auto'.
-            Defaults to 'auto'.
+        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed form) or 'auto', which
+            is what the environment variable CONVNEUR_MEMORY_BACKEND names, or else 'chunked'. Defaults to 'auto'.
 
     Returns:
         tuple[Tensor, MemoryState | None]: ``y`` (B, h, N, d) in the dtype of ``q``, and the state in the inner
@@ -86,6 +87,10 @@ def neural_memory(
         ValueError: For an option outside its range or tensors whose shapes do not fit together.
     """
     check_options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, backend)
+    if backend == 'auto':
+        backend = os.environ.get('CONVNEUR_MEMORY_BACKEND', 'auto')
+        if backend not in ('auto', *BACKENDS):
+            raise ValueError(f'CONVNEUR_MEMORY_BACKEND must be one of {("auto", *BACKENDS)}, got {backend!r}')
     batch, heads, num_tokens, d = q.shape
     if num_tokens < 1:
         raise ValueError(f'q must hold at least one token, got shape {tuple(q.shape)}')

@@ -63,7 +63,8 @@ class _ChunkedMemory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, grad_rows, grad_momentum):
-        inputs, written = ctx.saved_tensors[:10], _Written(*ctx.saved_tensors[10:])
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
+        inputs, written = saved[:10], _Written(*saved[10:])
         grads = grad_y, grad_rows, grad_momentum
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
             return *_differentiable_backward(inputs, grads, ctx.options), None
@@ -146,10 +147,15 @@ def _surprise(k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     w1, w2 = rows.chunk(2, dim=1)
     hidden = torch.bmm(w1, k.mT)
     active = F.gelu(hidden)
-    error = (k - v).baddbmm_(active.mT, w2)
+    error = _add_product(k - v, active.mT, w2)
     d_hidden = _gelu_backward(torch.bmm(w2, error.mT), hidden)
     gradient = torch.cat((torch.bmm(d_hidden, k), torch.bmm(active, error)), dim=1)
     return gradient.mul_(2 / k.size(-1)), error.square().mean(dim=1)
+
+
+def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x + a @ b`` in the memory of ``x``. Unlike of ``baddbmm_``, FLOP counters know of it."""
+    return torch.baddbmm(x, a, b, out=x)
 
 
 def _surprise_backward(k, v, rows, grad_gradient, grad_surprise):
@@ -170,16 +176,14 @@ def _surprise_backward(k, v, rows, grad_gradient, grad_surprise):
     density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
     cumulative = (hidden * math.sqrt(0.5)).erf_().mul_(0.5).add_(0.5)
     slope = torch.addcmul(cumulative, hidden, density)
-    active_and_grad_u = torch.empty_like(first, memory_format=torch.contiguous_format).new_empty(
-        k.size(0), 2 * e, k.size(1))
+    active_and_grad_u = k.new_empty(k.size(0), 2 * e, k.size(1))
     active, grad_u = active_and_grad_u.chunk(2, dim=1)
     torch.mul(hidden, cumulative, out=active)
     torch.mul(grad_b, slope, out=grad_u)
 
-    error = (k - v).baddbmm_(active.mT, w2)
+    error = _add_product(k - v, active.mT, w2)
     grad_active, u = torch.bmm(second, error.mT).chunk(2, dim=1)
-    grad_error = torch.mul(error, grad_surprise.unsqueeze(1) * (2 / k.size(1))).baddbmm_(
-        active_and_grad_u.mT, second)
+    grad_error = _add_product(error * (grad_surprise.unsqueeze(1) * (2 / k.size(1))), active_and_grad_u.mT, second)
     grad_active = torch.baddbmm(grad_active, w2, grad_error.mT)
     curvature = square.neg_().add_(2).mul_(density)
     b_and_grad_hidden = torch.empty_like(active_and_grad_u)
@@ -190,7 +194,7 @@ def _surprise_backward(k, v, rows, grad_gradient, grad_surprise):
     third = torch.cat((grad_gradient[:, :e], rows[:, :e]), dim=1)
     grad_k = torch.baddbmm(grad_error, b_and_grad_hidden.mT, third)
     grad_w1 = torch.bmm(grad_hidden, k)
-    grad_w2 = torch.bmm(grad_u, error).baddbmm_(active, grad_error)
+    grad_w2 = _add_product(torch.bmm(grad_u, error), active, grad_error)
     return grad_k, grad_error.neg_(), torch.cat((grad_w1, grad_w2), dim=1)
 
 

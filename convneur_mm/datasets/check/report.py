@@ -1,0 +1,130 @@
+"""What a check found, and how a person reads it."""
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something to mend.
+
+    Attributes:
+        path: The file, or for an annotation the annotation file.
+        kind: What sort of fault it is, in few words, the same for all of the sort.
+        reason: What is wrong with this one.
+    """
+
+    path: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f'{self.path}: {self.reason}'
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """How often a class occurs.
+
+    Attributes:
+        name: Name of the class.
+        images: Images it occurs in.
+        instances: Its annotations; only of COCO.
+        pixels: Its pixels; only of ADE20K.
+    """
+
+    name: str
+    images: int
+    instances: int | None = None
+    pixels: int | None = None
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        name: What was checked.
+        images: Number of images that should be there.
+        counts: A count for each class, those that do not occur included.
+        faults: All faults, in the order of the files.
+        notes: What is no fault, but good to know.
+        seconds: How long the check took.
+    """
+
+    name: str
+    images: int = 0
+    counts: list[ClassCount] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def clean(self) -> bool:
+        """Whether there are no faults."""
+        return not self.faults
+
+    def add(self, path: str | os.PathLike[str], kind: str, reason: str) -> None:
+        """Adds a fault."""
+        self.faults.append(Fault(str(path), kind, reason))
+
+    def text(self, max_shown: int = 10, width: int | None = None) -> str:
+        """The report for a person to read.
+
+        Args:
+            max_shown: How many faults to show; of the others, how many there are.
+            width: Characters in a line of the classes and notes; None for those of the terminal.
+
+        Returns:
+            Lines without a last line break.
+        """
+        width = width or shutil.get_terminal_size().columns
+        rate = f' ({self.images / self.seconds:.0f} images/s)' if self.images and self.seconds else ''
+        lines = [f'{self.name}: {self.images} images, checked in {self.seconds:.1f} s{rate}']
+        occurring = [count for count in self.counts if count.images or count.instances]
+        lines += ['', *_class_table(occurring, width)] if occurring else []
+        absent = [count.name for count in self.counts if not (count.images or count.instances)]
+        notes = list(self.notes)
+        if absent:
+            notes.append(f'classes that do not occur: {len(absent)} ({", ".join(absent)})')
+        if notes:
+            lines += ['', *(textwrap.fill(f'note: {note}', width, subsequent_indent='  ') for note in notes)]
+        if not self.faults:
+            return '\n'.join([*lines, '', 'no faults'])
+        kinds = Counter(fault.kind for fault in self.faults)
+        lines += ['', f'faults: {len(self.faults)} ({", ".join(f"{n} {kind}" for kind, n in kinds.most_common())})']
+        lines += [f'  {fault}' for fault in self.faults[:max_shown]]
+        if len(self.faults) > max_shown:
+            lines.append(f'  ... and {len(self.faults) - max_shown} more')
+        return '\n'.join(lines)
+
+
+def _class_table(counts: list[ClassCount], width: int) -> list[str]:
+    """The counts as a table, with several classes side by side where the lines are long enough."""
+    rows = [['class', 'images']]
+    total = sum(count.pixels or 0 for count in counts)
+    if counts[0].instances is not None:
+        rows[0].append('instances')
+    if counts[0].pixels is not None:
+        rows[0].append('pixels')
+    for count in counts:
+        rows.append([count.name, str(count.images)])
+        if count.instances is not None:
+            rows[-1].append(str(count.instances))
+        if count.pixels is not None:
+            rows[-1].append(f'{count.pixels / max(total, 1):.2%}')
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = ['  '.join(text.ljust(size) if i == 0 else text.rjust(size)
+                       for i, (text, size) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    header, cells = cells[0], cells[1:]
+    # A column fewer than ten classes high is not worth the search for where the next one starts.
+    columns = max(1, min((width - 2) // (len(header) + 4), -(-len(cells) // 10)))
+    height = -(-len(cells) // columns)
+    columns = -(-len(cells) // height)
+    lines = ['    '.join([header] * columns)]
+    lines += ['    '.join(cells[row::height]) for row in range(height)]
+    return [f'  {line}' for line in lines]
