@@ -176,23 +176,17 @@ def _surprise_backward(k, v, rows, grad_gradient, grad_surprise):
     density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
     cumulative = (hidden * math.sqrt(0.5)).erf_().mul_(0.5).add_(0.5)
     slope = torch.addcmul(cumulative, hidden, density)
-    active_and_grad_u = k.new_empty(k.size(0), 2 * e, k.size(1))
+    active_and_grad_u = torch.cat((hidden * cumulative, grad_b * slope), dim=1)
     active, grad_u = active_and_grad_u.chunk(2, dim=1)
-    torch.mul(hidden, cumulative, out=active)
-    torch.mul(grad_b, slope, out=grad_u)
 
     error = _add_product(k - v, active.mT, w2)
     grad_active, u = torch.bmm(second, error.mT).chunk(2, dim=1)
     grad_error = _add_product(error * (grad_surprise.unsqueeze(1) * (2 / k.size(1))), active_and_grad_u.mT, second)
     grad_active = torch.baddbmm(grad_active, w2, grad_error.mT)
     curvature = square.neg_().add_(2).mul_(density)
-    b_and_grad_hidden = torch.empty_like(active_and_grad_u)
-    b, grad_hidden = b_and_grad_hidden.chunk(2, dim=1)
-    torch.mul(u, slope, out=b)
-    torch.mul(grad_active, slope, out=grad_hidden)
-    grad_hidden.addcmul_(grad_b.mul_(u), curvature)
+    grad_hidden = torch.addcmul(grad_active * slope, grad_b * u, curvature)
     third = torch.cat((grad_gradient[:, :e], rows[:, :e]), dim=1)
-    grad_k = torch.baddbmm(grad_error, b_and_grad_hidden.mT, third)
+    grad_k = torch.baddbmm(grad_error, torch.cat((u * slope, grad_hidden), dim=1).mT, third)
     grad_w1 = torch.bmm(grad_hidden, k)
     grad_w2 = _add_product(torch.bmm(grad_u, error), active, grad_error)
     return grad_k, grad_error.neg_(), torch.cat((grad_w1, grad_w2), dim=1)
@@ -210,8 +204,8 @@ def _write(written: _Written, t: int, options: dict) -> None:
     step, eta, alpha = (c.reshape(-1, 1, d) for c in written.coefficients[t].chunk(3, dim=-1))
     write = (options['inner_step'] * step) * written.gradients[t]
     write *= _bound(write, options['max_write_norm'])
-    torch.sub(eta * written.momenta[t], write, out=written.momenta[t + 1])
-    torch.addcmul(written.momenta[t + 1], 1 - alpha, written.memories[t], out=written.memories[t + 1])
+    written.momenta[t + 1] = eta * written.momenta[t] - write
+    written.memories[t + 1] = (1 - alpha) * written.memories[t] + written.momenta[t + 1]
 
 
 def _bound(write: Tensor, max_write_norm: float) -> Tensor:
@@ -254,7 +248,7 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
         grad_momentum = grad_momentum + grad_rows
         inner = -(grad_momentum * writes[t]).sum((-2, -1), keepdim=True)
         grad_write = (writes[t] * (inner * (bound[t]**3 / -max_norm**2))).sub_(grad_momentum * bound[t])
-        torch.mul(grad_write, step[t], out=grad_gradients[t])
+        grad_gradients[t] = grad_write * step[t]
         out_t = grad_out[t].view(batch, 3, n // batch, d)
         out_t[:, 0] = (inner_step * (grad_write * gradients[t]).sum(-2)).view(batch, heads, d)
         out_t[:, 1] = (grad_momentum * momenta[t]).sum(-2).view(batch, heads, d)
