@@ -1,5 +1,5 @@
-# ConvNeur-m1 as a classifier of small pictures, trained from nothing on 2000 generated ones, 2 processes x 16 images:
-#   tools/make_shapes.py data/shapes_imagenet --format imagenet --num-train 2000
+# ConvNeur-m1 as a classifier of small pictures, trained from nothing on 4000 generated ones, 2 processes x 16 images:
+#   tools/make_shapes.py data/shapes_imagenet --format imagenet --num-train 4000
 #   tools/dist_train.sh configs/convneur_m1_shapes.py 2
 _base_ = './convneur_m1_300e_in1k.py'
 
@@ -35,7 +35,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1, ))
 test_evaluator = val_evaluator
 
-max_epochs = 40
+max_epochs = 20
 train_cfg = dict(max_epochs=max_epochs, val_interval=5)
 # The recipe clips nothing; at this small batch, now and then a gradient would undo the training.
 optim_wrapper = dict(optimizer=dict(lr=1e-3), accumulative_counts=1, clip_grad=dict(max_norm=1.0))

@@ -64,7 +64,7 @@ TASKS = {
                 'each pair: ground truth left, prediction right'),
     'seg': Task('semantic_fpn_convneur_m1_shapes.py', 'ade20k', 'data/shapes_ade20k', 1000,
                 {'mIoU': 'mIoU'}, 0.01, 'work_dirs/quickstart_seg', 'each pair: ground truth left, prediction right'),
-    'cls': Task('convneur_m1_shapes.py', 'imagenet', 'data/shapes_imagenet', 2000,
+    'cls': Task('convneur_m1_shapes.py', 'imagenet', 'data/shapes_imagenet', 4000,
                 {'top1': 'accuracy/top1'}, 0.01, 'work_dirs/quickstart_cls', 'ground truth and prediction in each'),
 }
 

@@ -141,7 +141,8 @@ def test_second_order_equals_reference(rule, retrieve, return_state):
     inputs = make_inputs(tokens=20, d=4, e=3)
     found = {}
     for backend in ('reference', 'chunked'):
-        y, state = call(inputs, chunk_size=8, update_rule=rule, retrieve=retrieve, return_state=return_state,
+        related = [*inputs[:2], inputs[2] + inputs[1].sin(), *inputs[3:]]  # v made of k
+        y, state = call(related, chunk_size=8, update_rule=rule, retrieve=retrieve, return_state=return_state,
                         backend=backend)
         first = torch.autograd.grad(sum(o.square().sum() for o in (y, *(state or ()))), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)

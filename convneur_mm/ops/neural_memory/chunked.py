@@ -354,6 +354,8 @@ def _put(x: Tensor, tokens: slice, value: Tensor) -> None:
 
 def _differentiable_backward(inputs, grads, options) -> tuple[Tensor | None, ...]:
     """The same gradients from the path that autograd records, so that they can be differentiated again."""
+    # Views are nodes of their own: what one input was made of another would else be counted twice.
+    inputs = [x.view_as(x) for x in inputs]
     q, k, v, initial, *generators, rows, momentum = inputs
     w1, w2 = unpack(initial)
     y, state = neural_memory_differentiable(
