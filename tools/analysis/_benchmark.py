@@ -182,10 +182,6 @@ class Measurement:
         """How many times as long as ``baseline`` it takes, by the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.times, baseline.times))
 
-    def as_dict(self) -> dict:
-        return dict(median_s=self.median, min_s=self.fastest, spread=self.spread, times_s=self.times,
-                    peak_memory_bytes=self.peak_memory)
-
 
 class Progress:
     """One line on stderr: rewritten in a terminal, at most every ten seconds elsewhere."""
@@ -376,6 +372,19 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
                         for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]
     rule = ' | '.join(('-' * width if not i else '-' * (width - 1) + ':') for i, width in enumerate(widths))
     return '\n'.join(f'| {line} |' for line in (lines[0], rule, *lines[1:]))
+
+
+def result_rows(results: dict[str, Measurement], baseline: str, **common) -> list[dict]:
+    """What the JSON holds of one comparison: a dict for each case, with ``common`` in all of them."""
+    return [dict(name=name, **common, median_s=m.median, min_s=m.fastest, spread=m.spread, times_s=m.times,
+                 baseline=baseline, ratio=m.ratio(results[baseline]), peak_memory_bytes=m.peak_memory)
+            for name, m in results.items()]
+
+
+def time_cells(row: dict) -> tuple[str, ...]:
+    """Median, fastest, spread, ratio and peak memory as a table shows them."""
+    return (milliseconds(row['median_s']), milliseconds(row['min_s']), f'{row["spread"]:.0%}', f'{row["ratio"]:.2f}',
+            mebibytes(row['peak_memory_bytes']))
 
 
 def milliseconds(seconds: float) -> str:

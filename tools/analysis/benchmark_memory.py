@@ -282,15 +282,12 @@ class Run:
     def report(self, tokens: int, mode: str, results: dict[str, Measurement]) -> list[dict]:
         """Prints the table of one comparison and returns its rows."""
         args, floor = self.args, self.floor(tokens, mode)
-        baseline = args.baseline if args.baseline in results else next(iter(results), None)
-        rows = [dict(name=name, mode=mode, tokens=tokens, baseline=baseline, ratio=m.ratio(results[baseline]),
-                     **m.as_dict()) for name, m in results.items()]
+        baseline = args.baseline if args.baseline in results else next(iter(results))
+        rows = bench.result_rows(results, baseline, mode=mode, tokens=tokens)
         print(f'\n{mode}, {args.batch} x {tokens:,} tokens of {args.channels} channels, chunks of {args.chunk_size}; '
-              f'{len(results[baseline].times) if results else 0} rounds')
-        print(bench.format_table(
-            ('', 'median ms', 'min ms', 'spread', f'time / {baseline}', 'peak MiB'),
-            [(name, bench.milliseconds(m.median), bench.milliseconds(m.fastest), f'{m.spread:.0%}',
-              f'{row["ratio"]:.2f}', bench.mebibytes(m.peak_memory)) for row, (name, m) in zip(rows, results.items())]))
+              f'{len(rows[0]["times_s"])} rounds')
+        print(bench.format_table(('', 'median ms', 'min ms', 'spread', f'time / {baseline}', 'peak MiB'),
+                                 [(row['name'], *bench.time_cells(row)) for row in rows]))
         ours = [m.median for name, m in results.items() if name not in PEERS]
         print(f'floor of the memory layer: {floor["flops"] / 1e9:.4g} GFLOP, {floor["bytes"] / 2**20:.4g} MiB, '
               f'{bench.milliseconds(floor["seconds"])} ms at the rates below'
@@ -302,7 +299,8 @@ class Run:
         rows, floors, results = [], {}, {}
         for mode in self.modes:
             results[mode] = self.measure(self.args.tokens, mode, list(self.layers))
-            rows += self.report(self.args.tokens, mode, results[mode])
+            if results[mode]:
+                rows += self.report(self.args.tokens, mode, results[mode])
             floors[mode] = self.floor(self.args.tokens, mode)
         if self.args.plot:
             bench.plot_bars(self.args.plot, results, f'{self.args.batch} x {self.args.tokens:,} tokens of '
