@@ -53,8 +53,8 @@ class TitansMemory(nn.Module):
     - Queries and keys are RMS-normalised per head with a learned scale, ours L2-normalised; the token norm is an
       RMSNorm, once for reading and once for writing, ours is one LayerNorm.
     - It bounds the gradient of each weight matrix with a tanh, ours the whole write of a head with a square root.
-    - It gates what it reads with a linear map of the token, reads one token later than the chunk's boundary, writes
-      the last chunk too, and recurs over chunks with an associative scan, in the dtype of its input.
+    - It gates what it reads with a linear map of the token, reads each new memory one token before the chunk's end,
+      writes the last chunk too, and recurs over chunks with an associative scan, in the dtype of its input.
     """
 
     def __init__(self, args: argparse.Namespace, sequential: bool) -> None:
