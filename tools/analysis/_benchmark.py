@@ -336,17 +336,17 @@ def process_peak_memory() -> int:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of the best of a few large square matrix products."""
-    size = size or (8192 if device.type == 'cuda' else 2048)
+    """FLOP/s of the best of twenty large square matrix products."""
+    size = size or (8192 if device.type == 'cuda' else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(4))
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(20))
 
 
 def copy_rate(device: torch.device, nbytes: int = 2**28) -> float:
-    """Bytes/s, read and written, of the best of a few copies of ``nbytes``."""
+    """Bytes/s, read and written, of the best of ten copies of ``nbytes``."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(4))
+    return 2 * nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
