@@ -1,0 +1,334 @@
+"""tools/analysis/benchmark_*.py at tiny shapes: what they report, not how fast anything is."""
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convneur_mm.models import NeuralMemory
+
+FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
+TINY_LAYER = ['--tokens', '40', '--chunk-size', '16', '--channels', '16', '--head-dim', '8', '--hidden-dim', '4',
+              '--batch', '2', '--repeats', '2']
+TINY_IMAGES = ['--shape', '1,32,64', '--chunk-size', '16', '--repeats', '2']
+MODES = 'forward', 'forward+backward'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tools():
+    """Scripts see their own folder first. The machine's rates are taken from small products and copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import _benchmark
+        patch.setattr(_benchmark, 'gemm_rate', partial(_benchmark.gemm_rate, size=64))
+        patch.setattr(_benchmark, 'copy_rate', partial(_benchmark.copy_rate, nbytes=2**16))
+        yield
+
+
+@pytest.fixture
+def bench(tools):
+    import _benchmark
+    return _benchmark
+
+
+@pytest.fixture
+def memory(tools):
+    import benchmark_memory
+    return benchmark_memory
+
+
+@pytest.fixture
+def backbone(tools):
+    import benchmark_backbone
+    return benchmark_backbone
+
+
+def run(benchmark, path, *args):
+    benchmark.main([*args, '--json', str(path / 'out.json')])
+    return json.loads((path / 'out.json').read_text())
+
+
+def assert_rows(rows, repeats=2):
+    for row in rows:
+        assert len(row['times_s']) == repeats
+        assert min(row['times_s']) == row['min_s'] <= row['median_s'] <= max(row['times_s'])
+        for name in ('median_s', 'min_s', 'ratio'):
+            assert 0 < row[name] < math.inf
+        assert row['name'] != row['baseline'] or row['ratio'] == 1
+
+
+# ---- the layer
+
+
+def test_layers_beside_each_other(memory, tmp_path, capsys):
+    found = run(memory, tmp_path, *TINY_LAYER, '--peers', 'attention', 'non-local', '--plot', str(tmp_path / 'a.png'))
+    names = ['memory-sequential', 'memory-parallel', 'attention', 'non-local']
+    assert [(row['mode'], row['name']) for row in found['results']] == [(m, n) for m in MODES for n in names]
+    assert_rows(found['results'])
+    assert all(row['peak_memory_bytes'] > 2 * 40 * 16 * 4 for row in found['results'])  # more than its output
+    assert {row['baseline'] for row in found['results']} == {'memory-sequential'}
+    assert found['settings']['chunk_size'] == 16
+    assert found['machine']['torch'] == torch.__version__
+    assert min(found['rates'].values()) > 0
+    assert found['floor']['forward']['flops'] * 3 == found['floor']['forward+backward']['flops'] > 0
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    out = capsys.readouterr().out
+    assert out.count('| non-local') == 2 and 'GFLOP' in out
+
+
+def test_half_precision_reference_forward_only_and_baseline(memory, tmp_path):
+    found = run(memory, tmp_path, *TINY_LAYER, '--rules', 'sequential', '--backends', 'auto', 'reference', '--peers',
+                '--dtype', 'bfloat16', '--forward-only', '--no-memory', '--baseline', 'memory-sequential:reference')
+    assert [row['name'] for row in found['results']] == ['memory-sequential', 'memory-sequential:reference']
+    assert_rows(found['results'])
+    assert {row['baseline'] for row in found['results']} == {'memory-sequential:reference'}
+    assert {row['peak_memory_bytes'] for row in found['results']} == {None}
+    assert {row['mode'] for row in found['results']} == {'forward'}
+
+
+def test_sweep_prints_slopes_and_leaves_attention_out(memory, tmp_path, capsys):
+    found = run(memory, tmp_path, *TINY_LAYER, '--sweep', '32', '128', '256', '--rules', 'parallel', '--peers',
+                'non-local', '--max-quadratic-tokens', '128', '--forward-only', '--plot', str(tmp_path / 'a.png'))
+    assert_rows(found['results'])
+    slopes = {row['name']: row for row in found['slopes']}
+    assert slopes['memory-parallel']['tokens'] == [32, 128, 256] and slopes['non-local']['tokens'] == [32, 128]
+    assert all(math.isfinite(row['time']) and math.isfinite(row['memory']) for row in slopes.values())
+    assert slopes['non-local']['memory'] > 1.2 > slopes['memory-parallel']['memory']
+    assert [(row['name'], row['tokens']) for row in found['skipped']] == [('non-local', 256)]
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    captured = capsys.readouterr()
+    assert 'exponent of N' in captured.out and 'left out non-local, 256 tokens' in captured.err
+
+
+def test_sweep_stops_before_it_takes_too_long(memory, tmp_path):
+    found = run(memory, tmp_path, *TINY_LAYER, '--sweep', '16', '32', '--rules', 'parallel', '--peers',
+                '--max-seconds', '1e-9', '--forward-only')
+    assert [row['tokens'] for row in found['results']] == [16] and found['slopes'] == []
+    assert '--max-seconds' in found['skipped'][0]['reason']
+
+
+def test_extrapolation_takes_the_last_power_law(memory):
+    assert memory.extrapolate([(10, 3.0)], 20) == pytest.approx(6)
+    assert memory.extrapolate([(10, 1.0), (20, 4.0)], 40) == pytest.approx(16)
+    assert memory.extrapolate([(10, 5.0), (20, 5.0)], 40) == pytest.approx(10)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--device', 'abacus'], "--device must be 'cpu'.*'abacus'"),
+    (['--device', 'cuda:99'], '--device cuda:99 is not there'),
+    (['--channels', '20'], '--channels must be a multiple of --head-dim, got 20 and 8'),
+    (['--tokens', '0'], '--tokens must be at least 1, got 0'),
+    (['--sweep', '-4', '16'], '--sweep must be numbers of at least 1'),
+    (['--repeats', '0'], '--repeats must be at least 1, got 0'),
+    (['--threads', '0'], '--threads must be at least 1, got 0'),
+    (['--baseline', 'attention'], '--baseline must be one of .*memory-parallel.* got .attention.'),
+])
+def test_bad_options_of_the_layer_benchmark(memory, args, message):
+    with pytest.raises(SystemExit, match=f'benchmark_memory: error: {message}'):
+        memory.main([*TINY_LAYER, '--peers', *args])
+
+
+def test_unknown_peers_and_backends_are_refused(memory, capsys):
+    for args in (['--peers', 'oracle'], ['--backends', 'magic']):
+        with pytest.raises(SystemExit) as error:
+            memory.main(args)
+        assert error.value.code == 2 and 'invalid choice' in capsys.readouterr().err
+
+
+def test_a_missing_titans_is_left_out(memory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'titans_pytorch', None)
+    found = run(memory, tmp_path, *TINY_LAYER, '--rules', 'sequential', '--peers', 'titans-sequential')
+    assert {row['name'] for row in found['results']} == {'memory-sequential'}
+    assert [row['name'] for row in found['skipped']] == ['titans-sequential']
+    assert 'left out titans-sequential: titans-pytorch is not installed' in (err := capsys.readouterr().err)
+    assert 'pip install -r requirements/bench.txt' in err
+
+
+def test_titans_has_both_rules(memory):
+    """M_2 is the first memory whose gradients were taken at M_0 by one and at M_1 by the other."""
+    pytest.importorskip('titans_pytorch', reason='optional peer, requirements/bench.txt')
+    args = memory.parse_args(TINY_LAYER)
+    layers = []
+    for rule in ('sequential', 'parallel'):
+        torch.manual_seed(0)
+        layers.append(memory.build(f'titans-{rule}', args))
+    sequential, parallel = layers
+    x = torch.randn(2, 64, 16)
+    a, b = sequential(x), parallel(x)
+    assert a.shape == x.shape
+    torch.testing.assert_close(a[:, :31], b[:, :31])  # it starts to read M_2 with one token less than two chunks
+    assert (a - b)[:, 31:].abs().max() > 1e-4
+    assert [tuple(p.shape) for p in sequential.memory.memory_model_parameters] == [(2, 8, 4), (2, 4, 8)]
+
+
+def test_flops_of_the_inner_loop_are_those_counted(memory):
+    batch, tokens, channels, chunk_size, hidden_dim = 2, 40, 16, 16, 4
+    layer = NeuralMemory(channels, chunk_size=chunk_size, head_dim=8, hidden_dim=hidden_dim, backend='reference')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(batch, tokens, channels))
+    # The layer projects every token to a key and a value, the floor only the 32 that are written.
+    unused = 2 * batch * (tokens - 32) * 2 * channels**2
+    assert memory.layer_flops(batch, tokens, channels, chunk_size, hidden_dim) == counter.get_total_flops() - unused
+
+
+# ---- backbones
+
+
+def test_backbones_beside_each_other(backbone, tmp_path, capsys):
+    found = run(backbone, tmp_path, 'm1-local', 'm1', 'convnextv2_atto', *TINY_IMAGES, '--plot',
+                str(tmp_path / 'a.png'))
+    assert_rows(found['results'])
+    for mode in MODES:
+        rows = {row['name']: row for row in found['results'] if row['mode'] == mode}
+        assert list(rows) == ['m1-local', 'm1', 'convnextv2_atto']
+        assert rows['m1-local']['macs'] == rows['convnextv2_atto']['macs'] < rows['m1']['macs']
+        assert rows['m1-local']['parameters'] < rows['m1']['parameters']
+        assert all(row['images_per_s'] == 1 / row['median_s'] for row in rows.values())
+        assert all(row['peak_memory_bytes'] > 0 for row in rows.values())
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    assert 'images/s' in capsys.readouterr().out
+
+
+def test_split_shares(backbone, tmp_path, capsys):
+    found = run(backbone, tmp_path, 'm1', '--split', *TINY_IMAGES, '--plot', str(tmp_path / 'a.png'))
+    assert_rows(found['results'])
+    parts = [f'{kind} {i}' for i in range(1, 5) for kind in ('branch', 'memory')]
+    for mode in MODES:
+        rows = {row['name']: row for row in found['results'] if row['mode'] == mode}
+        assert list(rows) == ['backbone', 'backbone without branches', *parts, 'all branches', 'all memories']
+        for total, kind in (('all branches', 'branch'), ('all memories', 'memory')):
+            each = [rows[f'{kind} {i}'] for i in range(1, 5)]
+            assert rows[total]['times_s'] == [sum(times) for times in zip(*(row['times_s'] for row in each))]
+            assert rows[total]['macs'] == sum(row['macs'] for row in each)
+        assert rows['all branches']['macs'] == rows['backbone']['macs'] - rows['backbone without branches']['macs']
+        assert 0 < rows['all memories']['mac_share'] < rows['all branches']['mac_share'] < 1
+        assert (rows['backbone']['chunk_size'], rows['backbone']['shape']) == (16, [1, 32, 64])
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    assert '| all memories' in capsys.readouterr().out
+
+
+def test_parts_are_timed_on_what_reaches_them(backbone):
+    model = backbone.build('m1', (1, 32, 64), dict(chunk_size=16))
+    branch = model.stages[1][0].global_branch
+    images = torch.randn(1, 3, 32, 64)
+    inputs = backbone.record_inputs(model, {'branch': branch, 'memory': branch.memory}, images, torch.float32)
+    expected = model.downsample_layers[1](model.stages[0](model.downsample_layers[0](images)))
+    torch.testing.assert_close(inputs['branch'], expected.detach())
+    torch.testing.assert_close(inputs['memory'], branch.reduce(expected).flatten(2).transpose(1, 2).detach())
+    assert not branch._forward_pre_hooks
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['m1', '--shape', '1,64'], "--shape must be B,H,W, three integers, got '1,64'"),
+    (['m1', '--shape', '1,64,x'], '--shape must be B,H,W'),
+    (['m1', '--shape', '0,64,64'], '--shape must be at least one image of 32 x 32'),
+    (['m1', '--shape', '1,16,64'], '--shape must be at least one image of 32 x 32'),
+    (['m1', '--device', 'abacus'], '--device must be'),
+    (['m1', '--baseline', 'm2'], "--baseline must be one of .'m1'., got 'm2'"),
+    (['no_such_net'], "unknown model 'no_such_net'"),
+    (['m1-local', '--split'], "--split is for m1, m2, m3, m4, got .'m1-local'."),
+])
+def test_bad_options_of_the_backbone_benchmark(backbone, args, message):
+    with pytest.raises(SystemExit, match=f'benchmark_backbone: error: {message}'):
+        backbone.main(args)
+
+
+def test_a_missing_timm_is_left_out(backbone, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    found = run(backbone, tmp_path, 'm1', 'convnextv2_atto', *TINY_IMAGES, '--forward-only')
+    assert {row['name'] for row in found['results']} == {'m1'}
+    assert [row['name'] for row in found['skipped']] == ['convnextv2_atto']
+    assert 'timm is not installed' in (err := capsys.readouterr().err)
+    assert 'pip install -r requirements/bench.txt' in err
+
+
+def test_nothing_left_to_measure_is_an_error(backbone, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(SystemExit, match='nothing could be measured'):
+        backbone.main(['convnextv2_atto', *TINY_IMAGES])
+
+
+# ---- what they share
+
+
+def test_peak_memory_is_that_of_a_known_allocation(bench):
+    kept = torch.ones(1000)
+
+    def call():
+        x = torch.empty(250_000)  # 1 MB
+        y = torch.empty(500_000)  # with it 3 MB, the peak
+        del x
+        z = torch.empty(125_000)
+        del y, z
+        kept.add_(1)
+
+    for _ in range(2):
+        assert bench.peak_memory(call, torch.device('cpu')) == 3_000_000
+
+
+def test_peak_memory_counts_gradients_and_leaves_none(bench):
+    linear, x = nn.Linear(500, 400, bias=False), torch.randn(30, 500)
+    call = bench.forward_backward(linear, [x], torch.float32)
+    norms = []
+    linear.weight.register_hook(lambda grad: norms.append(grad.norm().item()))
+    call()
+    assert norms[0] > 0 and linear.weight.grad is None
+    # The output and the gradients of weight and input; the output's own gradient was made by the first call.
+    expected = 4 * (30 * 400 + 500 * 400 + 30 * 500)
+    for _ in range(2):
+        assert expected <= bench.peak_memory(call, torch.device('cpu')) < 1.001 * expected
+
+
+def test_slope_of_a_power_law(bench):
+    xs = [784, 3136, 12544, 262144]
+    assert bench.fit_slope(xs, [3e-6 * x**1.37 for x in xs]) == pytest.approx(1.37, abs=1e-9)
+    # Least squares by hand: log2 y = 0, 1, 5 over log2 x = 0, 1, 2 has slope 5/2.
+    assert bench.fit_slope([1, 2, 4], [1, 2, 32]) == pytest.approx(2.5)
+    for xs, ys in (([1], [1]), ([2, 2], [1, 2]), ([1, 2], [0, 1]), ([1, 2], [1])):
+        with pytest.raises(ValueError, match='a slope needs two points'):
+            bench.fit_slope(xs, ys)
+
+
+def test_rounds_are_interleaved(bench):
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in 'abc'}
+    results, failures = bench.measure(calls, torch.device('cpu'), repeats=2, warmup=1, memory=False)
+    assert ''.join(order) == 'abc' * 3 and not failures
+    assert all(len(result.times) == 2 and result.peak_memory is None for result in results.values())
+
+
+def test_no_round_starts_after_the_budget(bench):
+    results, _ = bench.measure({'a': lambda: None}, torch.device('cpu'), repeats=5, budget=0, memory=False)
+    assert len(results['a'].times) == 1
+
+
+def test_running_out_of_memory_leaves_the_others(bench):
+    calls = {'fits': lambda: None, 'does not': lambda: torch.empty(2**60)}
+    results, failures = bench.measure(calls, torch.device('cpu'), repeats=1)
+    assert list(results) == ['fits'] and failures == {'does not': 'out of memory'}
+
+
+def test_only_peers_may_fail_otherwise(bench):
+    def fail():
+        raise TypeError('no such layout\nand more')
+
+    device = torch.device('cpu')
+    results, failures = bench.measure({'ours': lambda: None, 'peer': fail}, device, repeats=1, optional=['peer'])
+    assert list(results) == ['ours'] and failures == {'peer': 'TypeError: no such layout'}
+    with pytest.raises(TypeError, match='no such layout'):
+        bench.measure({'ours': fail}, device, repeats=1)
+
+
+def test_ratios_are_paired_by_round(bench):
+    a, b = bench.Measurement([1.0, 2.0, 8.0]), bench.Measurement([2.0, 4.0, 4.0])
+    assert b.ratio(a) == 2 and a.median == 2 and a.fastest == 1 and a.spread == 3.5
+
+
+def test_tables_are_aligned_markdown(bench):
+    table = bench.format_table(('', 'ms'), [('a', '1.5'), ('longer', '20')])
+    assert table.splitlines() == ['|        |  ms |', '| ------ | --: |', '| a      | 1.5 |', '| longer |  20 |']

@@ -1,0 +1,442 @@
+"""What the benchmarks share: interleaved timing, peak memory, rates of the machine, tables and plots.
+
+How it measures:
+
+- Time: all cases in one process, one call of each in every round (A B C A B C …), so that a machine that slows down or
+  is shared slows all of them. A ratio is the median of the rounds' ratios, for the same reason.
+- Memory: the most bytes that the device's allocator had handed out during one call, above what was out before it, so
+  inputs and weights are not counted and gradients are. On CUDA the caching allocator keeps that count; on a CPU
+  torch's profiler records every allocation and release, of kernels' scratch space too. That is exact and the same for
+  everyone's code, which the resident set of the process is not (malloc keeps what was freed). What libraries take
+  behind torch's back, such as oneDNN's own scratch space, is seen by neither. The profiler keeps about 2 kB for each
+  operator, so it is not for calls of millions of them (``--no-memory``); the footer has the process' own peak.
+- Gradients go to inputs and parameters and are set to None after every call.
+"""
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')}
+HALF = torch.bfloat16, torch.float16
+MODES = ('forward', 'forward+backward')
+INSTALL = 'pip install -r requirements/bench.txt'
+
+
+class MissingPeer(Exception):
+    """A peer whose package is not installed; the message says how to get it."""
+
+
+# ---- command line
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Options of every benchmark."""
+    parser.add_argument('--device', default='cpu', help="'cpu', 'cuda' or 'cuda:N' (default: %(default)s)")
+    parser.add_argument('--dtype', choices=list(DTYPES), default='float32',
+                        help='the half-precision ones run float32 weights under autocast, as training does '
+                        '(default: %(default)s)')
+    parser.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
+    parser.add_argument('--compile', action='store_true', help='torch.compile everything that is measured')
+    parser.add_argument('--forward-only', action='store_true', help='no forward+backward')
+    parser.add_argument('--repeats', type=int, default=repeats, metavar='N', help='rounds (default: %(default)s)')
+    parser.add_argument('--warmup', type=int, default=1, metavar='N', help='untimed calls first (default: %(default)s)')
+    parser.add_argument('--budget', type=float, default=120, metavar='SECONDS',
+                        help='no further rounds of one comparison after this time (default: %(default)s)')
+    parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True,
+                        help='measure peak memory (default: yes)')
+    parser.add_argument('--baseline', metavar='NAME', help='what ratios refer to (default: the first row)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of weights and inputs (default: %(default)s)')
+    parser.add_argument('--json', metavar='FILE', help='write everything measured to FILE')
+    parser.add_argument('--plot', metavar='FILE.png', help='draw time and memory')
+
+
+def parse_device(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        ValueError: If it is neither a CPU nor a CUDA device of this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cpu', 'cuda'):
+        raise ValueError(f"--device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices')
+    return device
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Checks the common options, seeds, sets the number of threads and returns the device.
+
+    Raises:
+        ValueError: For the first option outside its range.
+    """
+    for name, least in (('repeats', 1), ('warmup', 0), ('budget', 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f'--{name} must be at least {least}, got {getattr(args, name)}')
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f'--threads must be at least 1, got {args.threads}')
+    device = parse_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's library chats on stderr
+    return device
+
+
+# ---- what is measured
+
+
+def forward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
+    """One forward pass without a graph."""
+
+    def call() -> None:
+        with torch.no_grad(), autocast(inputs[0].device, dtype):
+            module(*inputs)
+
+    return call
+
+
+def forward_backward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
+    """One forward and backward pass to parameters and inputs; ``module`` returns a tensor or a sequence of them."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    leaves = [*module.parameters(), *inputs]
+    cotangents: list[Tensor] = []
+
+    def call() -> None:
+        with autocast(inputs[0].device, dtype):
+            outputs = module(*inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        if not cotangents:  # made by the first call, which is not timed
+            cotangents.extend(torch.randn_like(output) for output in outputs)
+        torch.autograd.backward(outputs, cotangents)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return call
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype=dtype) if dtype in HALF else nullcontext()
+
+
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of weights and inputs, where ``dtype`` is what autocast or the whole call computes in."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
+    """``module`` where and how it is measured."""
+    module = module.to(device, weight_dtype(dtype))
+    return torch.compile(module) if compiled else module
+
+
+def make_calls(module: nn.Module, inputs: Sequence[Tensor], mode: str, dtype: torch.dtype) -> Callable[[], None]:
+    """One call in the given mode; with gradients the module is in training mode, as batch norms notice."""
+    module.train(mode != 'forward')
+    return (forward if mode == 'forward' else forward_backward)(module, inputs, dtype)
+
+
+# ---- measuring
+
+
+@dataclass
+class Measurement:
+    """Times of the rounds in seconds and the peak memory of one call in bytes, None where it was not measured."""
+
+    times: list[float] = field(default_factory=list)
+    peak_memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def fastest(self) -> float:
+        return min(self.times)
+
+    @property
+    def spread(self) -> float:
+        """Slowest minus fastest, over the median."""
+        return (max(self.times) - min(self.times)) / self.median
+
+    def ratio(self, baseline: Measurement) -> float:
+        """How many times as long as ``baseline`` it takes, by the median of the rounds' ratios."""
+        return statistics.median(a / b for a, b in zip(self.times, baseline.times))
+
+
+class Progress:
+    """One line on stderr: rewritten in a terminal, at most every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self.terminal:
+            print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+        elif time.monotonic() - self.last >= 10:
+            print(text, file=sys.stderr, flush=True)
+            self.last = time.monotonic()
+
+    def clear(self) -> None:
+        if self.terminal:
+            print('\r\033[K', end='', file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.clear()
+        print(text, file=sys.stderr, flush=True)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to the end of its last kernel."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes allocated at once during ``call``, above what was allocated before it. See the module."""
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    # The raw events: building the profiler's own tables of them takes minutes for long calls.
+    events = sorted((event.start_ns(), event.nbytes()) for event in profile.kineto_results.events()
+                    if event.name() == '[memory]')
+    held = most = 0
+    for _, nbytes in events:
+        held += nbytes
+        most = max(most, held)
+    return most
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ('out of memory' in text or "can't allocate memory" in text))
+
+
+def measure(calls: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 1,
+            budget: float = math.inf, memory: bool = True, label: str = '', optional: Iterable[str] = (),
+            progress: Progress | None = None) -> tuple[dict[str, Measurement], dict[str, str]]:
+    """Runs all calls side by side: warm-up and memory one after the other, then rounds of one call each.
+
+    Args:
+        calls (dict[str, Callable]): Name → what to measure.
+        device (torch.device): Where the calls run.
+        repeats (int): Rounds.
+        warmup (int): Untimed calls of each before them. Defaults to 1.
+        budget (float): Seconds after which no further round starts; the first one always runs. Defaults to infinity.
+        memory (bool): Whether to measure peak memory, by one more call of each. Defaults to True.
+        label (str): What the progress line starts with. Defaults to ''.
+        optional (Iterable[str]): Calls that may fail for any reason; others may only run out of memory.
+            Defaults to ().
+        progress (Progress | None): Where progress goes. Defaults to a new one.
+
+    Returns:
+        tuple[dict[str, Measurement], dict[str, str]]: What was measured, and why the others could not be.
+    """
+    progress = progress or Progress()
+    optional = set(optional)
+    results: dict[str, Measurement] = {}
+    failures: dict[str, str] = {}
+    for name, call in calls.items():
+        progress(f'{label}: warm-up of {name}')
+        try:
+            for _ in range(warmup):
+                timed(call, device)
+            results[name] = Measurement(peak_memory=peak_memory(call, device) if memory else None)
+        except Exception as error:
+            if is_out_of_memory(error):
+                failures[name] = 'out of memory'
+            elif name in optional:
+                failures[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'
+            else:
+                raise
+            error = None  # its traceback holds the tensors
+            gc.collect()
+            if device.type == 'cuda':
+                torch.cuda.empty_cache()
+    started = time.monotonic()
+    for done in range(repeats):
+        elapsed = time.monotonic() - started
+        if done:
+            if elapsed * (done + 1) / done > budget:  # the next round would end too late
+                break
+            progress(f'{label}: round {done + 1} of {repeats}, '
+                     f'ETA {min(elapsed / done * (repeats - done), budget - elapsed):.0f} s')
+        for name, result in results.items():
+            result.times.append(timed(calls[name], device))
+    progress.clear()
+    return results, failures
+
+
+# ---- the machine
+
+
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """What a reader needs in order to judge the figures."""
+    cpu = platform.processor()
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        models = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model n')]
+        cpu = models[-1] if models else cpu
+    machine = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
+                   torch=torch.__version__, device=str(device))
+    if device.type == 'cuda':
+        machine.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
+    return machine
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that may still be allocated, infinity where the system does not say."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path('/proc/meminfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable')), math.inf)
+
+
+def process_peak_memory() -> int:
+    """Largest resident set this process has had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of the best of twenty large square matrix products."""
+    size = size or (8192 if device.type == 'cuda' else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(20))
+
+
+def copy_rate(device: torch.device, nbytes: int = 2**28) -> float:
+    """Bytes/s, read and written, of the best of ten copies of ``nbytes``."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Exponent p of y ∝ x^p: the slope of log y over log x by least squares.
+
+    Raises:
+        ValueError: With fewer than two different ``xs``, or values that are not positive.
+    """
+    if len(xs) != len(ys) or len(set(xs)) < 2 or min(*xs, *ys) <= 0:
+        raise ValueError(f'a slope needs two points with different x, all positive, got x={xs}, y={ys}')
+    log_x, log_y = ([math.log(value) for value in values] for values in (xs, ys))
+    return statistics.linear_regression(log_x, log_y).slope
+
+
+# ---- reporting
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns, the first one to the left."""
+    rows = [list(header), *(list(row) for row in rows)]
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(header))]
+    lines = [' | '.join(cell.rjust(width) if i else cell.ljust(width)
+                        for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+    rule = ' | '.join(('-' * width if not i else '-' * (width - 1) + ':') for i, width in enumerate(widths))
+    return '\n'.join(f'| {line} |' for line in (lines[0], rule, *lines[1:]))
+
+
+def result_rows(results: dict[str, Measurement], baseline: str, **common) -> list[dict]:
+    """What the JSON holds of one comparison: a dict for each case, with ``common`` in all of them."""
+    return [dict(name=name, **common, median_s=m.median, min_s=m.fastest, spread=m.spread, times_s=m.times,
+                 baseline=baseline, ratio=m.ratio(results[baseline]), peak_memory_bytes=m.peak_memory)
+            for name, m in results.items()]
+
+
+def time_cells(row: dict) -> tuple[str, ...]:
+    """Median, fastest, spread, ratio and peak memory as a table shows them."""
+    return (milliseconds(row['median_s']), milliseconds(row['min_s']), f'{row["spread"]:.0%}', f'{row["ratio"]:.2f}',
+            mebibytes(row['peak_memory_bytes']))
+
+
+def milliseconds(seconds: float) -> str:
+    return f'{1e3 * seconds:.4g}' if seconds < 1 else f'{1e3 * seconds:.0f}'
+
+
+def mebibytes(nbytes: float | None) -> str:
+    return '' if nbytes is None else f'{nbytes / 2**20:.4g}' if nbytes < 2**30 else f'{nbytes / 2**20:.0f}'
+
+
+def check_baseline(baseline: str | None, names: Sequence[str]) -> None:
+    """Raises a ValueError if ``baseline`` is not among the cases that are to be measured."""
+    if baseline is not None and baseline not in names:
+        raise ValueError(f'--baseline must be one of {list(names)}, got {baseline!r}')
+
+
+def print_machine(machine: dict[str, object]) -> None:
+    print(', '.join(f'{name} {value}' for name, value in machine.items()))
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    Path(path).write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+
+
+def new_figure(columns: int):
+    """(figure, axes) for so many plots side by side, without a display."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    return plt.subplots(1, columns, figsize=(5.5 * columns, 4.5), layout='constrained')
+
+
+def plot_bars(path: str | Path, results: dict[str, dict[str, Measurement]], title: str) -> None:
+    """Median time and peak memory of every case, a colour for each mode.
+
+    Args:
+        path (str | Path): PNG to write.
+        results (dict[str, dict[str, Measurement]]): Mode → case → measurement.
+        title (str): Title.
+    """
+    figure, axes = new_figure(2)
+    names = list(dict.fromkeys(name for of_mode in results.values() for name in of_mode))
+    height = 0.8 / len(results)
+    for j, (mode, of_mode) in enumerate(results.items()):
+        at = [names.index(name) + j * height for name in of_mode]
+        axes[0].barh(at, [1e3 * m.median for m in of_mode.values()], height, label=mode)
+        axes[1].barh(at, [(m.peak_memory or 0) / 2**20 for m in of_mode.values()], height, label=mode)
+    for axis, label in zip(axes, ('median time (ms)', 'peak memory (MiB)')):
+        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+        axis.grid(axis='x', alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

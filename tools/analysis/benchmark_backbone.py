@@ -1,0 +1,316 @@
+#!/usr/bin/env python
+r"""Time and memory of ConvNeur beside other backbones, or of its memories within it.
+
+    # m1 to m4 and their peers at 8 x 224 x 224
+    tools/analysis/benchmark_backbone.py
+    # a choice of models at a detector's size; -local is the same backbone without its memories
+    tools/analysis/benchmark_backbone.py m3 m3-local convnextv2_pico --shape 1,800,1344 --chunk-size 4096
+    # the share of the memories in the backbone's time, at the paper's two settings
+    tools/analysis/benchmark_backbone.py m3 --split
+
+Every backbone maps images to the feature maps of its last four stages. Names other than ours are timm's.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+
+import _benchmark as bench
+import torch
+from _benchmark import MODES, MissingPeer, Progress
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convneur_mm.models import ConvNeur
+from convneur_mm.models.global_memory import GlobalMemory
+from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES
+
+OURS = tuple(f'{arch}{suffix}' for arch in ConvNeur.arch_settings for suffix in ('', '-local'))
+# The memory's twins in depths and widths first, then backbones of the same class that mix tokens in other ways.
+PEERS = ('convnextv2_atto', 'convnextv2_femto', 'convnextv2_pico', 'convnextv2_nano', 'convnext_atto', 'convnext_femto',
+         'convnext_pico', 'convnext_nano', 'pvt_v2_b0', 'pvt_v2_b1', 'poolformer_s12', 'resnet50',
+         'swin_tiny_patch4_window7_224')
+# (shape, chunk size, inner step): classification, and COCO.
+SPLIT_SETTINGS = (((8, 224, 224), 196, 1.0), ((1, 800, 1344), 4096, 1e-3))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='*', metavar='MODEL',
+                        help=f'{", ".join(OURS)}, or names of timm (default: m1 to m4 and {", ".join(PEERS)}; '
+                        'm3 for --split)')
+    parser.add_argument('--split', action='store_true',
+                        help="the share of the four memories in each model's time; without --shape at "
+                        + ' and '.join(f'{"x".join(map(str, shape))} with chunks of {chunk} and inner step {step:g}'
+                                       for shape, chunk, step in SPLIT_SETTINGS))
+    parser.add_argument('--shape', metavar='B,H,W', help='batch, height and width (default: 8,224,224)')
+    parser.add_argument('--chunk-size', type=int, default=196, metavar='L', help='chunk (default: %(default)s)')
+    parser.add_argument('--inner-step', type=float, default=1.0, help='factor of the step (default: %(default)s)')
+    parser.add_argument('--rule', choices=UPDATE_RULES, default='sequential', help='update rule (default: %(default)s)')
+    parser.add_argument('--backend', choices=['auto', *BACKENDS], default='auto',
+                        help="the memory's implementation (default: %(default)s)")
+    bench.add_common_arguments(parser, repeats=10)
+    args = parser.parse_args(argv)
+    if not args.models:
+        args.models = ['m3'] if args.split else [*ConvNeur.arch_settings, *PEERS]
+    return args
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """'B,H,W' as three integers.
+
+    Raises:
+        ValueError: If it is anything else, or an image too small for four stages.
+    """
+    try:
+        batch, height, width = (int(part) for part in text.split(','))
+    except ValueError:
+        raise ValueError(f'--shape must be B,H,W, three integers, got {text!r}') from None
+    if batch < 1 or min(height, width) < 32:
+        raise ValueError(f'--shape must be at least one image of 32 x 32 pixels, got {text!r}')
+    return batch, height, width
+
+
+# ---- models
+
+
+def build(name: str, shape: tuple[int, int, int], memory_cfg: dict) -> nn.Module:
+    """The backbone called ``name``: images to a sequence of feature maps of the last four stages.
+
+    Raises:
+        MissingPeer: If it is timm's and timm is not installed.
+        ValueError: If nobody knows it.
+    """
+    if name in OURS:
+        arch, _, local = name.partition('-')
+        return ConvNeur(arch, memory_cfg=memory_cfg, placement='none' if local else 'stage')
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingPeer(f'timm is not installed ({error}); {bench.INSTALL}') from error
+    if not timm.is_model(name):
+        raise ValueError(f'unknown model {name!r}: expected one of {", ".join(OURS)}, or a name of timm, '
+                         f'as {", ".join(PEERS)}')
+    # Swin lays out its windows and masks for one image size.
+    extra = dict(img_size=shape[1:]) if name.startswith('swin') else {}
+    return timm.create_model(name, pretrained=False, features_only=True, out_indices=(-4, -3, -2, -1), **extra)
+
+
+def count_macs(module: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of convolutions and matrix products in one forward pass, half of the counted FLOPs."""
+    module = copy.deepcopy(module).to('meta')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.empty_like(x, device='meta', dtype=next(module.parameters()).dtype))
+    return counter.get_total_flops() // 2
+
+
+# ---- runs
+
+
+class Run:
+    """One run of the benchmark: its options, and what was left out."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = bench.set_up(args)
+        self.dtype = bench.DTYPES[args.dtype]
+        self.modes = MODES[:1] if args.forward_only else MODES
+        self.shape = parse_shape(args.shape) if args.shape else (8, 224, 224)
+        self.memory_cfg = dict(chunk_size=args.chunk_size, inner_step=args.inner_step, update_rule=args.rule,
+                               backend=args.backend)
+        self.progress = Progress()
+        self.skipped: list[dict] = []
+        self.machine = bench.describe_machine(self.device)
+
+    def skip(self, name: str, reason: str, **where) -> None:
+        self.skipped.append(dict(name=name, reason=reason, **where))
+        self.progress.note(f'left out {name}{"".join(f", {value}" for value in where.values())}: {reason}')
+
+    def images(self, shape: tuple[int, int, int]) -> Tensor:
+        batch, height, width = shape
+        return torch.randn(batch, 3, height, width, device=self.device, dtype=bench.weight_dtype(self.dtype))
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        return bench.prepare(module, self.device, self.dtype, self.args.compile)
+
+    def measure(self, modules: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, label: str,
+                optional: Sequence[str] = ()) -> dict[str, bench.Measurement]:
+        """All modules side by side, each on its own input."""
+        args = self.args
+        calls = {name: bench.make_calls(module, [inputs[name]], mode, self.dtype) for name, module in modules.items()}
+        results, failures = bench.measure(
+            calls, self.device, repeats=args.repeats, warmup=args.warmup, budget=args.budget, memory=args.memory,
+            label=label, optional=optional, progress=self.progress)
+        for name, reason in failures.items():
+            self.skip(name, reason, mode=mode)
+        return results
+
+    def compare(self) -> list[dict]:
+        """Whole backbones beside each other."""
+        args, shape = self.args, self.shape
+        bench.check_baseline(args.baseline, args.models)
+        images = self.images(shape)
+        modules, about = {}, {}
+        for name in args.models:
+            self.progress(f'building {name}')
+            try:
+                module = build(name, shape, self.memory_cfg)
+            except MissingPeer as missing:
+                self.skip(name, str(missing))
+                continue
+            about[name] = dict(parameters=sum(p.numel() for p in module.parameters()), macs=count_macs(module, images))
+            modules[name] = self.prepare(module)
+        rows, all_results = [], {}
+        for mode in self.modes:
+            results = all_results[mode] = self.measure(modules, dict.fromkeys(modules, images), mode, mode,
+                                                       [name for name in modules if name not in OURS])
+            if not results:
+                continue
+            baseline = args.baseline if args.baseline in results else next(iter(results))
+            of_mode = bench.result_rows(results, baseline, mode=mode, shape=shape)
+            for row in of_mode:
+                row.update(about[row['name']], images_per_s=shape[0] / row['median_s'])
+            rows += of_mode
+            print(f'\n{mode}, {shape[0]} x {shape[1]} x {shape[2]}; {len(of_mode[0]["times_s"])} rounds')
+            print(bench.format_table(
+                ('', 'params M', 'GMAC', 'images/s', 'median ms', 'min ms', 'spread', f'time / {baseline}', 'peak MiB'),
+                [(row['name'], f'{row["parameters"] / 1e6:.1f}', f'{row["macs"] / shape[0] / 1e9:.2f}',
+                  f'{row["images_per_s"]:.4g}', *bench.time_cells(row)) for row in of_mode]))
+        if args.plot and rows:
+            bench.plot_bars(args.plot, all_results, f'{shape[0]} x {shape[1]} x {shape[2]}')
+        return rows
+
+    def split(self) -> list[dict]:
+        """The memories' share of each of our models, at one setting or at the two usual ones."""
+        args = self.args
+        bench.check_baseline(args.baseline, ['backbone'])
+        unknown = [name for name in args.models if name not in ConvNeur.arch_settings]
+        if unknown:
+            raise ValueError(f'--split is for {", ".join(ConvNeur.arch_settings)}, got {unknown}')
+        settings = SPLIT_SETTINGS if args.shape is None else ((self.shape, args.chunk_size, args.inner_step),)
+        rows = []
+        for name in args.models:
+            for shape, chunk_size, inner_step in settings:
+                rows += self.split_one(name, shape, {**self.memory_cfg, 'chunk_size': chunk_size,
+                                                     'inner_step': inner_step})
+        if args.plot:
+            plot_split(args.plot, rows)
+        return rows
+
+    def split_one(self, name: str, shape: tuple[int, int, int], memory_cfg: dict) -> list[dict]:
+        """One model at one setting: the whole, the whole without branches, and every branch and memory by itself.
+
+        The parts run standalone on what reaches them in the whole, in the same rounds as the whole. The difference to
+        the backbone without branches is the same share measured the other way, gate included.
+        """
+        images = self.images(shape)
+        model = build(name, shape, memory_cfg)
+        parts = {}
+        for i, branch in enumerate(m for m in model.modules() if isinstance(m, GlobalMemory)):
+            parts |= {f'branch {i + 1}': branch, f'memory {i + 1}': branch.memory}
+        local = build(f'{name}-local', shape, {})
+        model, local = (m.to(self.device, bench.weight_dtype(self.dtype)) for m in (model, local))
+        inputs = record_inputs(model, parts, images, self.dtype)
+        modules = {'backbone': model, 'backbone without branches': local, **parts}
+        inputs |= {'backbone': images, 'backbone without branches': images}
+        macs = {part: count_macs(module, inputs[part]) for part, module in modules.items()}
+        modules = {part: self.prepare(module) for part, module in modules.items()}
+
+        label = f'{name}, {"x".join(map(str, shape))}, chunks of {memory_cfg["chunk_size"]}'
+        rows: list[dict] = []
+        for mode in self.modes:
+            results = self.measure(modules, inputs, mode, f'{label}, {mode}')
+            if len(results) < len(modules):
+                self.skip(name, 'not all parts ran, see above', shape=shape, mode=mode)
+                continue
+            for kind in ('branch', 'memory'):
+                results[KINDS[kind]] = add_up([m for part, m in results.items() if part.startswith(f'{kind} ')])
+                macs[KINDS[kind]] = sum(count for part, count in macs.items() if part.startswith(f'{kind} '))
+            for row in bench.result_rows(results, 'backbone', mode=mode, shape=shape, model=name, **memory_cfg):
+                rows.append({**row, 'macs': macs[row['name']], 'mac_share': macs[row['name']] / macs['backbone']})
+        print(f'\n{label}, inner step {memory_cfg["inner_step"]:g}: times and shares of the whole backbone')
+        by_part: dict[str, dict[str, dict]] = {}
+        for row in rows:
+            by_part.setdefault(row['name'], {})[row['mode']] = row
+        print(bench.format_table(
+            ('', 'GMAC', 'share', *(cell for mode in self.modes for cell in (f'{mode} ms', 'share', 'peak MiB'))),
+            [(part, f'{macs[part] / 1e9:.3f}', f'{macs[part] / macs["backbone"]:.1%}',
+              *(cell for mode in self.modes for cell in split_cells(of_part.get(mode))))
+             for part, of_part in by_part.items()]))
+        return rows
+
+
+KINDS = {'branch': 'all branches', 'memory': 'all memories'}
+
+
+def split_cells(row: dict | None) -> tuple[str, str, str]:
+    if row is None:
+        return '', '', ''
+    return bench.milliseconds(row['median_s']), f'{row["ratio"]:.1%}', bench.mebibytes(row['peak_memory_bytes'])
+
+
+def record_inputs(model: nn.Module, parts: dict[str, nn.Module], images: Tensor, dtype: torch.dtype
+                  ) -> dict[str, Tensor]:
+    """What reaches each of the parts in one forward pass of the model."""
+    inputs: dict[str, Tensor] = {}
+
+    def recorder(part: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[part] = args[0].detach()
+        return hook
+
+    hooks = [module.register_forward_pre_hook(recorder(part)) for part, module in parts.items()]
+    bench.forward(model, [images], dtype)()
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def add_up(parts: Sequence[bench.Measurement]) -> bench.Measurement:
+    """The parts one after the other: round by round the sum of their times; no peak of memory is known of that."""
+    return bench.Measurement([sum(times) for times in zip(*(part.times for part in parts))])
+
+
+def plot_split(path: str, rows: Sequence[dict]) -> None:
+    """Shares of time and of multiply-accumulates, a plot for each model and setting."""
+    settings = list(dict.fromkeys((row['model'], row['shape'], row['chunk_size']) for row in rows))
+    figure, axes = bench.new_figure(len(settings))
+    for axis, setting in zip([axes] if len(settings) == 1 else axes, settings):
+        of_setting = [row for row in rows if (row['model'], row['shape'], row['chunk_size']) == setting
+                      and not row['name'].startswith('backbone')]
+        names = list(dict.fromkeys(row['name'] for row in of_setting))
+        modes = list(dict.fromkeys(row['mode'] for row in of_setting))
+        height = 0.8 / (len(modes) + 1)
+        for j, mode in enumerate([*modes, 'multiply-accumulates']):
+            shares = [next(row['ratio'] if mode in modes else row['mac_share'] for row in of_setting
+                           if row['name'] == name and (mode not in modes or row['mode'] == mode)) for name in names]
+            axis.barh([i + j * height for i in range(len(names))], [100 * share for share in shares], height,
+                      label=mode)
+        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
+        axis.invert_yaxis()
+        axis.set(xlabel='share of the backbone (%)',
+                 title=f'{setting[0]}, {"x".join(map(str, setting[1]))}, chunks of {setting[2]}')
+        axis.grid(axis='x', alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        run = Run(args)
+        bench.print_machine(run.machine)
+        rows = run.split() if args.split else run.compare()
+    except ValueError as error:
+        sys.exit(f'benchmark_backbone: error: {error}')
+    if not rows:
+        sys.exit('benchmark_backbone: error: nothing could be measured, see above')
+    if args.json:
+        bench.write_json(args.json, dict(benchmark='backbone', settings=vars(args), machine=run.machine, results=rows,
+                                         skipped=run.skipped))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,410 @@
+#!/usr/bin/env python
+r"""Time and memory of the neural memory layer beside its peers: one shape, or a sweep over the number of tokens.
+
+    # the layer and its peers, 4 x 3136 tokens of 128 channels
+    tools/analysis/benchmark_memory.py
+    # our own implementations only
+    tools/analysis/benchmark_memory.py --backends auto reference --peers
+    # 784 to 262,144 tokens, and the exponents of time and memory
+    tools/analysis/benchmark_memory.py --sweep
+    # four million tokens; the last line has the peak memory of the process
+    tools/analysis/benchmark_memory.py --tokens 4000000 --batch 1 --rules sequential --peers --forward-only \
+        --no-memory --warmup 0 --repeats 1
+
+Every layer maps tokens (B, N, Cm) to tokens (B, N, Cm), norm and projections included. Peers that are not installed
+are left out with a line that says how to get them.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import _benchmark as bench
+import torch
+import torch.nn.functional as F
+from _benchmark import MODES, Measurement, MissingPeer
+from torch import Tensor, nn
+
+from convneur_mm.models import NeuralMemory
+from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES, written_tokens
+
+SWEEP = (784, 3136, 12544, 50176, 262144)
+
+
+# ---- peers
+
+
+class TitansMemory(nn.Module):
+    """titans-pytorch's NeuralMemory with its settings as near to ours as they go.
+
+    Equal: width, heads, chunks, the memory ``z + GELU(z·W1)·W2`` of each head and its learned start, a mean squared
+    error summed over the chunk, momentum and decay for each chunk, a bound on the write. With ``sequential`` the
+    gradients of a chunk are taken at the memory before it (the library updates its weights every ``batch_size``
+    tokens), otherwise all of them at the start.
+
+    What cannot be made equal:
+
+    - Its step is a linear map of each token, its momentum and decay one of each chunk's mean token, all for a whole
+      head. Ours come from a two-layer MLP on the chunk's surprise, for every channel: (16 Cm² multiply-accumulates a
+      chunk and image).
+    - Queries and keys are RMS-normalised per head with a learned scale, ours L2-normalised; the token norm is an
+      RMSNorm, once for reading and once for writing, ours is one LayerNorm.
+    - It bounds the gradient of each weight matrix with a tanh, ours the whole write of a head with a square root.
+    - It gates what it reads with a linear map of the token, reads each new memory one token before the chunk's end,
+      writes the last chunk too, and recurs over chunks with an associative scan, in the dtype of its input.
+    """
+
+    def __init__(self, args: argparse.Namespace, sequential: bool) -> None:
+        super().__init__()
+        titans = import_peer('titans_pytorch', 'titans-pytorch')
+
+        class Residual(titans.MemoryMLP):
+            """Ours has no norm on the way, the library's own residual wrapper has."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + super().forward(x)
+
+        self.memory = titans.NeuralMemory(
+            dim=args.channels, heads=args.channels // args.head_dim, dim_head=args.head_dim,
+            chunk_size=args.chunk_size, batch_size=args.chunk_size if sequential else None,
+            model=Residual(args.head_dim, depth=2, expansion_factor=args.hidden_dim / args.head_dim),
+            mem_model_norm_add_residual=False, momentum=True, qk_rmsnorm=True, max_grad_norm=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, Cm) → (B, N, Cm)."""
+        return self.memory(x)[0]
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention of all tokens with all, by torch's fused kernels."""
+
+    def __init__(self, channels: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, Cm) → (B, N, Cm)."""
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class NonLocal(nn.Module):
+    """The non-local block, embedded Gaussian with Cm/2 inner channels and its N × N weights in memory."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.theta = nn.Linear(channels, channels // 2)
+        self.phi = nn.Linear(channels, channels // 2)
+        self.g = nn.Linear(channels, channels // 2)
+        self.proj = nn.Linear(channels // 2, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, Cm) → (B, N, Cm)."""
+        x = self.norm(x)
+        weights = (self.theta(x) @ self.phi(x).transpose(1, 2)).softmax(dim=-1)
+        return self.proj(weights @ self.g(x))
+
+
+PEERS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
+    'titans-sequential': lambda args: TitansMemory(args, sequential=True),
+    'titans-parallel': lambda args: TitansMemory(args, sequential=False),
+    'attention': lambda args: Attention(args.channels, args.head_dim),
+    'non-local': lambda args: NonLocal(args.channels),
+}
+QUADRATIC = ('attention', 'non-local')
+
+
+def import_peer(module: str, package: str):
+    """The module of an optional package.
+
+    Raises:
+        MissingPeer: If it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPeer(f'{package} is not installed ({error}); {bench.INSTALL}') from error
+
+
+# ---- the physical floor
+
+
+def layer_flops(batch: int, tokens: int, channels: int, chunk_size: int = 196, hidden_dim: int = 8,
+                backward: bool = False) -> int:
+    """FLOPs (twice the multiply-accumulates) that the neural memory layer's matrix products need.
+
+    For each token the query and output projections (2 Cm²) and the read (2 Cm·e), for each token that is written the
+    key and value projections (2 Cm²) and the gradient (5 Cm·e: two products to the error, three back), for each chunk
+    that is written the update generators (16 Cm²). The backward pass has two products for each one.
+    """
+    written = written_tokens(tokens, chunk_size)
+    macs = (tokens * (2 * channels**2 + 2 * channels * hidden_dim)
+            + written * (2 * channels**2 + 5 * channels * hidden_dim)
+            + written // chunk_size * 16 * channels**2)
+    return 2 * batch * macs * (3 if backward else 1)
+
+
+def layer_bytes(batch: int, tokens: int, channels: int, num_parameters: int, itemsize: int = 4,
+                backward: bool = False) -> int:
+    """Bytes that must cross the memory bus whatever the implementation.
+
+    Forward: tokens in, tokens out, weights in. Backward: tokens and their gradient in, the other gradient out, weights
+    in and their gradients out. An implementation that keeps anything between two kernels moves more.
+    """
+    tensor = batch * tokens * channels
+    return itemsize * (tensor * (5 if backward else 2) + num_parameters * (3 if backward else 1))
+
+
+# ---- command line
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--tokens', type=int, default=3136, metavar='N', help='tokens (default: %(default)s)')
+    parser.add_argument('--sweep', type=int, nargs='*', metavar='N',
+                        help=f'measure at each of these numbers of tokens (default: {" ".join(map(str, SWEEP))})')
+    parser.add_argument('--batch', type=int, metavar='B', help='batch (default: 4, and 1 for --sweep)')
+    parser.add_argument('--channels', type=int, default=128, metavar='CM', help='width (default: %(default)s)')
+    parser.add_argument('--chunk-size', type=int, default=196, metavar='L', help='chunk (default: %(default)s)')
+    parser.add_argument('--head-dim', type=int, default=16, metavar='D', help='head (default: %(default)s)')
+    parser.add_argument('--hidden-dim', type=int, default=8, metavar='E',
+                        help="hidden units of a head's memory (default: %(default)s)")
+    parser.add_argument('--inner-step', type=float, default=1.0, help='factor of the step (default: %(default)s)')
+    parser.add_argument('--rules', nargs='+', choices=UPDATE_RULES, default=list(UPDATE_RULES),
+                        help='our update rules (default: all)')
+    parser.add_argument('--backends', nargs='+', choices=['auto', *BACKENDS], default=['auto'],
+                        help='our implementations (default: auto)')
+    parser.add_argument('--peers', nargs='*', choices=list(PEERS), default=list(PEERS),
+                        help='peers; none after --peers alone (default: all)')
+    parser.add_argument('--max-quadratic-tokens', type=int, default=65536, metavar='N',
+                        help='attention and non-local are left out beyond (default: %(default)s)')
+    parser.add_argument('--max-seconds', type=float, default=60, metavar='SECONDS',
+                        help='a sweep leaves a case out where one call is expected to take longer '
+                        '(default: %(default)s)')
+    bench.add_common_arguments(parser, repeats=10)
+    args = parser.parse_args(argv)
+    if args.sweep is not None:
+        args.sweep = sorted(set(args.sweep or SWEEP))
+    if args.batch is None:
+        args.batch = 4 if args.sweep is None else 1
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises a ValueError for the first number outside its range."""
+    for name in ('tokens', 'batch', 'channels', 'chunk_size', 'head_dim', 'hidden_dim'):
+        if getattr(args, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    if args.sweep and args.sweep[0] < 1:
+        raise ValueError(f'--sweep must be numbers of at least 1, got {args.sweep}')
+    if args.channels % args.head_dim:
+        raise ValueError(f'--channels must be a multiple of --head-dim, got {args.channels} and {args.head_dim}')
+
+
+def case_names(args: argparse.Namespace) -> list[str]:
+    ours = [f'memory-{rule}' + (f':{backend}' if backend != 'auto' else '')
+            for backend in args.backends for rule in args.rules]
+    return [*ours, *args.peers]
+
+
+def build(name: str, args: argparse.Namespace) -> nn.Module:
+    """The layer called ``name``, see :func:`case_names`."""
+    if name in PEERS:
+        return PEERS[name](args)
+    rule, _, backend = name.removeprefix('memory-').partition(':')
+    return NeuralMemory(args.channels, chunk_size=args.chunk_size, inner_step=args.inner_step, head_dim=args.head_dim,
+                        hidden_dim=args.hidden_dim, update_rule=rule, backend=backend or 'auto')
+
+
+# ---- runs
+
+
+class Run:
+    """One run of the benchmark: its layers, and everything measured and left out."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = bench.set_up(args)
+        check_args(args)
+        bench.check_baseline(args.baseline, case_names(args))
+        self.dtype = bench.DTYPES[args.dtype]
+        self.modes = MODES[:1] if args.forward_only else MODES
+        self.progress = bench.Progress()
+        self.skipped: list[dict] = []
+        self.layers: dict[str, nn.Module] = {}
+        for name in case_names(args):
+            try:
+                self.layers[name] = bench.prepare(build(name, args), self.device, self.dtype, args.compile)
+            except MissingPeer as missing:
+                self.skip(name, str(missing))
+        self.machine = bench.describe_machine(self.device)
+        self.rates = dict(gemm_flops_per_s=bench.gemm_rate(self.device, self.dtype),
+                          copy_bytes_per_s=bench.copy_rate(self.device))
+
+    def skip(self, name: str, reason: str, **where) -> None:
+        self.skipped.append(dict(name=name, reason=reason, **where))
+        at = ''.join(f', {value:,} tokens' if key == 'tokens' else f', {value}' for key, value in where.items())
+        self.progress.note(f'left out {name}{at}: {reason}')
+
+    def measure(self, tokens: int, mode: str, names: Sequence[str]) -> dict[str, Measurement]:
+        """The layers in ``names`` side by side on ``tokens`` tokens."""
+        args = self.args
+        x = torch.randn(args.batch, tokens, args.channels, device=self.device, dtype=bench.weight_dtype(self.dtype))
+        for name in (names := [*names]):
+            if name in QUADRATIC and tokens > args.max_quadratic_tokens:
+                self.skip(name, f'more than --max-quadratic-tokens {args.max_quadratic_tokens}', tokens=tokens)
+                names = [other for other in names if other != name]
+        calls = {name: bench.make_calls(self.layers[name], [x], mode, self.dtype) for name in names}
+        results, failures = bench.measure(
+            calls, self.device, repeats=args.repeats, warmup=args.warmup, budget=args.budget, memory=args.memory,
+            label=f'{mode}, {tokens:,} tokens', optional=PEERS, progress=self.progress)
+        for name, reason in failures.items():
+            self.skip(name, reason, tokens=tokens, mode=mode)
+        return results
+
+    def floor(self, tokens: int, mode: str) -> dict[str, float]:
+        """FLOPs and bytes of our layer and the least time this machine needs for them."""
+        args, backward = self.args, mode != 'forward'
+        num_parameters = sum(p.numel() for p in build('memory-sequential', args).parameters())
+        flops = layer_flops(args.batch, tokens, args.channels, args.chunk_size, args.hidden_dim, backward)
+        nbytes = layer_bytes(args.batch, tokens, args.channels, num_parameters,
+                             bench.weight_dtype(self.dtype).itemsize, backward)
+        return dict(flops=flops, bytes=nbytes, seconds=max(flops / self.rates['gemm_flops_per_s'],
+                                                           nbytes / self.rates['copy_bytes_per_s']))
+
+    def report(self, tokens: int, mode: str, results: dict[str, Measurement]) -> list[dict]:
+        """Prints the table of one comparison and returns its rows."""
+        args, floor = self.args, self.floor(tokens, mode)
+        baseline = args.baseline if args.baseline in results else next(iter(results))
+        rows = bench.result_rows(results, baseline, mode=mode, tokens=tokens)
+        print(f'\n{mode}, {args.batch} x {tokens:,} tokens of {args.channels} channels, chunks of {args.chunk_size}; '
+              f'{len(rows[0]["times_s"])} rounds')
+        print(bench.format_table(('', 'median ms', 'min ms', 'spread', f'time / {baseline}', 'peak MiB'),
+                                 [(row['name'], *bench.time_cells(row)) for row in rows]))
+        ours = [m.median for name, m in results.items() if name not in PEERS]
+        print(f'floor of the memory layer: {floor["flops"] / 1e9:.4g} GFLOP, {floor["bytes"] / 2**20:.4g} MiB, '
+              f'{bench.milliseconds(floor["seconds"])} ms at the rates below'
+              + (f'; our fastest takes {min(ours) / floor["seconds"]:.1f} times that' if ours else ''))
+        return rows
+
+    def compare(self) -> dict:
+        """All layers at one shape."""
+        rows, floors, results = [], {}, {}
+        for mode in self.modes:
+            results[mode] = self.measure(self.args.tokens, mode, list(self.layers))
+            if results[mode]:
+                rows += self.report(self.args.tokens, mode, results[mode])
+            floors[mode] = self.floor(self.args.tokens, mode)
+        if self.args.plot:
+            bench.plot_bars(self.args.plot, results, f'{self.args.batch} x {self.args.tokens:,} tokens of '
+                      f'{self.args.channels} channels, chunks of {self.args.chunk_size}')
+        return dict(results=rows, floor=floors)
+
+    def sweep(self) -> dict:
+        """All layers at growing numbers of tokens, as far as they go."""
+        rows, slopes = [], []
+        for mode in self.modes:
+            points: dict[str, dict[int, Measurement]] = {name: {} for name in self.layers}
+            for tokens in self.args.sweep:
+                names = [name for name in self.layers if self.fits(name, mode, points[name], tokens)]
+                results = self.measure(tokens, mode, names)
+                for name, measurement in results.items():
+                    points[name][tokens] = measurement
+                if results:
+                    rows += self.report(tokens, mode, results)
+            slopes += self.report_slopes(mode, points)
+        if self.args.plot:
+            plot_sweep(self.args.plot, rows)
+        return dict(results=rows, slopes=slopes)
+
+    def fits(self, name: str, mode: str, points: dict[int, Measurement], tokens: int) -> bool:
+        """Whether a size may be tried, going by the smaller ones: the system's end of memory is not always caught."""
+        if not points:
+            if tokens > self.args.sweep[0]:
+                self.skip(name, 'did not run with fewer tokens', tokens=tokens, mode=mode)
+            return tokens == self.args.sweep[0]
+        seconds = extrapolate([(n, m.median) for n, m in points.items()], tokens)
+        if seconds > self.args.max_seconds:
+            self.skip(name, f'would take {seconds:.0f} s, over --max-seconds {self.args.max_seconds:g}', tokens=tokens,
+                      mode=mode)
+            return False
+        nbytes = extrapolate([(n, m.peak_memory or 0) for n, m in points.items()], tokens)
+        if nbytes > 0.9 * (free := bench.available_memory(self.device)):
+            self.skip(name, f'would take {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free', tokens=tokens,
+                      mode=mode)
+            return False
+        return True
+
+    def report_slopes(self, mode: str, points: dict[str, dict[int, Measurement]]) -> list[dict]:
+        """Prints and returns the exponents of time and memory over N, of the cases with two sizes and more."""
+        slopes = []
+        for name, by_tokens in points.items():
+            if len(by_tokens) < 2:
+                continue
+            memory = [m.peak_memory for m in by_tokens.values()]
+            slopes.append(dict(name=name, mode=mode, tokens=list(by_tokens),
+                               time=bench.fit_slope(list(by_tokens), [m.median for m in by_tokens.values()]),
+                               memory=bench.fit_slope(list(by_tokens), memory) if all(memory) else None))
+        print(f'\n{mode}: exponent of N by least squares (1 is linear, 2 quadratic)')
+        print(bench.format_table(('', 'time', 'peak memory', 'from tokens', 'to'),
+                           [(s['name'], f'{s["time"]:.3f}', '' if s['memory'] is None else f'{s["memory"]:.3f}',
+                             f'{s["tokens"][0]:,}', f'{s["tokens"][-1]:,}') for s in slopes]))
+        return slopes
+
+
+def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
+    """What to expect at ``n``: the last two points' power law, linear growth at least."""
+    last_n, last = points[-1]
+    exponent = 1.0
+    if len(points) > 1 and min(last, points[-2][1]) > 0:
+        exponent = max(1.0, math.log(last / points[-2][1]) / math.log(last_n / points[-2][0]))
+    return last * (n / last_n)**exponent
+
+
+def plot_sweep(path: str, rows: Sequence[dict]) -> None:
+    """Median time and peak memory over N in logarithmic axes; forward dashed, forward+backward solid."""
+    figure, axes = bench.new_figure(2)
+    for i, name in enumerate(names := list(dict.fromkeys(row['name'] for row in rows))):
+        for mode in MODES:
+            of_case = [row for row in rows if row['name'] == name and row['mode'] == mode]
+            for axis, key, scale in ((axes[0], 'median_s', 1), (axes[1], 'peak_memory_bytes', 2**-20)):
+                axis.plot([row['tokens'] for row in of_case], [scale * (row[key] or math.nan) for row in of_case], 'o',
+                          linestyle='-' if mode != 'forward' else '--', color=f'C{i}', markersize=3,
+                          label=names[i] if mode == MODES[0] else None)
+    for axis, label in zip(axes, ('median time (s)', 'peak memory (MiB)')):
+        axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle('forward dashed, forward+backward solid')
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        run = Run(args)
+        bench.print_machine(run.machine)
+        found = run.compare() if args.sweep is None else run.sweep()
+    except ValueError as error:
+        sys.exit(f'benchmark_memory: error: {error}')
+    if not found['results']:
+        sys.exit('benchmark_memory: error: nothing could be measured, see above')
+    print(f'\nrates of this machine: {run.rates["gemm_flops_per_s"] / 1e9:.4g} GFLOP/s in one large {args.dtype} '
+          f'matrix product, {run.rates["copy_bytes_per_s"] / 2**30:.4g} GiB/s in one large copy')
+    print('largest resident set of the process' + (", the profiler's records included" if args.memory else '')
+          + f': {bench.process_peak_memory() / 2**30:.2f} GiB')
+    if args.json:
+        bench.write_json(args.json, dict(
+            benchmark='memory', settings=vars(args), machine=run.machine, rates=run.rates, **found,
+            skipped=run.skipped, process_peak_memory_bytes=bench.process_peak_memory()))
+
+
+if __name__ == '__main__':
+    main()
