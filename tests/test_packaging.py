@@ -4,18 +4,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('wheel')
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', folder,
-                    ROOT], check=True, capture_output=True)
-    path, = folder.glob('convneur_mm-*.whl')
-    return path
 
 
 def test_wheel_holds_configs_and_tools(wheel):

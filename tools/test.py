@@ -19,9 +19,10 @@ def parse_args() -> argparse.Namespace:
     parser = launch.make_parser(__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='path or URL of the checkpoint')
     parser.add_argument('--out', metavar='PATH', help='save the predictions: detections and classifications in this '
-                        'pickle file, segmentations as label pictures in this folder')
+                        'pickle file; segmentations as label pictures in this folder, numbered as in the annotation '
+                        'files (so from 1 on for ADE20K, whose 0 is no class)')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', metavar='DIR', help='save pictures of the predictions in this folder')
+    parser.add_argument('--show-dir', metavar='DIR', help='save a picture of each prediction in this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays with --show (default: 2)')
     return parser.parse_args()
 
@@ -30,35 +31,49 @@ def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args, splits=('test',))
     segments = cfg.get('default_scope') == 'mmseg'
-    if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
-        raise launch.LaunchError(f'--out must end in .pkl or .pickle, got {args.out}')
+    if args.out:
+        check_out(args.out, segments)
     cfg.load_from = launch.readable_checkpoint(args.checkpoint, 'checkpoint', args.allow_pickle)
     if args.show or args.show_dir:
-        draw_predictions(cfg, args)
+        cfg.custom_hooks.append(drawing_hook(cfg, args))
     if args.out and segments:
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        save_label_pictures(cfg, args.out)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if args.out and not segments:
         runner.test_evaluator.metrics.append(result_dumper(cfg, args.out))
     runner.test()
 
 
-def draw_predictions(cfg: launch.Config, args: argparse.Namespace) -> None:
-    """Turns on the visualization hook, which each package words in its own way."""
-    hook = cfg.default_hooks.get('visualization')
-    if hook is None:
-        raise launch.LaunchError(f'--show and --show-dir need default_hooks.visualization, which {args.config} lacks')
-    # Absolute, as mmdet joins a relative folder to the work dir once for every batch, ever deeper.
-    folder = os.path.abspath(args.show_dir) if args.show_dir else None
-    scope = cfg.get('default_scope')
-    hook.update(show=args.show, wait_time=args.wait_time, interval=1)
-    if scope == 'mmpretrain':
-        hook.update(enable=True, out_dir=folder)
-    elif scope == 'mmseg':
-        hook.update(draw=True)
-        cfg.visualizer.save_dir = folder
-    else:
-        hook.update(draw=True, test_out_dir=folder)
+def check_out(path: str, segments: bool) -> None:
+    """Raises a LaunchError if ``--out`` is not of the kind that the task's predictions are saved to."""
+    is_pickle = path.endswith(('.pkl', '.pickle'))
+    if segments and is_pickle:
+        raise launch.LaunchError(f'--out of a segmentor is a folder for label pictures, got {path}')
+    if not segments and not is_pickle:
+        raise launch.LaunchError(f'--out must end in .pkl or .pickle, got {path}')
+
+
+def drawing_hook(cfg: launch.Config, args: argparse.Namespace) -> dict:
+    """Settings of the hook that draws the predictions, with the config's threshold for detections."""
+    if not cfg.get('visualizer'):
+        raise launch.LaunchError(f'--show and --show-dir need a visualizer, which {args.config} lacks')
+    draw_args = {}
+    if cfg.get('default_scope') == 'mmdet':
+        settings = cfg.get('default_hooks', {}).get('visualization') or {}
+        draw_args['pred_score_thr'] = settings.get('score_thr', 0.3)
+    return dict(type='DrawPredictionsHook', out_dir=args.show_dir, show=args.show, wait_time=args.wait_time,
+                draw_args=draw_args)
+
+
+def save_label_pictures(cfg: launch.Config, folder: str) -> None:
+    """Has mmseg's metric write its predictions to ``folder`` as well."""
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    writers = [evaluator for evaluator in evaluators if evaluator['type'] == 'IoUMetric']
+    if not writers:
+        raise launch.LaunchError('--out of a segmentor needs an IoUMetric among test_evaluator, which writes the files')
+    # Made here, before a process could write to it ahead of the first one.
+    os.makedirs(folder, exist_ok=True)
+    writers[0]['output_dir'] = folder
 
 
 def result_dumper(cfg: launch.Config, path: str) -> DumpResults:

@@ -1,3 +1,3 @@
-from .hooks import CheckpointKeysHook
+from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
 
-__all__ = ['CheckpointKeysHook']
+__all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook']

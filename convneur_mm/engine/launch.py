@@ -67,9 +67,9 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
     check_data_files(cfg, splits)
-    custom_hooks = cfg.get('custom_hooks') or []
-    if not any(hook['type'] == 'CheckpointKeysHook' for hook in custom_hooks):
-        cfg.custom_hooks = [*custom_hooks, dict(type='CheckpointKeysHook')]
+    hooks = cfg.get('custom_hooks') or []
+    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook')]
+    cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
     if not torch.cuda.is_available():
         without_sync_bn(cfg.model)
     if args.launcher != 'none':

@@ -12,8 +12,6 @@ import torch
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 
-ROOT = Path(__file__).parents[2]
-
 # Each trains a few iterations at 64 x 64 on the data of its own folder.
 DETECTION = """
 _base_ = __import__('convneur_mm').config('cascade_rcnn_convneur_m1_shapes')
@@ -64,12 +62,9 @@ optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
 
 
 @pytest.fixture(scope='module')
-def project(tmp_path_factory):
+def project(tmp_path_factory, wheel):
     """A project folder whose Python path holds the unpacked wheel, and not the checkout."""
     folder = tmp_path_factory.mktemp('project')
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', folder,
-                    ROOT], check=True, capture_output=True)
-    wheel, = folder.glob('*.whl')
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', folder / 'site', wheel],
                    check=True, capture_output=True)
     make_shapes_coco(folder / 'data' / 'shapes', num_train=8, num_val=2, image_size=64)
