@@ -134,8 +134,9 @@ def plot_curves(lines: list[dict], task: Task, path: Path) -> None:
 
 
 def contact_sheet(folder: Path, caption: str, path: Path, count: int = 12) -> None:
-    """The first pictures of a folder in one, under a caption."""
-    files = sorted(f for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))[:count]
+    """Pictures from all over a folder, as class folders follow each other, in one, under a caption."""
+    files = sorted(f for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))
+    files = files[::max(1, len(files) // count)][:count]
     pictures = [cv2.imread(str(f)) for f in files]
     height, width = pictures[0].shape[:2]
     pictures = [cv2.copyMakeBorder(cv2.resize(p, (width, height)), 6, 6, 6, 6, cv2.BORDER_CONSTANT,
