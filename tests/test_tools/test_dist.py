@@ -3,8 +3,10 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -37,8 +39,10 @@ class SaveEveryRank(Hook):
 
 
 def run(*command, cwd, **env):
+    path = os.pathsep.join([str(cwd), *filter(None, [os.environ.get('PYTHONPATH')])])
     return subprocess.run([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, 'PYTHONPATH': str(cwd), **env})
+                          stderr=subprocess.STDOUT,
+                          env={**os.environ, 'PYTHONPATH': path, 'PYTHON': sys.executable, **env})
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +83,8 @@ def test_two_processes_test_as_one(trained):
     metrics = {}
     for processes in (1, 2):
         done = run(ROOT / 'tools' / 'dist_test.sh', 'child.py', 'work/epoch_1.pth', processes, '--work-dir',
-                   f'test{processes}', '--out', f'out{processes}.pkl', '--cfg-options', *size, cwd=folder)
+                   f'test{processes}', '--out', f'out{processes}.pkl', '--show-dir', f'pictures{processes}',
+                   '--cfg-options', *size, cwd=folder)
         assert done.returncode == 0, done.stdout[-4000:]
         path, = (folder / f'test{processes}').glob('*/*.json')
         metrics[processes] = {k: v for k, v in json.loads(path.read_text()).items() if k.startswith('coco/')}
@@ -89,6 +94,22 @@ def test_two_processes_test_as_one(trained):
     assert [r['img_id'] for r in results[0]] == [r['img_id'] for r in results[1]] == [1, 2, 3, 4, 5]
     for a, b in zip(*results):
         assert torch.equal(a['pred_instances']['bboxes'], b['pred_instances']['bboxes'])
+    for i in (1, 2):
+        pictures = sorted((folder / f'pictures{i}').iterdir())
+        assert [path.name for path in pictures] == [f'{image:06}.jpg' for image in range(1, 6)]
+        # The truth and, beside it, the prediction.
+        assert [cv2.imread(str(path)).shape for path in pictures] == [(64, 128, 3)] * 5
+
+
+def test_fewer_classes_than_the_checkpoint_has_are_refused(trained):
+    """mmdet would take the head's first labels for the two, whatever they are, and fail on the others."""
+    folder, size, _ = trained
+    done = run(sys.executable, ROOT / 'tools' / 'test.py', 'child.py', 'work/epoch_1.pth', '--work-dir', 'subset',
+               '--cfg-options', *size, "test_dataloader.dataset.metainfo.classes=('square','ring')", cwd=folder)
+    assert done.returncode != 0
+    assert 'the checkpoint tells (disk, square, triangle, star, ring, cross) apart, but ' in done.stdout
+    assert 'has the classes (square, ring)' in done.stdout
+    assert 'classwise=True' in done.stdout
 
 
 def test_resume_goes_on(trained):

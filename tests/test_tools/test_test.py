@@ -2,12 +2,14 @@
 
 In one process and in two, among which the images cannot be divided.
 """
+import importlib.util
 import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,6 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_imagenet
+from convneur_mm.engine.launch import LaunchError
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,3 +172,41 @@ def test_every_classification_is_drawn_in_its_colours(classified):
         drawn, image = (cv2.imread(str(path / name)) for path in (folder / 'pictures1', images))
         drawn, image = (picture[len(picture) // 2:].mean((0, 1)) for picture in (drawn, image))
         np.testing.assert_allclose(drawn, image, atol=3)
+
+
+@pytest.fixture(scope='module')
+def tool():
+    """tools/test.py as a module."""
+    spec = importlib.util.spec_from_file_location('test_tool', ROOT / 'tools' / 'test.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('path, segments, message', [
+    ('labels.pkl', True, 'a folder for label pictures, got labels.pkl'),
+    ('results', False, 'must end in .pkl or .pickle, got results'),
+])
+def test_out_of_the_wrong_kind_is_named(tool, path, segments, message):
+    tool.check_out(path, not segments)
+    with pytest.raises(LaunchError, match=message):
+        tool.check_out(path, segments)
+
+
+def test_label_pictures_are_written_by_one_of_several_metrics(tool, tmp_path):
+    folder = str(tmp_path / 'a' / 'labels')
+    cfg = Config(dict(test_evaluator=[dict(type='Other'), dict(type='IoUMetric'), dict(type='IoUMetric')]))
+    tool.save_label_pictures(cfg, folder)
+    assert [evaluator.get('output_dir') for evaluator in cfg.test_evaluator] == [None, folder, None]
+    with pytest.raises(LaunchError, match='needs an IoUMetric'):
+        tool.save_label_pictures(Config(dict(test_evaluator=dict(type='Other'))), folder)
+
+
+def test_detections_are_drawn_from_the_threshold_of_the_config_on(tool):
+    args = SimpleNamespace(config='x.py', show=False, show_dir='pictures', wait_time=2)
+    cfg = Config(dict(default_scope='mmdet', visualizer=dict(type='DetLocalVisualizer'),
+                      default_hooks=dict(visualization=dict(type='DetVisualizationHook', score_thr=0.7))))
+    assert tool.drawing_hook(cfg, args)['draw_args'] == dict(pred_score_thr=0.7)
+    cfg.visualizer = None
+    with pytest.raises(LaunchError, match='need a visualizer, which x.py lacks'):
+        tool.drawing_hook(cfg, args)
