@@ -30,7 +30,7 @@ from .shapes import (
 )
 
 # Raise it with every change that alters what the same arguments give, so that older folders are made anew.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ADE20K_SPLITS = {'train': 'training', 'val': 'validation'}
 
 _COMPLETE_NAME = 'shapes.json'
@@ -71,8 +71,8 @@ def make_shapes_ade20k(root: str | os.PathLike[str], num_train: int = 400, num_v
     Makes ``images/training/*.jpg``, ``images/validation/*.jpg``, a label map of the same name for each,
     ``annotations/training/*.png`` and ``annotations/validation/*.png``, and, last, ``shapes.json``. A label map is
     single-channel uint8, shape (image_size, image_size): 0 is the background, which ``reduce_zero_label=True`` ignores,
-    and 1 to 6 are ``SHAPE_CLASSES`` in order. The images are those that :func:`make_shapes_coco` writes for the same
-    arguments, byte for byte; all it says of repeated runs holds here too.
+    and 1 to 6 are ``SHAPE_CLASSES`` in order. The images hold four to eight objects, more than those of
+    :func:`make_shapes_coco`, as pixels are what is learned from; all it says of repeated runs holds here too.
 
     Args:
         root: Folder to write to; it may be missing, empty or an earlier result of this function.
@@ -218,6 +218,10 @@ class _Coco(_Form):
 class _Ade20k(_Form):
     name = 'convneur_mm shapes, ADE20K'
     maker = 'make_shapes_ade20k'
+
+    def scene(self, seed: int, split: str, index: int, size: int) -> Scene:
+        # Pixels are what is learned from here, and those of few objects are few.
+        return scene_at(seed, split, index, size, crowded=True)
 
     def paths(self, split: str, index: int) -> tuple[str, ...]:
         folder = ADE20K_SPLITS[split]
