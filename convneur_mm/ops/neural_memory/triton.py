@@ -34,8 +34,9 @@ except ImportError:
 if HAS_TRITON:
     from . import triton_kernels as kernels
 
-MAX_WIDTH = 64  # of d and of e: a head's weights and their gradients stay in registers
-TILE = 64       # tokens that a program works on at a time
+MAX_WIDTH = 64  # of d and of e; a head's weights and their gradients stay in registers
+TILE = 64  # tokens that a program works on at a time
+BLOCK = 64  # rows and columns of the generators' weights, likewise
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -205,8 +206,11 @@ def _forward(options, q, k, v, w1, w2, *others, keep):
     memories[0], momenta[0] = rows, momentum_rows
     writes = _Writes(memories, momenta, gradients, None, None, None)
     if n:
-        initial = _pack(w1, w2) if options.update_rule == 'parallel' else None
-        activations = _split_writes(options, k, v, initial, generators, writes, keep)
+        if _use_fused(options, k):
+            activations = _fused_writes(options, k, v, generators, writes, keep)
+        else:
+            initial = _pack(w1, w2) if options.update_rule == 'parallel' else None
+            activations = _split_writes(options, k, v, generators, writes, keep, initial)
         writes = writes._replace(**activations)
 
     y = _token_like(q)
@@ -222,8 +226,11 @@ def _forward(options, q, k, v, w1, w2, *others, keep):
     return (y, *last), writes
 
 
-def _split_writes(options, k, v, initial, generators, writes, keep) -> dict[str, Tensor]:
-    """Fills ``writes``; returns the generators' activations if they are to be kept."""
+def _split_writes(options, k, v, generators, writes, keep, initial) -> dict[str, Tensor]:
+    """Fills ``writes``; returns the generators' activations if they are to be kept.
+
+    The gradients are those at ``initial`` (h, 2e, d), or at M_{t-1} if that is None.
+    """
     memories, momenta, gradients = writes[:3]
     batch, heads, tokens, d = k.shape
     sizes = _sizes(d, memories.size(-2) // 2)
@@ -244,8 +251,7 @@ def _split_writes(options, k, v, initial, generators, writes, keep) -> dict[str,
         kept = t if keep else 0
         kernels.write_kernel[(batch * heads,)](
             parts, memories[t:], momenta[kept:], gradients[kept:], coefficients, splits, batch * heads, chunks,
-            momenta.stride(0) if keep else 0, gradients.stride(0) if keep else 0, options.inner_step,
-            options.max_write_norm**-2, heads, **sizes)
+            options.inner_step, options.max_write_norm**-2, heads, **sizes, KEEP=int(keep))
         if keep:
             activations.append((surprise, hidden, coefficients))
     if not keep:
@@ -277,21 +283,25 @@ def _backward(options, q, k, v, w1, w2, *others_and_writes):
     else:
         dm, dp = torch.zeros_like(memories[0]), torch.zeros_like(memories[0])
 
-    if not n:
-        dk, dv, d_initial, d_generators = torch.empty_like(k), torch.empty_like(v), None, (None,) * 4
-    else:
-        initial = _pack(w1, w2) if options.update_rule == 'parallel' else None
-        dk, dv = _token_like(k), _token_like(v)
-        d_initial, d_generators = _split_writes_backward(options, k, v, initial, generators, writes, d_reads[1:], dm,
-                                                         dp, dk, dv)
-    dw1, dw2 = (None, None) if d_initial is None else _unpack(d_initial)
+    dk, dv = _token_like(k), _token_like(v)
+    dw1, dw2, d_generators = None, None, (None,) * 4
+    if n:
+        arguments = (options, k, v, generators, writes, d_reads[1:], dm, dp, dk, dv)
+        if _use_fused(options, k):
+            d_hidden, d_outputs = _fused_writes_backward(*arguments)
+        elif options.update_rule == 'sequential':
+            d_hidden, d_outputs, _ = _split_writes_backward(*arguments)
+        else:
+            d_hidden, d_outputs, d_initial = _split_writes_backward(*arguments, initial=_pack(w1, w2))
+            dw1, dw2 = _unpack(d_initial)
+        d_generators = _generator_gradients(writes, d_hidden, d_outputs)
     return dq, dk, dv, dw1, dw2, *d_generators, *_unpack(dm + d_reads[0]), *_unpack(dp)
 
 
-def _split_writes_backward(options, k, v, initial, generators, writes, d_reads, dm, dp, dk, dv):
+def _split_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, dk, dv, initial=None):
     """Fills dk and dv, turns dm and dp from gradients of the last memory and momentum into those of the first.
 
-    Returns the gradients of ``initial`` and of the generators.
+    Returns the gradients of the generators' two linear outputs, (n, B, 4Cm) and (n, B, 3Cm), and of ``initial``.
     """
     memories, momenta, gradients, _, hidden, coefficients = writes
     batch, heads, tokens, d = k.shape
@@ -318,10 +328,47 @@ def _split_writes_backward(options, k, v, initial, generators, writes, d_reads, 
             length, chunks, part_size, **sizes, TILE=TILE)
     if initial is None:
         dm += parts.sum((0, 1))
-        d_initial = None
-    else:
-        d_initial = parts.sum((0, 1, 2))
-    return d_initial, _generator_gradients(writes, d_hidden, d_outputs)
+        return d_hidden, d_outputs, None
+    return d_hidden, d_outputs, parts.sum((0, 1, 2))
+
+
+def _use_fused(options: _Options, k: Tensor) -> bool:
+    """Whether the fused variant serves.
+
+    It takes a chunk's tiles one after the other, in every head: a few microseconds each, against the dozen launches
+    that the split variant spends on a chunk. Up to some 64 tiles it should come out ahead, and the more so the more
+    images there are than multiprocessors, since then waiting for one another costs nothing.
+    """
+    batch, heads = k.shape[:2]
+    tiles = heads * math.ceil(min(options.chunk_size, k.size(2)) / TILE)
+    return options.update_rule == 'sequential' and tiles <= 64 * max(1, batch // _multiprocessors(k.device))
+
+
+def _fused_writes(options, k, v, generators, writes, keep) -> dict[str, Tensor]:
+    """As :func:`_split_writes` for 'sequential', in one launch."""
+    memories, momenta, gradients = writes[:3]
+    batch, heads, tokens, d = k.shape
+    surprises, hidden, coefficients = (memories.new_empty(gradients.size(0), batch, f * heads * d) for f in (1, 4, 3))
+    kernels.fused_kernel[(batch,)](
+        k, v, memories, momenta, gradients, surprises, hidden, coefficients,
+        *(x.contiguous() for x in generators), k.stride(), v.stride(), batch, heads, tokens, options.chunk_size,
+        options.inner_step, options.max_write_norm**-2, **_sizes(d, memories.size(-2) // 2), TILE=TILE, BLOCK=BLOCK,
+        KEEP=int(keep), num_warps=8, num_stages=1)
+    return dict(surprises=surprises, hidden=hidden, coefficients=coefficients)
+
+
+def _fused_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, dk, dv):
+    """As :func:`_split_writes_backward` for 'sequential', in one launch."""
+    memories, momenta, gradients, _, hidden, coefficients = writes
+    batch, heads, tokens, d = k.shape
+    d_hidden, d_outputs = torch.empty_like(hidden), torch.empty_like(coefficients)
+    kernels.fused_backward_kernel[(batch,)](
+        k, v, memories, momenta, gradients, hidden, coefficients, generators.in_weight.contiguous(),
+        generators.out_weight.contiguous(), d_reads, dm, dp, torch.empty_like(dm), d_outputs, d_hidden,
+        memories.new_empty(batch, heads * d), dk, dv, k.stride(), v.stride(), batch, heads, tokens,
+        options.chunk_size, options.inner_step, options.max_write_norm**-2, **_sizes(d, memories.size(-2) // 2),
+        TILE=TILE, BLOCK=BLOCK, num_warps=8, num_stages=1)
+    return d_hidden, d_outputs
 
 
 def _generator_gradients(writes: _Writes, d_hidden: Tensor, d_outputs: Tensor) -> tuple[Tensor, ...]:

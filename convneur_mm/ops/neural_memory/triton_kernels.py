@@ -91,7 +91,8 @@ def _place(tokens, chunk_size, chunks, part_size, batch, heads):
     chunk = (pid // (heads * batch)) % chunks
     begin = pid // (heads * batch * chunks) * part_size
     length = tl.minimum(chunk_size, tokens - chunk * chunk_size)
-    return image.to(tl.int64), head.to(tl.int64), chunk.to(tl.int64), begin, tl.minimum(begin + part_size, length), length
+    end = tl.minimum(begin + part_size, length)
+    return image.to(tl.int64), head.to(tl.int64), chunk.to(tl.int64), begin, end, length
 
 
 @triton.jit
@@ -264,12 +265,11 @@ def _write(m1, m2, p1, p2, g1, g2, step, momentum, decay, inverse_bound):
 
 
 @triton.jit
-def write_kernel(parts, memories, momenta, gradients, coefficients, splits, pairs, chunks, momentum_stride,
-                 gradient_stride, inner_step, inverse_bound, heads,
-                 D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
+def write_kernel(parts, memories, momenta, gradients, coefficients, splits, pairs, chunks, inner_step, inverse_bound,
+                 heads, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, KEEP: tl.constexpr):
     """Eq. 4 for ``chunks`` chunks, one head of one image (of ``pairs`` such) per program.
 
-    The strides over chunks are 0 for momenta and gradients that nobody needs again: then the last overwrites.
+    Unless KEEP (0 or 1), momenta and gradients hold one entry, which each chunk overwrites.
     """
     pair = tl.program_id(0).to(tl.int64)
     image, head = pair // heads, pair % heads
@@ -280,12 +280,12 @@ def write_kernel(parts, memories, momenta, gradients, coefficients, splits, pair
         chunk = tl.cast(t, tl.int64)
         g1, g2 = _add_parts(parts + (chunk * pairs + pair) * rows, tl.cast(chunks, tl.int64) * pairs * rows, splits,
                             D, E, DP, EP)
-        _store_rows(gradients + chunk * gradient_stride + pair * rows, g1, g2, D, E, DP, EP)
+        _store_rows(gradients + (chunk * KEEP * pairs + pair) * rows, g1, g2, D, E, DP, EP)
         step, momentum, decay = _load_coefficients(
             coefficients + (chunk * (pairs // heads) + image) * (3 * heads * D), head, heads, D, DP)
         m1, m2, p1, p2 = _write(m1, m2, p1, p2, g1, g2, step * inner_step, momentum, decay, inverse_bound)
         _store_rows(memories + ((chunk + 1) * pairs + pair) * rows, m1, m2, D, E, DP, EP)
-        _store_rows(momenta + (chunk + 1) * momentum_stride + pair * rows, p1, p2, D, E, DP, EP)
+        _store_rows(momenta + ((chunk + 1) * KEEP * pairs + pair) * rows, p1, p2, D, E, DP, EP)
 
 
 @triton.jit
@@ -347,3 +347,153 @@ def write_backward_kernel(parts, dm, dp, d_reads, memories, momenta, gradients, 
         _store_rows(d_gradients + place, dg1, dg2, D, E, DP, EP)
     _store_rows(dm + pair * rows, dm1, dm2, D, E, DP, EP)
     _store_rows(dp + pair * rows, dp1, dp2, D, E, DP, EP)
+
+
+@triton.jit
+def _linear(x, weight, bias, out, rows, columns, BLOCK: tl.constexpr, GELU_INPUT: tl.constexpr,
+            SIGMOID: tl.constexpr):
+    """out = weight·x + bias for ``weight`` (rows, columns), GELU before and sigmoid after if asked for."""
+    for row in range(0, rows, BLOCK):
+        r = row + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for column in range(0, columns, BLOCK):
+            c = column + tl.arange(0, BLOCK)
+            value = tl.load(x + c, mask=c < columns, other=0.0)
+            if GELU_INPUT:
+                value, _, _ = _gelu(value)
+            total += value[None, :] * tl.load(weight + r[:, None] * columns + c[None, :],
+                                              mask=(r[:, None] < rows) & (c[None, :] < columns), other=0.0)
+        result = tl.sum(total, 1) + tl.load(bias + r, mask=r < rows, other=0.0)
+        if SIGMOID:
+            result = tl.sigmoid(result)
+        tl.store(out + r, result, mask=r < rows)
+
+
+@triton.jit
+def _linear_backward(d_out, weight, hidden, d_x, rows, columns, BLOCK: tl.constexpr, GELU_INPUT: tl.constexpr):
+    """d_x = weightᵀ·d_out, times GELU'(hidden) if asked for."""
+    for column in range(0, columns, BLOCK):
+        c = column + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for row in range(0, rows, BLOCK):
+            r = row + tl.arange(0, BLOCK)
+            value = tl.load(d_out + r, mask=r < rows, other=0.0)
+            total += value[:, None] * tl.load(weight + r[:, None] * columns + c[None, :],
+                                              mask=(r[:, None] < rows) & (c[None, :] < columns), other=0.0)
+        result = tl.sum(total, 0)
+        if GELU_INPUT:
+            _, slope, _ = _gelu(tl.load(hidden + c, mask=c < columns, other=0.0))
+            result *= slope
+        tl.store(d_x + c, result, mask=c < columns)
+
+
+@triton.jit
+def fused_kernel(k, v, memories, momenta, gradients, surprises, hidden, coefficients, in_weight, in_bias, out_weight,
+                 out_bias, k_strides, v_strides, batch, heads, tokens, chunk_size, inner_step, inverse_bound,
+                 D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr,
+                 BLOCK: tl.constexpr, KEEP: tl.constexpr):
+    """All sequential writes of one image per program: the generators see all heads of an image, so heads cannot part.
+
+    What one step hands to the next goes through the cache to other threads, hence the barriers. Unless KEEP (0 or 1),
+    everything but the memories holds one entry, which each chunk overwrites.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    channels = heads * D
+    rows: tl.constexpr = 2 * E * D
+    d = tl.arange(0, DP)
+    k += image * k_strides[0]
+    v += image * v_strides[0]
+    for t in range(tl.cdiv(tokens, chunk_size)):
+        chunk = tl.cast(t, tl.int64)
+        token = chunk * chunk_size
+        length = tl.minimum(chunk_size, tokens - t * chunk_size)
+        place = chunk * batch + image
+        kept = chunk * KEEP * batch + image
+        for h in range(heads):
+            head = tl.cast(h, tl.int64)
+            w1, w2 = _load_rows(memories + (place * heads + head) * rows, D, E, DP, EP)
+            g1, g2, total = _surprise(
+                k + head * k_strides[1] + token * k_strides[2], v + head * v_strides[1] + token * v_strides[2],
+                k_strides, v_strides, w1, w2, 0, length, length, D, DP, EP, TILE)
+            _store_rows(gradients + (kept * heads + head) * rows, g1, g2, D, E, DP, EP)
+            tl.store(surprises + kept * channels + head * D + d, total / length, mask=d < D)
+        tl.debug_barrier()
+        _linear(surprises + kept * channels, in_weight, in_bias, hidden + kept * 4 * channels, 4 * channels, channels,
+                BLOCK, False, False)
+        tl.debug_barrier()
+        _linear(hidden + kept * 4 * channels, out_weight, out_bias, coefficients + kept * 3 * channels, 3 * channels,
+                4 * channels, BLOCK, True, True)
+        tl.debug_barrier()
+        for h in range(heads):
+            head = tl.cast(h, tl.int64)
+            g1, g2 = _load_rows(gradients + (kept * heads + head) * rows, D, E, DP, EP)
+            m1, m2 = _load_rows(memories + (place * heads + head) * rows, D, E, DP, EP)
+            p1, p2 = _load_rows(momenta + (kept * heads + head) * rows, D, E, DP, EP)
+            step, momentum, decay = _load_coefficients(coefficients + kept * 3 * channels, head, heads, D, DP)
+            m1, m2, p1, p2 = _write(m1, m2, p1, p2, g1, g2, step * inner_step, momentum, decay, inverse_bound)
+            _store_rows(memories + ((place + batch) * heads + head) * rows, m1, m2, D, E, DP, EP)
+            _store_rows(momenta + ((kept + KEEP * batch) * heads + head) * rows, p1, p2, D, E, DP, EP)
+        tl.debug_barrier()
+
+
+@triton.jit
+def fused_backward_kernel(k, v, memories, momenta, gradients, hidden, coefficients, in_weight, out_weight, d_reads, dm,
+                          dp, d_gradients, d_outputs, d_hidden, d_surprise, dk, dv, k_strides, v_strides, batch, heads,
+                          tokens, chunk_size, inner_step, inverse_bound,
+                          D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr,
+                          BLOCK: tl.constexpr):
+    """Backward of :func:`fused_kernel`, with the same division of work.
+
+    ``dm`` and ``dp`` (B, h, 2e, d) carry the gradients of M and P from chunk to chunk, ``d_reads`` (n, B, h, 2e, d)
+    those from the reads of each M_t, t > 0. ``d_gradients`` (B, h, 2e, d) and ``d_surprise`` (B, Cm) are scratch.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    channels = heads * D
+    rows: tl.constexpr = 2 * E * D
+    d = tl.arange(0, DP)
+    k += image * k_strides[0]
+    v += image * v_strides[0]
+    chunks = tl.cdiv(tokens, chunk_size)
+    for i in range(chunks):
+        t = chunks - 1 - i
+        chunk = tl.cast(t, tl.int64)
+        token = chunk * chunk_size
+        length = tl.minimum(chunk_size, tokens - t * chunk_size)
+        place = chunk * batch + image
+        for h in range(heads):
+            head = tl.cast(h, tl.int64)
+            offset = (place * heads + head) * rows
+            carried = (image * heads + head) * rows
+            dm1, dm2 = _load_rows(dm + carried, D, E, DP, EP)
+            dp1, dp2 = _load_rows(dp + carried, D, E, DP, EP)
+            read1, read2 = _load_rows(d_reads + offset, D, E, DP, EP)
+            m1, m2 = _load_rows(memories + offset, D, E, DP, EP)
+            p1, p2 = _load_rows(momenta + offset, D, E, DP, EP)
+            g1, g2 = _load_rows(gradients + offset, D, E, DP, EP)
+            dm1, dm2, dp1, dp2, dg1, dg2 = _write_backward(
+                dm1 + read1, dm2 + read2, dp1, dp2, m1, m2, p1, p2, g1, g2, coefficients + place * 3 * channels,
+                d_outputs + place * 3 * channels, head, heads, inner_step, inverse_bound, D, DP)
+            _store_rows(dm + carried, dm1, dm2, D, E, DP, EP)
+            _store_rows(dp + carried, dp1, dp2, D, E, DP, EP)
+            _store_rows(d_gradients + carried, dg1, dg2, D, E, DP, EP)
+        tl.debug_barrier()
+        _linear_backward(d_outputs + place * 3 * channels, out_weight, hidden + place * 4 * channels,
+                         d_hidden + place * 4 * channels, 3 * channels, 4 * channels, BLOCK, True)
+        tl.debug_barrier()
+        _linear_backward(d_hidden + place * 4 * channels, in_weight, hidden, d_surprise + image * channels,
+                         4 * channels, channels, BLOCK, False)
+        tl.debug_barrier()
+        for h in range(heads):
+            head = tl.cast(h, tl.int64)
+            carried = (image * heads + head) * rows
+            dm1, dm2 = _load_rows(dm + carried, D, E, DP, EP)
+            w1, w2 = _load_rows(memories + (place * heads + head) * rows, D, E, DP, EP)
+            dg1, dg2 = _load_rows(d_gradients + carried, D, E, DP, EP)
+            ds = tl.load(d_surprise + image * channels + head * D + d, mask=d < D, other=0.0)
+            offset = ((image * tokens + token) * heads + head) * D
+            dw1, dw2 = _surprise_backward(
+                k + head * k_strides[1] + token * k_strides[2], v + head * v_strides[1] + token * v_strides[2],
+                dk + offset, dv + offset, k_strides, v_strides, w1, w2, dg1, dg2, ds, 0, length, length, heads,
+                D, DP, EP, TILE)
+            _store_rows(dm + carried, dm1 + dw1, dm2 + dw2, D, E, DP, EP)
+        tl.debug_barrier()
