@@ -23,7 +23,7 @@ from convneur_mm.ops.neural_memory import triton as backend
 SETTINGS = {
     'classification': dict(batch=128, heads=8, tokens=3136, chunk_size=196, dtype=torch.float16),
     'detection': dict(batch=2, heads=8, tokens=67000, chunk_size=4096, dtype=torch.bfloat16),
-    'parallel': dict(batch=2, heads=8, tokens=67000, chunk_size=4096, dtype=torch.float32, update_rule='parallel'),
+
 }
 
 
