@@ -181,6 +181,15 @@ def test_without_grad(variant):
         assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, expected))
 
 
+def test_backward_under_autocast(variant):
+    tensors = make_tensors(tokens=25)
+    expected = gradients(call(backend.neural_memory_triton, tensors), tensors)
+    outputs = call(backend.neural_memory_triton, tensors)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = gradients(outputs, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 def test_large_values_stay_finite(variant):
     tensors = [(x.detach() * 1e3).requires_grad_() if i < 3 else x for i, x in enumerate(make_tensors(tokens=41))]
     outputs = call(backend.neural_memory_triton, tensors, return_state=True, max_write_norm=1.0)

@@ -23,7 +23,9 @@ from convneur_mm.ops.neural_memory import triton as backend
 SETTINGS = {
     'classification': dict(batch=128, heads=8, tokens=3136, chunk_size=196, dtype=torch.float16),
     'detection': dict(batch=2, heads=8, tokens=67000, chunk_size=4096, dtype=torch.bfloat16),
-
+    # Triton compiles sizes of 1 into a kernel, which then sees no tensor in their place.
+    'ones_fused': dict(batch=1, heads=1, tokens=1, chunk_size=1, dtype=torch.float32, d=3, e=2),
+    'ones_split': dict(batch=1, heads=1, tokens=1, chunk_size=1, dtype=torch.float32, d=3, e=2, update_rule='parallel'),
 }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -117,12 +118,13 @@ def neural_memory_triton(
     reason = unsupported(q, k, v, w1)
     if reason is not None:
         raise ValueError(f"backend 'triton' {reason}")
-    options = _Options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, return_state)
+    options = _Options(chunk_size, float(inner_step), float(max_write_norm), update_rule, retrieve, return_state)
     tensors = (q, k, v, w1, w2, *generators, *state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        y, *new_state = _NeuralMemory.apply(options, *tensors)
-    else:
-        (y, *new_state), _ = _forward(options, *tensors, keep=False)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            y, *new_state = _NeuralMemory.apply(options, *tensors)
+        else:
+            (y, *new_state), _ = _forward(options, *tensors, keep=False)
     return y, MemoryState(*new_state) if return_state else None
 
 
@@ -138,9 +140,12 @@ class _NeuralMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tensors, writes = ctx.saved_tensors[:13], ctx.saved_tensors[13:]
-        if torch.is_grad_enabled():
-            return None, *_differentiable_backward(ctx.options, tensors, d_outputs, ctx.needs_input_grad[1:])
-        return None, *_backward(ctx.options, *tensors, _Writes(*writes), d_outputs)
+        q = tensors[0]
+        # The caller keeps autocast off around the forward alone. Autocast does not know the meta device.
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return None, *_differentiable_backward(ctx.options, tensors, d_outputs, ctx.needs_input_grad[1:])
+            return None, *_backward(ctx.options, *tensors, _Writes(*writes), d_outputs)
 
 
 def _differentiable_backward(options, tensors, d_outputs, needs_grad) -> list[Tensor | None]:
@@ -325,7 +330,7 @@ def _split_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, d
         kernels.surprise_backward_kernel[(splits * programs,)](
             k[:, :, begin:end], v[:, :, begin:end], at, d_gradients, d_surprise, dk[:, :, begin:end],
             dv[:, :, begin:end], parts, k.stride(), v.stride(), stride, dk.stride(0), batch, heads, end - begin,
-            length, chunks, part_size, **sizes, TILE=TILE)
+            length, chunks, part_size, **sizes, TILE=TILE, num_warps=8)  # with 4, registers are spilled
     if initial is None:
         dm += parts.sum((0, 1))
         return d_hidden, d_outputs, None
