@@ -35,8 +35,9 @@ except ImportError:
 if HAS_TRITON:
     from . import triton_kernels as kernels
 
-MAX_WIDTH = 64  # of d and of e; a head's weights and their gradients stay in registers
-TILE = 64  # tokens that a program works on at a time
+# Of d and of e: a head's weights and their gradients stay in registers, of which widths above 32 spill some.
+MAX_WIDTH = 64
+TILE = 64  # tokens that a program works on at a time, in heads of up to 16 channels
 BLOCK = 64  # rows and columns of the generators' weights, likewise
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -167,11 +168,16 @@ def _sizes(d: int, e: int) -> dict[str, int]:
     return dict(D=d, E=e, DP=dp, EP=ep)
 
 
-def _splits(tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
+def _tile(sizes: dict[str, int]) -> int:
+    """Tokens that a program works on at a time: fewer in wider heads, but no fewer than ``tl.dot`` takes."""
+    return max(16, TILE * 16 // max(sizes['DP'], sizes['EP']))
+
+
+def _splits(tokens: int, programs: int, tile: int, device: torch.device) -> tuple[int, int]:
     """How many programs share ``tokens`` tokens when ``programs`` such groups run anyway, and the tokens of each."""
-    tiles = math.ceil(tokens / TILE)
+    tiles = math.ceil(tokens / tile)
     splits = min(tiles, max(1, 4 * _multiprocessors(device) // programs))
-    part_size = math.ceil(tiles / splits) * TILE
+    part_size = math.ceil(tiles / splits) * tile
     return math.ceil(tokens / part_size), part_size
 
 
@@ -221,9 +227,11 @@ def _forward(options, q, k, v, w1, w2, *others, keep):
     y = _token_like(q)
     which, read_size = _reads(options, tokens, memories)
     chunks = math.ceil(tokens / read_size)
-    kernels.read_kernel[(batch * heads * chunks * math.ceil(read_size / TILE),)](
-        q, memories[which], y, q.stride(), memories.stride(0), batch, heads, tokens, read_size, chunks, TILE,
-        **_sizes(d, w1.size(-1)), TILE=TILE)
+    sizes = _sizes(d, w1.size(-1))
+    tile = _tile(sizes)
+    kernels.read_kernel[(batch * heads * chunks * math.ceil(read_size / tile),)](
+        q, memories[which], y, q.stride(), memories.stride(0), batch, heads, tokens, read_size, chunks, tile, **sizes,
+        TILE=tile)
     if not options.return_state:
         return (y,), writes
     # Copies, so that whoever changes the state in place leaves what the backward needs alone.
@@ -239,17 +247,18 @@ def _split_writes(options, k, v, generators, writes, keep, initial) -> dict[str,
     memories, momenta, gradients = writes[:3]
     batch, heads, tokens, d = k.shape
     sizes = _sizes(d, memories.size(-2) // 2)
+    tile = _tile(sizes)
     activations = []
     for t, chunks, begin, end in _groups(options, tokens):
         programs = batch * heads * chunks
         length = min(options.chunk_size, end - begin)
-        splits, part_size = _splits(length, programs, k.device)
+        splits, part_size = _splits(length, programs, tile, k.device)
         at, stride = (memories[t], memories.stride(1)) if initial is None else (initial, 0)
         parts = memories.new_empty(splits, chunks, *memories.shape[1:])
         squares = memories.new_empty(splits, chunks * batch, heads * d)
         kernels.surprise_kernel[(splits * programs,)](
             k[:, :, begin:end], v[:, :, begin:end], at, parts, squares, k.stride(), v.stride(), stride, batch, heads,
-            end - begin, length, chunks, part_size, **sizes, TILE=TILE)
+            end - begin, length, chunks, part_size, **sizes, TILE=tile)
         surprise = squares.sum(0)
         hidden = F.linear(surprise, generators.in_weight, generators.in_bias)
         coefficients = F.linear(F.gelu(hidden), generators.out_weight, generators.out_bias).sigmoid()
@@ -272,15 +281,16 @@ def _backward(options, q, k, v, w1, w2, *others_and_writes):
     batch, heads, tokens, d = q.shape
     n = memories.size(0) - 1
     sizes = _sizes(d, w1.size(-1))
+    tile = _tile(sizes)
 
     dq = _token_like(q)
     which, read_size = _reads(options, tokens, memories)
     chunks = math.ceil(tokens / read_size)
-    splits, part_size = _splits(read_size, batch * heads * chunks, q.device)
+    splits, part_size = _splits(read_size, batch * heads * chunks, tile, q.device)
     parts = memories.new_empty(splits, chunks, *memories.shape[1:])
     kernels.read_backward_kernel[(splits * batch * heads * chunks,)](
         q, dy, memories[which], dq, parts, q.stride(), dy.stride(), memories.stride(0), batch, heads, tokens,
-        read_size, chunks, part_size, **sizes, TILE=TILE)
+        read_size, chunks, part_size, **sizes, TILE=tile, num_warps=8)
     d_reads = torch.zeros_like(memories)
     d_reads[which] = parts.sum(0)
     if d_state:
@@ -311,6 +321,7 @@ def _split_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, d
     memories, momenta, gradients, _, hidden, coefficients = writes
     batch, heads, tokens, d = k.shape
     sizes = _sizes(d, memories.size(-2) // 2)
+    tile = _tile(sizes)
     d_hidden, d_outputs = torch.empty_like(hidden), torch.empty_like(coefficients)
     parts = memories.new_empty(0, 1, *memories.shape[1:])
     for t, chunks, begin, end in reversed(list(_groups(options, tokens))):
@@ -324,13 +335,13 @@ def _split_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, d
         d_hidden[group] = torch.ops.aten.gelu_backward(d_outputs[group] @ generators.out_weight, hidden[group])
         d_surprise = d_hidden[group] @ generators.in_weight
         length = min(options.chunk_size, end - begin)
-        splits, part_size = _splits(length, programs, k.device)
+        splits, part_size = _splits(length, programs, tile, k.device)
         at, stride = (memories[t], memories.stride(1)) if initial is None else (initial, 0)
         parts = memories.new_empty(splits, chunks, *memories.shape[1:])
         kernels.surprise_backward_kernel[(splits * programs,)](
             k[:, :, begin:end], v[:, :, begin:end], at, d_gradients, d_surprise, dk[:, :, begin:end],
             dv[:, :, begin:end], parts, k.stride(), v.stride(), stride, dk.stride(0), batch, heads, end - begin,
-            length, chunks, part_size, **sizes, TILE=TILE, num_warps=8)  # with 4, registers are spilled
+            length, chunks, part_size, **sizes, TILE=tile, num_warps=8)  # with 4, registers are spilled
     if initial is None:
         dm += parts.sum((0, 1))
         return d_hidden, d_outputs, None
@@ -353,11 +364,12 @@ def _fused_writes(options, k, v, generators, writes, keep) -> dict[str, Tensor]:
     """As :func:`_split_writes` for 'sequential', in one launch."""
     memories, momenta, gradients = writes[:3]
     batch, heads, tokens, d = k.shape
+    sizes = _sizes(d, memories.size(-2) // 2)
     surprises, hidden, coefficients = (memories.new_empty(gradients.size(0), batch, f * heads * d) for f in (1, 4, 3))
     kernels.fused_kernel[(batch,)](
         k, v, memories, momenta, gradients, surprises, hidden, coefficients,
         *(x.contiguous() for x in generators), k.stride(), v.stride(), batch, heads, tokens, options.chunk_size,
-        options.inner_step, options.max_write_norm**-2, **_sizes(d, memories.size(-2) // 2), TILE=TILE, BLOCK=BLOCK,
+        options.inner_step, options.max_write_norm**-2, **sizes, TILE=_tile(sizes), BLOCK=BLOCK,
         KEEP=int(keep), num_warps=8, num_stages=1)
     return dict(surprises=surprises, hidden=hidden, coefficients=coefficients)
 
@@ -366,13 +378,14 @@ def _fused_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, d
     """As :func:`_split_writes_backward` for 'sequential', in one launch."""
     memories, momenta, gradients, _, hidden, coefficients = writes
     batch, heads, tokens, d = k.shape
+    sizes = _sizes(d, memories.size(-2) // 2)
     d_hidden, d_outputs = torch.empty_like(hidden), torch.empty_like(coefficients)
     kernels.fused_backward_kernel[(batch,)](
         k, v, memories, momenta, gradients, hidden, coefficients, generators.in_weight.contiguous(),
         generators.out_weight.contiguous(), d_reads, dm, dp, torch.empty_like(dm), d_outputs, d_hidden,
         memories.new_empty(batch, heads * d), dk, dv, k.stride(), v.stride(), batch, heads, tokens,
-        options.chunk_size, options.inner_step, options.max_write_norm**-2, **_sizes(d, memories.size(-2) // 2),
-        TILE=TILE, BLOCK=BLOCK, num_warps=8, num_stages=1)
+        options.chunk_size, options.inner_step, options.max_write_norm**-2, **sizes, TILE=_tile(sizes),
+        BLOCK=BLOCK, num_warps=8, num_stages=1)
     return d_hidden, d_outputs
 
 
