@@ -1,8 +1,8 @@
 """Compiles every Triton kernel of the neural memory for a GPU that need not be there, as real settings launch them.
 
-``python compile_triton.py 90`` calls the operation forward and backward on tensors without memory, compiles what it
-launches for sm_90 instead of running it, and prints a line per kernel: the registers, spilled bytes and shared memory
-that ptxas gives it.
+``python compile_triton.py 90 [setting …]`` calls the operation forward and backward on tensors without memory,
+compiles what it launches for sm_90 instead of running it, and prints a line per kernel: the registers, spilled bytes
+and shared memory that ptxas gives it.
 """
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def registers_and_spills(ptx: str, capability: int) -> tuple[int, int]:
     return int(re.search(r'Used (\d+) registers', report)[1]), int(re.search(r'(\d+) bytes spill stores', report)[1])
 
 
-def main(capability: int) -> None:
+def main(capability: int, *settings: str) -> None:
     driver.set_active(NoDriver(capability))
     backend.is_available = lambda *tensors: True
     backend._multiprocessors = lambda device: 132
@@ -87,7 +87,7 @@ def main(capability: int) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    for setting in SETTINGS:
+    for setting in settings or SETTINGS:
         call(**SETTINGS[setting])
     for (setting, name, _), kernel in compiled.items():
         registers, spills = registers_and_spills(kernel.asm['ptx'], capability)
@@ -96,4 +96,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == '__main__':
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -35,10 +35,11 @@ def test_equals_reference(device, tmp_path):
 
 
 @needs_triton
-@pytest.mark.parametrize('capability', [80, 90])
-def test_compiles(capability, tmp_path):
+@pytest.mark.parametrize('capability, settings', [(80, ['classification', 'detection']), (90, [])])
+def test_compiles(capability, settings, tmp_path):
     """Every kernel, for a GPU that need not be there, with hardly a register spilled."""
-    report = python(FOLDER / 'compile_triton.py', capability, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='0')
+    report = python(FOLDER / 'compile_triton.py', capability, *settings, TRITON_CACHE_DIR=str(tmp_path),
+                    TRITON_INTERPRET='0')
     lines = re.findall(r'sm_(\d+) \w+ (\w+): (\d+) registers, (\d+) bytes spilled, (\d+) bytes shared', report)
     assert {name for _, name, *_ in lines} == KERNELS
     for line in lines:

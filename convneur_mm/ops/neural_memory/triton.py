@@ -14,7 +14,6 @@ two variants:
 from __future__ import annotations
 
 import math
-import os
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -46,7 +45,9 @@ def is_available(*tensors: Tensor) -> bool:
     """Whether the kernels can run where these tensors are: on CUDA, or anywhere in Triton's interpreter."""
     if not HAS_TRITON:
         return False
-    return os.environ.get('TRITON_INTERPRET') == '1' or all(x.is_cuda for x in tensors)
+    # TRITON_INTERPRET=1 makes something else of a kernel, provided that it was set when Triton was first imported.
+    interpreted = not isinstance(kernels.read_kernel, triton.JITFunction)
+    return interpreted or all(x.is_cuda for x in tensors)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, w1: Tensor) -> str | None:
