@@ -1,0 +1,59 @@
+"""The Triton backend: its kernels without a GPU (interpreted, and compiled for one), and its absence."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convneur_mm.ops.neural_memory.triton import HAS_TRITON
+
+FOLDER = Path(__file__).parent
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason='needs Triton 3.3 or newer')
+KERNELS = {'read_kernel', 'read_backward_kernel', 'surprise_kernel', 'surprise_backward_kernel', 'write_kernel',
+           'write_backward_kernel', 'fused_kernel', 'fused_backward_kernel'}
+
+
+def python(*args, **env: str) -> str:
+    """Runs a process of its own: Triton decides when it is imported whether it interprets its kernels."""
+    done = subprocess.run([sys.executable, *map(str, args)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**os.environ, **env})
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize('device', ['interpreter', *(['cuda'] if torch.cuda.is_available() else [])])
+def test_equals_reference(device, tmp_path):
+    environment = dict(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='01'[device == 'interpreter'])
+    if device == 'interpreter':
+        environment['CUDA_VISIBLE_DEVICES'] = ''
+    python('-m', 'pytest', '-q', '--import-mode=importlib', '-p', 'no:cacheprovider', FOLDER / 'check_triton.py',
+           **environment)
+
+
+@needs_triton
+@pytest.mark.parametrize('capability, settings', [(80, ['classification', 'detection']), (90, [])])
+def test_compiles(capability, settings, tmp_path):
+    """Every kernel, for a GPU that need not be there, with hardly a register spilled."""
+    report = python(FOLDER / 'compile_triton.py', capability, *settings, TRITON_CACHE_DIR=str(tmp_path),
+                    TRITON_INTERPRET='0')
+    lines = re.findall(r'sm_(\d+) \w+ (\w+): (\d+) registers, (\d+) bytes spilled, (\d+) bytes shared', report)
+    assert {name for _, name, *_ in lines} == KERNELS
+    for line in lines:
+        assert int(line[3]) <= 64, line
+        assert int(line[4]) <= 64 * 1024, line  # of at least 99 KiB that a block may have on sm_80 and later
+
+
+def test_imports_without_triton():
+    python('-c', '''
+import sys
+sys.modules['triton'] = None  # what an import of it then raises is an ImportError
+import torch
+from convneur_mm.ops.neural_memory.triton import HAS_TRITON, unsupported
+assert not HAS_TRITON
+x = torch.zeros(1, 1, 2, 3)
+assert 'needs Triton 3.3 or newer and CUDA tensors' in unsupported(x, x, x, torch.zeros(1, 3, 2))
+''')
