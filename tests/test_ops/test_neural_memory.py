@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory, written_tokens
+from convneur_mm.ops.neural_memory import BACKENDS
 
 RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
@@ -288,6 +289,25 @@ def test_written_tokens(tokens, chunk_size, expected):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         call(make_inputs(), **options)
+
+
+def test_environment_names_the_backend(monkeypatch):
+    called = []
+    monkeypatch.setitem(BACKENDS, 'reference', lambda *args, **kwargs: called.append(1) or (args[0], None))
+    call(make_inputs())
+    assert not called
+    monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'reference')
+    call(make_inputs())
+    call(make_inputs(), backend='chunked')  # what is asked for by name stays
+    assert len(called) == 1
+    monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'cuda')
+    with pytest.raises(ValueError, match="CONVNEUR_MEMORY_BACKEND must be one of .*got 'cuda'"):
+        call(make_inputs())
+
+
+def test_triton_asks_for_cuda_tensors():
+    with pytest.raises(ValueError, match="backend 'triton' needs Triton 3.3 or newer and CUDA tensors, got .* on cpu"):
+        call(make_inputs(dtype=torch.float32), backend='triton')
 
 
 def test_bad_shapes_are_named():

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .chunked import neural_memory_chunked
 from .reference import neural_memory_reference
+from .triton import neural_memory_triton, unsupported
 from .types import MemoryState, UpdateGenerators
 
 __all__ = ['BACKENDS', 'RETRIEVALS', 'UPDATE_RULES', 'MemoryState', 'UpdateGenerators', 'neural_memory',
            'written_tokens']
 
-BACKENDS = {'reference': neural_memory_reference, 'chunked': neural_memory_chunked}
+BACKENDS = {'reference': neural_memory_reference, 'chunked': neural_memory_chunked, 'triton': neural_memory_triton}
 UPDATE_RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
 
@@ -76,15 +77,17 @@ def neural_memory(
         state (MemoryState | None): Memory and momentum to go on from, as returned by an earlier call. Two calls
             split at a chunk boundary equal one. None starts at M_0 with no momentum. Defaults to None.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
-        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed form) or 'auto', which
-            is what the environment variable CONVNEUR_MEMORY_BACKEND names, or else 'chunked'. Defaults to 'auto'.
+        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed forms in PyTorch),
+            'triton' (kernels for CUDA) or 'auto': what the environment variable CONVNEUR_MEMORY_BACKEND names, or
+            else 'triton' where it can run and 'chunked' elsewhere. Defaults to 'auto'.
 
     Returns:
         tuple[Tensor, MemoryState | None]: ``y`` (B, h, N, d) in the dtype of ``q``, and the state in the inner
         loop's dtype if asked for.
 
     Raises:
-        ValueError: For an option outside its range or tensors whose shapes do not fit together.
+        ValueError: For an option outside its range, tensors whose shapes do not fit together, or tensors that the
+            backend asked for cannot take.
     """
     check_options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, backend)
     if backend == 'auto':
@@ -101,13 +104,17 @@ def neural_memory(
         raise ValueError(f'w1 and w2 must have shapes {(heads, d, "e")} and {(heads, "e", d)}, '
                          f'got {tuple(w1.shape)} and {tuple(w2.shape)}')
 
+    if backend == 'auto':
+        backend = 'triton' if q.is_cuda and unsupported(q, k, v, w1) is None else 'chunked'
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     # Autocast does not know the meta device, on which shapes and FLOPs can be counted without memory.
     with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
-        q, w1, w2 = q.to(dtype), w1.to(dtype), w2.to(dtype)
+        w1, w2 = w1.to(dtype), w2.to(dtype)
         num_written = written_tokens(num_tokens, chunk_size, retrieve, return_state)
-        k, v = (x[:, :, :num_written].to(dtype) for x in (k, v))  # the last chunk's are not needed, see there
+        k, v = k[:, :, :num_written], v[:, :, :num_written]  # the last chunk's are not needed, see there
+        if backend != 'triton':  # whose kernels convert what they load
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         generators = UpdateGenerators(*(x.to(dtype) for x in generators))
         if state is None:
             m1, m2 = (w.expand(batch, *w.shape) for w in (w1, w2))
@@ -116,7 +123,7 @@ def neural_memory(
             state = MemoryState(*(x.to(dtype) for x in state))
             if state.w1.shape != (batch, *w1.shape):
                 raise ValueError(f'state.w1 must have shape {(batch, *w1.shape)}, got {tuple(state.w1.shape)}')
-        y, new_state = BACKENDS['chunked' if backend == 'auto' else backend](
+        y, new_state = BACKENDS[backend](
             q, k, v, w1, w2, generators, state, chunk_size=chunk_size, inner_step=inner_step,
             max_write_norm=max_write_norm, update_rule=update_rule, retrieve=retrieve, return_state=return_state)
     return y.to(out_dtype), new_state

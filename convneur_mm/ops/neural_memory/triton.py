@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .differentiable import _pack, _unpack, neural_memory_differentiable
+from .differentiable import neural_memory_differentiable, pack, unpack
 from .types import MemoryState, UpdateGenerators
 
 try:
@@ -211,7 +211,7 @@ def _forward(options, q, k, v, w1, w2, *others, keep):
     generators, state = UpdateGenerators(*others[:4]), MemoryState(*others[4:])
     batch, heads, tokens, d = q.shape
     n = math.ceil(k.size(2) / options.chunk_size)
-    rows, momentum_rows = _pack(state.w1, state.w2), _pack(state.p1, state.p2)
+    rows, momentum_rows = pack(state.w1, state.w2), pack(state.p1, state.p2)
     memories = rows.new_empty(n + 1, *rows.shape)
     momenta = rows.new_empty(n + 1 if keep else 1, *rows.shape)
     gradients = rows.new_empty(n if keep else min(n, 1), *rows.shape)
@@ -221,7 +221,7 @@ def _forward(options, q, k, v, w1, w2, *others, keep):
         if _use_fused(options, k):
             activations = _fused_writes(options, k, v, generators, writes, keep)
         else:
-            initial = _pack(w1, w2) if options.update_rule == 'parallel' else None
+            initial = pack(w1, w2) if options.update_rule == 'parallel' else None
             activations = _split_writes(options, k, v, generators, writes, keep, initial)
         writes = writes._replace(**activations)
 
@@ -236,7 +236,7 @@ def _forward(options, q, k, v, w1, w2, *others, keep):
     if not options.return_state:
         return (y,), writes
     # Copies, so that whoever changes the state in place leaves what the backward needs alone.
-    last = [x.clone(memory_format=torch.contiguous_format) for x in (*_unpack(memories[-1]), *_unpack(momenta[-1]))]
+    last = [x.clone(memory_format=torch.contiguous_format) for x in (*unpack(memories[-1]), *unpack(momenta[-1]))]
     return (y, *last), writes
 
 
@@ -295,7 +295,7 @@ def _backward(options, q, k, v, w1, w2, *others_and_writes):
     d_reads = torch.zeros_like(memories)
     d_reads[which] = parts.sum(0)
     if d_state:
-        dm, dp = _pack(*d_state[:2]), _pack(*d_state[2:])
+        dm, dp = pack(*d_state[:2]), pack(*d_state[2:])
     else:
         dm, dp = torch.zeros_like(memories[0]), torch.zeros_like(memories[0])
 
@@ -308,10 +308,10 @@ def _backward(options, q, k, v, w1, w2, *others_and_writes):
         elif options.update_rule == 'sequential':
             d_hidden, d_outputs, _ = _split_writes_backward(*arguments)
         else:
-            d_hidden, d_outputs, d_initial = _split_writes_backward(*arguments, initial=_pack(w1, w2))
-            dw1, dw2 = _unpack(d_initial)
+            d_hidden, d_outputs, d_initial = _split_writes_backward(*arguments, initial=pack(w1, w2))
+            dw1, dw2 = unpack(d_initial)
         d_generators = _generator_gradients(writes, d_hidden, d_outputs)
-    return dq, dk, dv, dw1, dw2, *d_generators, *_unpack(dm + d_reads[0]), *_unpack(dp)
+    return dq, dk, dv, dw1, dw2, *d_generators, *unpack(dm + d_reads[0]), *unpack(dp)
 
 
 def _split_writes_backward(options, k, v, generators, writes, d_reads, dm, dp, dk, dv, initial=None):
