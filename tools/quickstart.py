@@ -62,7 +62,7 @@ TASKS = {
     'det': Task('cascade_rcnn_convneur_m1_shapes.py', 'coco', 'data/shapes', 1000,
                 {'bbox_mAP': 'coco/bbox_mAP', 'segm_mAP': 'coco/segm_mAP'}, 1.0, 'work_dirs/quickstart',
                 'each pair: ground truth left, prediction right'),
-    'seg': Task('semantic_fpn_convneur_m1_shapes.py', 'ade20k', 'data/shapes_ade20k', 2000,
+    'seg': Task('semantic_fpn_convneur_m1_shapes.py', 'ade20k', 'data/shapes_ade20k', 1200,
                 {'mIoU': 'mIoU'}, 0.01, 'work_dirs/quickstart_seg', 'each pair: ground truth left, prediction right'),
     'cls': Task('convneur_m1_shapes.py', 'imagenet', 'data/shapes_imagenet', 4000,
                 {'top1': 'accuracy/top1'}, 0.01, 'work_dirs/quickstart_cls', 'ground truth and prediction in each'),

@@ -19,9 +19,10 @@ SPLITS = ('train', 'val')
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 2048
 MAX_OBJECTS = 5
-MAX_CROWD = 8
+MAX_LARGE_OBJECTS = 6
 # The size of an object over the side of the image.
 MIN_OBJECT_SIZE, MAX_OBJECT_SIZE = 0.12, 0.55
+MIN_LARGE_SIZE = 0.25
 # Below this many pixels across a star and a cross cannot be told apart, however small the image is.
 MIN_OBJECT_PIXELS = 14
 MIN_VISIBLE_FRACTION = 0.5
@@ -142,16 +143,16 @@ class _Patch:
         return int((self.distance <= 0).sum())
 
 
-def make_scene(rng: np.random.Generator, size: int, crowded: bool = False) -> Scene:
-    """Makes one picture with one to five objects, or four to eight.
+def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scene:
+    """Makes one picture with one to five objects, or with three to six large ones.
 
-    An object is 0.12 to 0.55 of the image side across, but no less than 14 pixels. Later objects cover earlier ones;
+    An object is 0.12 to 0.55 of the image side across, a large one at least 0.25, but no less than 14 pixels. Later objects cover earlier ones;
     of every object at least half stays visible, and at least 60 pixels of an image of 160 x 160.
 
     Args:
         rng: Source of everything random; the scene is a function of its state and the other arguments alone.
         size: Side of the square image, in pixels, 64 to 2048.
-        crowded: Whether to place four to eight objects, fewer where there is no room for more.
+        large: Whether to place three to six large objects, fewer where there is no room for more.
 
     Returns:
         The scene, with an image of shape (size, size, 3) and masks of shape (size, size).
@@ -165,9 +166,9 @@ def make_scene(rng: np.random.Generator, size: int, crowded: bool = False) -> Sc
     labels: list[int] = []
     masks: list[np.ndarray] = []
     whole_areas: list[int] = []
-    for _ in range(rng.integers(4, MAX_CROWD + 1) if crowded else rng.integers(1, MAX_OBJECTS + 1)):
+    smallest = max((MIN_LARGE_SIZE if large else MIN_OBJECT_SIZE) * size, MIN_OBJECT_PIXELS)
+    for _ in range(rng.integers(3, MAX_LARGE_OBJECTS + 1) if large else rng.integers(1, MAX_OBJECTS + 1)):
         label = int(rng.integers(len(SHAPE_CLASSES)))
-        smallest = max(MIN_OBJECT_SIZE * size, MIN_OBJECT_PIXELS)
         pixels = float(np.exp(rng.uniform(np.log(smallest), np.log(MAX_OBJECT_SIZE * size))))
         # Only the place is drawn again: a new size, too, would make small objects more frequent in full images.
         for _ in range(20):
@@ -213,7 +214,7 @@ def make_single_scene(rng: np.random.Generator, size: int, label: int) -> Scene:
     return Scene(_developed(rng, canvas), [Instance(label, mask, float(mask.sum() / patch.area))])
 
 
-def scene_at(seed: int, split: str, index: int, size: int, crowded: bool = False) -> Scene:
+def scene_at(seed: int, split: str, index: int, size: int, large: bool = False) -> Scene:
     """Makes the scene that has a given place in the data set, whatever the number of scenes there.
 
     Args:
@@ -221,7 +222,7 @@ def scene_at(seed: int, split: str, index: int, size: int, crowded: bool = False
         split: ``'train'`` or ``'val'``.
         index: Place in the split, from 0.
         size: Side of the square image, in pixels, 64 to 2048.
-        crowded: Whether there are more objects.
+        large: Whether there are more and larger objects.
 
     Returns:
         The scene; see :func:`make_scene`.
@@ -229,7 +230,7 @@ def scene_at(seed: int, split: str, index: int, size: int, crowded: bool = False
     Raises:
         ValueError: An argument is not one of those named.
     """
-    return make_scene(_rng_at(seed, split, index), size, crowded)
+    return make_scene(_rng_at(seed, split, index), size, large)
 
 
 def single_scene_at(seed: int, split: str, index: int, size: int) -> Scene:

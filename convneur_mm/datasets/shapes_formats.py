@@ -71,8 +71,9 @@ def make_shapes_ade20k(root: str | os.PathLike[str], num_train: int = 400, num_v
     Makes ``images/training/*.jpg``, ``images/validation/*.jpg``, a label map of the same name for each,
     ``annotations/training/*.png`` and ``annotations/validation/*.png``, and, last, ``shapes.json``. A label map is
     single-channel uint8, shape (image_size, image_size): 0 is the background, which ``reduce_zero_label=True`` ignores,
-    and 1 to 6 are ``SHAPE_CLASSES`` in order. The images hold four to eight objects, more than those of
-    :func:`make_shapes_coco`, as pixels are what is learned from; all it says of repeated runs holds here too.
+    and 1 to 6 are ``SHAPE_CLASSES`` in order. The images hold three to six objects, more and larger ones
+    than those of :func:`make_shapes_coco`, as pixels are what is learned from; all it says of repeated runs holds here
+    too.
 
     Args:
         root: Folder to write to; it may be missing, empty or an earlier result of this function.
@@ -220,8 +221,8 @@ class _Ade20k(_Form):
     maker = 'make_shapes_ade20k'
 
     def scene(self, seed: int, split: str, index: int, size: int) -> Scene:
-        # Pixels are what is learned from here, and those of few objects are few.
-        return scene_at(seed, split, index, size, crowded=True)
+        # Pixels are what is learned from here, and those of few small objects are few.
+        return scene_at(seed, split, index, size, large=True)
 
     def paths(self, split: str, index: int) -> tuple[str, ...]:
         folder = ADE20K_SPLITS[split]

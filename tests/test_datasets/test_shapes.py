@@ -52,6 +52,17 @@ def test_sizes_and_occlusion(scenes):
     assert np.mean(visible > 0.98) > 0.4 and np.mean(visible < 0.9) > 0.05
 
 
+def test_large_scenes_have_more_and_larger_objects():
+    scenes = [scene_at(SEED, 'train', index, 160, large=True) for index in range(20)]
+    counts = [len(scene.instances) for scene in scenes]
+    assert min(counts) >= 2 and max(counts) >= 5 and np.mean(counts) > 3.5
+    # Half of the smallest object, a ring of 40 pixels.
+    assert min(instance.mask.sum() for scene in scenes for instance in scene.instances) > 300
+    for scene in scenes:
+        visible = [instance.visible_fraction for instance in scene.instances]
+        assert min(visible) >= 0.45 and (sum(instance.mask for instance in scene.instances) <= 1).all()
+
+
 def covered_by_later(scene: Scene) -> list[bool]:
     """Whether the hull of an object's mask reaches under a later object."""
     hulls = []

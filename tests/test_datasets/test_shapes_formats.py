@@ -175,23 +175,29 @@ def test_every_class_occurs(root, split):
     assert all(coco.getAnnIds(catIds=[category]) for category in coco.getCatIds())
 
 
+@pytest.fixture(scope='module')
+def large_scenes() -> dict[str, list[Scene]]:
+    return {split: [scene_at(SEED, split, index, 160, large=True) for index in range(count)]
+            for split, count in SIZES.items()}
+
+
 @pytest.mark.parametrize('split', SIZES)
-def test_ade20k_has_the_images_and_the_masks_of_coco(root, ade20k_root, split):
-    coco = load(root, split)
+def test_ade20k_has_the_masks_of_the_scenes(ade20k_root, large_scenes, split):
     folder = ADE20K_SPLITS[split]
-    for image_id, image in coco.imgs.items():
-        name = image['file_name']
-        assert (ade20k_root / 'images' / folder / name).read_bytes() == (root / split / name).read_bytes()
-        labels = cv2.imread(str(ade20k_root / 'annotations' / folder / name.replace('.jpg', '.png')),
-                            cv2.IMREAD_UNCHANGED)
-        assert labels.dtype == np.uint8 and labels.shape == (image['height'], image['width'])
-        expected = np.zeros_like(labels)
-        for annotation in coco.loadAnns(coco.getAnnIds(image_id)):
-            expected[coco.annToMask(annotation) > 0] = annotation['category_id']
+    names = sorted(path.stem for path in (ade20k_root / 'images' / folder).iterdir())
+    assert len(names) == len(large_scenes[split])
+    for name, scene in zip(names, large_scenes[split]):
+        image = cv2.imread(str(ade20k_root / 'images' / folder / f'{name}.jpg'))[..., ::-1]
+        assert np.abs(image.astype(int) - scene.image).mean() < 6  # JPEG
+        labels = cv2.imread(str(ade20k_root / 'annotations' / folder / f'{name}.png'), cv2.IMREAD_UNCHANGED)
+        assert labels.dtype == np.uint8
+        expected = np.zeros(scene.image.shape[:2], np.uint8)
+        for instance in scene.instances:
+            expected[instance.mask] = instance.label + 1
         np.testing.assert_array_equal(labels, expected)
 
 
-def test_mmseg_reads_the_labels(ade20k_root, scenes):
+def test_mmseg_reads_the_labels(ade20k_root, large_scenes):
     from mmcv.transforms import LoadImageFromFile
     from mmseg.datasets import BaseSegDataset
     from mmseg.datasets.transforms import LoadAnnotations
@@ -200,7 +206,7 @@ def test_mmseg_reads_the_labels(ade20k_root, scenes):
         metainfo=dict(classes=SHAPE_CLASSES), reduce_zero_label=True,
         pipeline=[LoadImageFromFile(), LoadAnnotations()])
     assert len(dataset) == SIZES['train']
-    for index, scene in enumerate(scenes['train']):
+    for index, scene in enumerate(large_scenes['train']):
         data = dataset[index]
         assert np.abs(data['img'][..., ::-1].astype(int) - scene.image).mean() < 6
         expected = np.full(scene.image.shape[:2], 255)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import ConvNeur, NeuralMemory
+from convneur_mm.models.blocks import ConvNeurBlock
+from convneur_mm.models.global_memory import GlobalMemory
 
 ARCHS = ('m1', 'm2', 'm3', 'm4')
 TINY = dict(depths=[1, 2, 1, 1], channels=[16, 24, 32, 48], mem_channels=16)
@@ -185,6 +187,23 @@ def test_with_cp_keeps_drop_path():
         results.append([p.grad for p in model.parameters()])
     for a, b in zip(*results):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+def test_block_compiles_in_one_graph(rule):
+    """Three chunks, two of them written; the compiler's own kernels are left out, as they take a minute to build."""
+    torch.manual_seed(0)
+    block = ConvNeurBlock(8, GlobalMemory(8, 16, chunk_size=16, update_rule=rule)).double()
+    torch.nn.init.normal_(block.grn.gamma)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *block.parameters()]
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend='aot_eager')):
+        y = function(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-10 * b.norm()
 
 
 def test_drop_path_rises_linearly():
