@@ -8,7 +8,7 @@ classes = ('background', 'disk', 'square', 'triangle', 'star', 'ring', 'cross')
 palette = [[90, 90, 90], [230, 60, 60], [60, 180, 75], [255, 225, 25], [67, 99, 216], [245, 130, 49], [145, 30, 180]]
 
 model = dict(
-    data_preprocessor=dict(size=(128, 128)),
+    data_preprocessor=dict(size=(96, 96)),
     backbone=dict(init_cfg=None),
     neck=dict(out_channels=64),
     decode_head=dict(
@@ -19,14 +19,14 @@ model = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),
+    dict(type='Resize', scale=(96, 96), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='RandomFlip', prob=0.5, direction='vertical'),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),
+    dict(type='Resize', scale=(96, 96), keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -43,8 +43,8 @@ val_dataloader = dict(
                  data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
 test_dataloader = val_dataloader
 
-max_iters = 1400
-train_cfg = dict(max_iters=max_iters, val_interval=700)
+max_iters = 2000
+train_cfg = dict(max_iters=max_iters, val_interval=1000)
 # Nothing is pretrained, so neck and head learn no faster than the backbone.
 optim_wrapper = dict(
     optimizer=dict(lr=2e-3, weight_decay=0.05),
@@ -55,6 +55,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=max_iters),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=700, save_best=None, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1000, save_best=None, max_keep_ckpts=1))
 auto_scale_lr = dict(base_batch_size=8)
 randomness = dict(seed=0)
