@@ -146,8 +146,9 @@ class _Patch:
 def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scene:
     """Makes one picture with one to five objects, or with three to six large ones.
 
-    An object is 0.12 to 0.55 of the image side across, a large one at least 0.25, but no less than 14 pixels. Later objects cover earlier ones;
-    of every object at least half stays visible, and at least 60 pixels of an image of 160 x 160.
+    An object is 0.12 to 0.55 of the image side across, a large one at least 0.25, but no less than 14 pixels. Later
+    objects cover earlier ones; of every object at least half stays visible, and at least 60 pixels of an image of
+    160 x 160.
 
     Args:
         rng: Source of everything random; the scene is a function of its state and the other arguments alone.
