@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .chunked import neural_memory_chunked
 from .reference import neural_memory_reference
-from .triton import neural_memory_triton, unsupported
+from .triton import neural_memory_triton
 from .types import MemoryState, UpdateGenerators
 
 __all__ = ['BACKENDS', 'RETRIEVALS', 'UPDATE_RULES', 'MemoryState', 'UpdateGenerators', 'neural_memory',
@@ -78,8 +78,8 @@ def neural_memory(
             split at a chunk boundary equal one. None starts at M_0 with no momentum. Defaults to None.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
         backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed forms in PyTorch),
-            'triton' (kernels for CUDA) or 'auto': what the environment variable CONVNEUR_MEMORY_BACKEND names, or
-            else 'triton' where it can run and 'chunked' elsewhere. Defaults to 'auto'.
+            'triton' (kernels for CUDA, not chosen by themselves as they have yet to run on a GPU) or 'auto': what the
+            environment variable CONVNEUR_MEMORY_BACKEND names, or else 'chunked'. Defaults to 'auto'.
 
     Returns:
         tuple[Tensor, MemoryState | None]: ``y`` (B, h, N, d) in the dtype of ``q``, and the state in the inner
@@ -105,7 +105,7 @@ def neural_memory(
                          f'got {tuple(w1.shape)} and {tuple(w2.shape)}')
 
     if backend == 'auto':
-        backend = 'triton' if q.is_cuda and unsupported(q, k, v, w1) is None else 'chunked'
+        backend = 'chunked'
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     # Autocast does not know the meta device, on which shapes and FLOPs can be counted without memory.
