@@ -228,6 +228,16 @@ def test_inner_loop_is_float32(dtype, rule):
         assert torch.equal(state.w1, expected_state.w1)
 
 
+@pytest.mark.parametrize('rule', RULES)
+def test_backward_under_autocast_is_float32(rule):
+    inputs = make_inputs(tokens=50, dtype=torch.float32)
+    _, expected = with_gradients(inputs, chunk_size=16, update_rule=rule, return_state=True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        _, found = with_gradients(inputs, chunk_size=16, update_rule=rule, return_state=True)
+    for a, b in zip(found, expected):
+        assert torch.equal(a, b)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 300), fraction=st.floats(0, 1), inner_step=st.floats(1e-6, 1), seed=st.integers(0, 99),

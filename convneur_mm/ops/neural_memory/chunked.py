@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -68,18 +69,9 @@ class _ChunkedMemory(torch.autograd.Function):
         grads = grad_y, grad_rows, grad_momentum
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
             return *_differentiable_backward(inputs, grads, ctx.options), None
-        q, k, v, initial, *generators, rows, _ = inputs
-        grad_memories = torch.zeros_like(written.memories)
-        grad_q = None
-        if grad_y is not None:
-            grad_q = _read_all_backward(q, written.memories, grad_y, grad_memories, ctx.options)
-        if grad_rows is not None:
-            grad_memories[-1] += grad_rows.flatten(0, 1)
-        grad_momentum = torch.zeros_like(grad_memories[0]) if grad_momentum is None else grad_momentum.flatten(0, 1)
-        grad_k, grad_v, grad_initial, grad_generators, grad_rows, grad_momentum = _write_all_backward(
-            k, v, initial, UpdateGenerators(*generators), written, grad_memories, grad_momentum, ctx.options)
-        return (grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows.view(rows.shape),
-                grad_momentum.view(rows.shape), None)
+        # As the forward, in the dtype of the inputs, also for a backward that is called under autocast.
+        with nullcontext() if inputs[0].is_meta else torch.autocast(inputs[0].device.type, enabled=False):
+            return *_backward(inputs, written, grads, ctx.options), None
 
 
 class _Written(NamedTuple):
@@ -211,6 +203,23 @@ def _write(written: _Written, t: int, options: dict) -> None:
 def _bound(write: Tensor, max_write_norm: float) -> Tensor:
     """The factor (…, 1, 1) that keeps the norm of each head's write (…, 2e, d) below ``max_write_norm``."""
     return (1 + write.square().sum((-2, -1), keepdim=True) / max_write_norm**2).rsqrt_()
+
+
+def _backward(inputs, written, grads, options) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of :class:`_ChunkedMemory`."""
+    q, k, v, initial, *generators, rows, _ = inputs
+    grad_y, grad_rows, grad_momentum = grads
+    grad_memories = torch.zeros_like(written.memories)
+    grad_q = None
+    if grad_y is not None:
+        grad_q = _read_all_backward(q, written.memories, grad_y, grad_memories, options)
+    if grad_rows is not None:
+        grad_memories[-1] += grad_rows.flatten(0, 1)
+    grad_momentum = torch.zeros_like(grad_memories[0]) if grad_momentum is None else grad_momentum.flatten(0, 1)
+    grad_k, grad_v, grad_initial, grad_generators, grad_rows, grad_momentum = _write_all_backward(
+        k, v, initial, UpdateGenerators(*generators), written, grad_memories, grad_momentum, options)
+    return (grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows.view(rows.shape),
+            grad_momentum.view(rows.shape))
 
 
 def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_momentum, options):
