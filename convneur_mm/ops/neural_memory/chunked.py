@@ -67,10 +67,10 @@ class _ChunkedMemory(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing recomputes them
         inputs, written = saved[:10], _Written(*saved[10:])
         grads = grad_y, grad_rows, grad_momentum
-        if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
-            return *_differentiable_backward(inputs, grads, ctx.options), None
         # As the forward, in the dtype of the inputs, also for a backward that is called under autocast.
         with nullcontext() if inputs[0].is_meta else torch.autocast(inputs[0].device.type, enabled=False):
+            if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
+                return *_differentiable_backward(inputs, grads, ctx.options), None
             return *_backward(inputs, written, grads, ctx.options), None
 
 
