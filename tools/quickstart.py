@@ -164,7 +164,7 @@ def quickstart(name: str) -> None:
     minutes['data'] = run([sys.executable, TOOLS / 'make_shapes.py', data, '--format', task.form, '--num-train',
                            str(task.num_train)], out / 'data.log')
     device = 'GPU(s)' if torch.cuda.is_available() else 'CPU process(es)'
-    say(f'{name} 2/4: training on {processes} {device}, up to ten minutes on two cores')
+    say(f'{name} 2/4: training on {processes} {device}, about ten minutes on two cores')
     train_dir, test_dir, pictures = out / 'train', out / 'test', out / 'pictures'
     minutes['train'] = run([TOOLS / 'dist_train.sh', config, str(processes), '--work-dir', train_dir,
                             '--auto-scale-lr'], out / 'train.log')

@@ -167,7 +167,7 @@ class NeuralMemory(BaseModule):
 
 
 class _UnitLength(torch.autograd.Function):
-    """``F.normalize(x, dim=-1, eps=NORMALIZE_EPS)`` with a third of its passes over memory in the backward.
+    """``F.normalize(x, dim=-1, eps=NORMALIZE_EPS)`` with fewer passes over memory in the backward.
 
     Returns the lengths too: only what a Function returns can be differentiated a second time.
     """

@@ -1,4 +1,6 @@
-"""The neural memory with closed-form inner gradients: the fast path in plain PyTorch.
+"""The neural memory with closed-form inner gradients, recorded by autograd.
+
+The faster paths fall back to it when their backward is itself to be differentiated.
 
 All update coefficients act on the channel axis d, so both fast weights live in one tensor of rows of length d,
 ``rows = cat(W1ᵀ, W2)`` of shape (…, 2e, d): one elementwise operation then serves where the equations need two.
