@@ -39,8 +39,8 @@ class GRN(nn.Module):
         if x.dtype in (torch.float16, torch.bfloat16):
             response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
         else:
-            # On a CPU two to four times as fast as vector_norm over axes that are not the last. The bound keeps the root's
-            # gradient finite where a channel is zero everywhere.
+            # On a CPU two to four times as fast as vector_norm over axes that are not the last. The bound keeps the
+            # root's gradient finite where a channel is zero everywhere.
             response = (x * x).sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).sqrt()
         relative = response / (response.mean(dim=-1, keepdim=True) + self.eps)
         # γ·(x·relative) + β + x, with one pass over x.
