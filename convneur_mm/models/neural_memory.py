@@ -6,20 +6,11 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from ..ops import MemoryState, UpdateGenerators, neural_memory, written_tokens
+from ..ops import LayerWeights, MemoryState, neural_memory_layer
 from ..ops.neural_memory import check_options
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
-
-# Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
-# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
-# 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
-NORMALIZE_EPS = 1e-2
-
-# Without gradients nothing of a chunk is needed once it is read and written, so longer inputs pass in segments of this
-# many tokens, images times length: the projections of millions of tokens need not exist at the same time.
-SEGMENT_TOKENS = 2**19
 
 
 class NeuralMemory(BaseModule):
@@ -120,71 +111,16 @@ class NeuralMemory(BaseModule):
         """
         if x.dim() != 3 or x.size(-1) != self.channels:
             raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
-        segment = max(1, SEGMENT_TOKENS // (len(x) * self.chunk_size)) * self.chunk_size
-        if torch.is_grad_enabled() or self.retrieve == 'final' or x.size(1) <= segment:
-            y, state = self._forward(x, state, return_state)
-        else:
-            out, segments = None, x.split(segment, dim=1)
-            for i, part in enumerate(segments):
-                y, state = self._forward(part, state, return_state or i < len(segments) - 1)
-                out = y.new_empty(x.shape) if out is None else out
-                out[:, i * segment:i * segment + y.size(1)] = y
-            y = out
+        y, state = neural_memory_layer(
+            x, self.weights, eps=self.norm.eps, chunk_size=self.chunk_size, inner_step=self.inner_step,
+            max_write_norm=self.max_write_norm, update_rule=self.update_rule, retrieve=self.retrieve, state=state,
+            return_state=return_state, backend=self.backend)
         return (y, state) if return_state else y
 
-    def _forward(self, x: Tensor, state: MemoryState | None, return_state: bool) -> tuple[Tensor, MemoryState | None]:
-        tokens = self.norm(x)
-        num_written = written_tokens(tokens.size(1), self.chunk_size, self.retrieve, return_state)
-        w1, generators = self.w1, self.update_weights
-        if not num_written and torch.is_grad_enabled():
-            # A single chunk writes nothing, so keys, values and generators have no part in the output, and plain DDP
-            # refuses parameters without a gradient. Sums of no elements tie them to the graph: nothing is computed,
-            # their gradients are exact zeros.
-            unused = (self.key.weight, self.value.weight, *generators)
-            w1 = w1 + sum(p.flatten()[:0].sum() for p in unused).to(w1.dtype)
-        y, state = neural_memory(
-            self._split_heads(self.query(tokens), normalize=True),
-            self._split_heads(self.key(tokens), normalize=True),
-            self._split_heads(self.value(tokens)),
-            w1, self.w2, generators,
-            chunk_size=self.chunk_size, inner_step=self.inner_step, max_write_norm=self.max_write_norm,
-            update_rule=self.update_rule, retrieve=self.retrieve, state=state, return_state=return_state,
-            backend=self.backend)
-        return self.proj(y.transpose(1, 2).flatten(2)), state
-
     @property
-    def update_weights(self) -> UpdateGenerators:
-        """The update generators' weights as the op takes them."""
+    def weights(self) -> LayerWeights:
+        """The parameters as the op takes them."""
         first, _, last = self.generators
-        return UpdateGenerators(first.weight, first.bias, last.weight, last.bias)
-
-    def _split_heads(self, x: Tensor, normalize: bool = False) -> Tensor:
-        """(B, N, Cm) → (B, h, N, d), L2-normalised over d in at least float32 if asked for."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if normalize:
-            x, _ = _UnitLength.apply(x if x.dtype == torch.float64 else x.float())
-        return x.transpose(1, 2)
-
-
-class _UnitLength(torch.autograd.Function):
-    """``F.normalize(x, dim=-1, eps=NORMALIZE_EPS)`` with fewer passes over memory in the backward.
-
-    Returns the lengths too: only what a Function returns can be differentiated a second time.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        length = (x * x).sum(dim=-1, keepdim=True).sqrt_()
-        bounded = length.clamp_min(NORMALIZE_EPS)
-        unit = x / bounded
-        ctx.save_for_backward(unit, bounded, length > NORMALIZE_EPS)
-        ctx.set_materialize_grads(False)
-        return unit, bounded
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, grad_bounded: Tensor | None) -> Tensor:
-        unit, bounded, stretched = ctx.saved_tensors
-        along = (grad * unit).sum(dim=-1, keepdim=True) / bounded
-        if grad_bounded is not None:
-            along = along - grad_bounded
-        return torch.addcmul(grad / bounded, unit, along * stretched, value=-1)
+        return LayerWeights(
+            self.norm.weight, self.norm.bias, self.query.weight, self.key.weight, self.value.weight, self.proj.weight,
+            self.w1, self.w2, first.weight, first.bias, last.weight, last.bias)

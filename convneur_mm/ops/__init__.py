@@ -1,3 +1,3 @@
-from .neural_memory import MemoryState, UpdateGenerators, neural_memory, written_tokens
+from .neural_memory import LayerWeights, MemoryState, UpdateGenerators, neural_memory, neural_memory_layer
 
-__all__ = ['MemoryState', 'UpdateGenerators', 'neural_memory', 'written_tokens']
+__all__ = ['LayerWeights', 'MemoryState', 'UpdateGenerators', 'neural_memory', 'neural_memory_layer']

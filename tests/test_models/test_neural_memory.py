@@ -1,11 +1,17 @@
 """The memory as a layer: equality of its backends, chaining, autocast, and that it remembers."""
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.models.neural_memory import NORMALIZE_EPS
+from convneur_mm.ops import MemoryState
+from convneur_mm.ops.neural_memory import NORMALIZE_EPS
+
+# By name: the package's attribute of this name is the function.
+LAYER = importlib.import_module('convneur_mm.ops.neural_memory.layer')
 
 
 def make_layer(seed: int = 0, **kwargs) -> NeuralMemory:
@@ -56,25 +62,63 @@ def test_equations_by_hand():
     assert (layer(x)[0] - expected).norm() <= 1e-12 * expected.norm()
 
 
-def test_heads_are_normalised():
-    """F.normalize with the same bound, to second order, also for tokens that are shorter than the bound."""
-    layer = make_layer()
-    x = torch.randn(2, 5, 32, dtype=torch.float64)
-    x[0, 1] *= 1e-4
+def gradients(layer, x, state, backend, order=1):
+    """Outputs of the layer, and gradients of all its inputs and parameters, of the second order if asked for."""
+    layer.backend = backend
+    y, new_state = layer(x, state=state, return_state=True)
+    outputs = (y, *new_state)
+    torch.manual_seed(1)
+    loss = sum((torch.randn(o.shape) * o.sin()).sum() for o in outputs)
+    inputs = [x, *(state or ()), *layer.parameters()]
+    grads = torch.autograd.grad(loss, inputs, create_graph=order > 1, allow_unused=True, materialize_grads=True)
+    if order > 1:
+        grads = (*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+    return [*outputs, *grads]
+
+
+def short_tokens(layer):
+    """Queries of the first head shorter than NORMALIZE_EPS, and keys of the second one around it."""
+    with torch.no_grad():
+        layer.query.weight[:16] *= 1e-4
+        layer.key.weight[16:] *= NORMALIZE_EPS / layer.key(layer.norm(torch.randn(9, 32)))[:, 16:].norm(dim=1).median()
+
+
+@pytest.mark.parametrize('segment_tokens', [1, 40, 1000], ids='segment={}'.format)
+@pytest.mark.parametrize('options', [
+    dict(), dict(update_rule='parallel'), dict(retrieve='final'), dict(chunk_size=100)], ids=str)
+@pytest.mark.parametrize('with_state', [False, True], ids=['fresh', 'state'])
+def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state):
+    """The segmented layer against its plain form around the reference, all gradients; 45 tokens are 5.6 chunks."""
+    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', segment_tokens)
+    layer = make_layer(**dict(dict(chunk_size=8), **options))
+    short_tokens(layer)
+    layer.double()
+    x = torch.randn(2, 45, 32, dtype=torch.float64)
+    x[0, 7] = 0.5  # nothing is left of it by the LayerNorm
+    state = None
+    if with_state:
+        state = MemoryState(*(s.detach().requires_grad_() for s in layer(torch.randn_like(x), return_state=True)[1]))
     x.requires_grad_()
+    for fast, plain in zip(gradients(layer, x, state, 'chunked'), gradients(layer, x, state, 'reference')):
+        assert (fast - plain).norm() <= 1e-10 * plain.norm()
 
-    def expected(x):
-        return F.normalize(x.unflatten(-1, (2, 16)).transpose(1, 2), dim=-1, eps=NORMALIZE_EPS)
 
-    def gradients(function):
-        y = function(x)
-        first, = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-        return y, first, torch.autograd.grad(first.square().sum(), x)[0]
+def test_layer_equals_reference_to_second_order(monkeypatch):
+    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', 40)
+    layer = make_layer(chunk_size=8).double()
+    x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
+    for fast, plain in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
+        assert (fast - plain).norm() <= 1e-9 * plain.norm()
 
-    for a, b in zip(gradients(lambda x: layer._split_heads(x, normalize=True)), gradients(expected)):
-        assert (a - b).norm() <= 1e-12 * b.norm()
-    zero = torch.zeros(1, 1, 32, requires_grad=True)
-    assert torch.autograd.grad(layer._split_heads(zero, normalize=True).sum(), zero)[0].eq(1 / NORMALIZE_EPS).all()
+
+def test_single_chunk_has_zero_gradients():
+    """A single chunk writes nothing; plain DDP still wants gradients of what only writing needs."""
+    for backend in ('chunked', 'reference'):
+        layer = make_layer(chunk_size=8, backend=backend)
+        layer(torch.randn(2, 8, 32)).sum().backward()
+        for p in (layer.key.weight, layer.value.weight, *layer.generators.parameters()):
+            assert p.grad.eq(0).all()
+        assert layer.w1.grad.ne(0).any() and layer.query.weight.grad.ne(0).any()
 
 
 def test_chained_calls():
@@ -95,16 +139,31 @@ def test_segments_without_gradients(monkeypatch, rule):
     layer = make_layer(chunk_size=8, update_rule=rule).double()
     x = torch.randn(2, 45, 32, dtype=torch.float64)
     expected, expected_state = layer(x, return_state=True)
-    lengths = []
-    layer.norm.register_forward_hook(lambda module, args, output: lengths.append(output.size(1)))
-    monkeypatch.setattr('convneur_mm.models.neural_memory.SEGMENT_TOKENS', 40)
+    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', 40)
     with torch.no_grad():
         y, state = layer(x, return_state=True)
-        assert lengths == [16, 16, 13]
         assert (layer(x) - expected).norm() <= 1e-12 * expected.norm()
     assert (y - expected).norm() <= 1e-12 * expected.norm()
     for a, b in zip(state, expected_state):
         assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def test_segments_take_little_memory():
+    """Of several segments nothing as long as the input is kept for the backward pass but the input itself."""
+    layer = make_layer(chunk_size=64)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(1, 4 * 2**13, 32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x.requires_grad_()).sum()
+    states = 512 * 3 * 2 * 16 * 16  # of 512 chunks: memory, momentum and gradient, 16 rows of 16 numbers in two heads
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    del storages[x.untyped_storage().data_ptr()]
+    assert sum(storages.values()) < 1.5 * 4 * states
 
 
 def test_autocast_keeps_the_inner_loop_in_float32():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory, written_tokens
-from convneur_mm.ops.neural_memory import BACKENDS
+from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import BACKENDS, written_tokens
 
 RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')

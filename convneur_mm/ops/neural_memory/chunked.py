@@ -6,14 +6,14 @@ the backward recomputes a chunk's activations from them, chunk by chunk in rever
 what depends on it is a loop; reads, the parallel rule's gradients and the generators' own gradients are batched.
 
 As in :mod:`.differentiable`, both fast weights live in one tensor of rows, ``cat(W1ᵀ, W2)``, of shape (n, 2e, d), where
-n counts independent memories: images times heads, times chunks where all chunks run at once. Hidden activations are
-kept as (n, e, L), so that both halves of a fused product are contiguous.
+n counts independent memories: images times heads, times chunks where all chunks run at once. Tokens are columns:
+queries, keys and values are (n, d, L) and hidden activations (n, e, L), the order in which sums over so few channels
+and factors of a token run over contiguous numbers. Inputs may lie in memory in any order; (B, h, d, N) needs no copies.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .differentiable import neural_memory_differentiable, pack, unpack
-from .types import MemoryState, UpdateGenerators
+from .types import MemoryState, UpdateGenerators, no_autocast
 
 _gelu_backward = torch.ops.aten.gelu_backward
 
@@ -40,109 +40,155 @@ def neural_memory_chunked(
     state: MemoryState,
     *,
     return_state: bool,
+    num_written: int,
     **options: Any,
 ) -> tuple[Tensor, MemoryState | None]:
-    """See :func:`convneur_mm.ops.neural_memory`; ``state`` is the memory before the first chunk."""
+    """See :func:`convneur_mm.ops.neural_memory`; ``state`` is the memory before the first chunk.
+
+    Only the first ``num_written`` tokens are written.
+    """
+    options['num_written'] = num_written
     y, rows, momentum = _ChunkedMemory.apply(
-        q, k, v, pack(w1, w2), *generators, pack(state.w1, state.w2), pack(state.p1, state.p2), options)
+        q.mT, k.mT, v.mT, pack(w1, w2), *generators, pack(state.w1, state.w2), pack(state.p1, state.p2), options)
+    y = y.mT
     return y, MemoryState(*unpack(rows), *unpack(momentum)) if return_state else None
 
 
 class _ChunkedMemory(torch.autograd.Function):
-    """q, k, v (B, h, N, d), M_0 (h, 2e, d), generators, memory and momentum (B, h, 2e, d) → y and the last two."""
+    """q, k, v (B, h, d, N), M_0 (h, 2e, d), generators, memory and momentum (B, h, 2e, d) → y and the last two."""
 
     @staticmethod
     def forward(ctx, q, k, v, initial, in_weight, in_bias, out_weight, out_bias, rows, momentum, options):
         generators = UpdateGenerators(in_weight, in_bias, out_weight, out_bias)
-        written = _write_all(k, v, initial, generators, rows, momentum, options)
-        y = _read_all(q, written.memories, options)
+        written = write_all(k, v, initial, generators, rows, momentum, options)
+        y = read_all(q, written.states[:, 2], options)
         ctx.save_for_backward(q, k, v, initial, *generators, rows, momentum, *written)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        # Copies, as a view would keep the memories of all chunks alive.
-        return y, written.memories[-1].view(rows.shape).clone(), written.momenta[-1].view(rows.shape).clone()
+        # Copies, as a view would keep the states of all chunks alive.
+        return y, written.states[-1, 2].clone(), written.states[-1, 1].clone()
 
     @staticmethod
     def backward(ctx, grad_y, grad_rows, grad_momentum):
         saved = ctx.saved_tensors  # once: checkpointing recomputes them
-        inputs, written = saved[:10], _Written(*saved[10:])
+        inputs, written = saved[:10], Written(*saved[10:])
         grads = grad_y, grad_rows, grad_momentum
         # As the forward, in the dtype of the inputs, also for a backward that is called under autocast.
-        with nullcontext() if inputs[0].is_meta else torch.autocast(inputs[0].device.type, enabled=False):
+        with no_autocast(inputs[0]):
             if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
                 return *_differentiable_backward(inputs, grads, ctx.options), None
-            return *_backward(inputs, written, grads, ctx.options), None
+            q, k, v, initial, *generators, _, _ = inputs
+            return *backward(q, k, v, initial, UpdateGenerators(*generators), written, grads, ctx.options), None
 
 
-class _Written(NamedTuple):
-    """What T writes leave behind, n memories = B images x h heads.
+class Written(NamedTuple):
+    """What T writes leave behind.
 
     Attributes:
-        memories (Tensor): M_0 … M_T, (T + 1, n, 2e, d).
-        momenta (Tensor): P_0 … P_T, (T + 1, n, 2e, d).
-        gradients (Tensor): Inner gradients of Eq. 3, (T, n, 2e, d).
+        states (Tensor): For each chunk t what its coefficients multiply, (T + 1, 3, B, h, 2e, d): the inner gradient of
+            Eq. 3 over 2/d, the momentum P_t and the memory M_t. Nothing is the gradient of the last one, t = T.
         surprises (Tensor): Mean squared errors, (T, B, Cm).
         pre_hidden (Tensor): The generators' hidden units before their GELU, (T, B, 4Cm).
         coefficients (Tensor): Step (without inner_step), momentum and decay, (T, B, 3Cm).
     """
 
-    memories: Tensor
-    momenta: Tensor
-    gradients: Tensor
+    states: Tensor
     surprises: Tensor
     pre_hidden: Tensor
     coefficients: Tensor
 
 
-def _write_all(k, v, initial, generators, rows, momentum, options) -> _Written:
-    """Eqs. 3 and 4 for all chunks of ``k``."""
-    (batch, heads, num_tokens, d), chunk_size = k.shape, options['chunk_size']
+def write_all(k, v, initial, generators, rows, momentum, options) -> Written:
+    """Eqs. 3 and 4 for the chunks of the first ``num_written`` tokens."""
+    batch, heads, *head = rows.shape
+    num_tokens, chunk_size = options['num_written'], options['chunk_size']
     num_chunks = math.ceil(num_tokens / chunk_size)
-    memories = rows.new_empty(num_chunks + 1, batch * heads, *rows.shape[2:])
-    momenta, gradients = torch.empty_like(memories), torch.empty_like(memories[1:])
-    memories[0], momenta[0] = rows.flatten(0, 1), momentum.flatten(0, 1)
-    surprises = rows.new_empty(num_chunks, batch, heads * d)
-    pre_hidden = rows.new_empty(num_chunks, batch, generators.in_bias.numel())
-    coefficients = rows.new_empty(num_chunks, batch, generators.out_bias.numel())
-    written = _Written(memories, momenta, gradients, surprises, pre_hidden, coefficients)
+    states = rows.new_empty(num_chunks + 1, 3, *rows.shape)
+    gradients, momenta, memories = states.unbind(1)
+    momenta[0], memories[0] = momentum, rows
 
+    if not num_chunks:
+        return Written(states, *(rows.new_empty(0, batch, n * heads * rows.size(-1)) for n in (1, 4, 3)))
     if options['update_rule'] == 'sequential':
-        for t, tokens in enumerate(_chunks(num_tokens, chunk_size)):
-            gradients[t], surprise = _surprise(_take(k, tokens), _take(v, tokens), memories[t])
-            surprises[t] = surprise.view(batch, heads * d)
-            pre_hidden[t], coefficients[t] = _coefficients(surprises[t], generators)
-            _write(written, t, options)
-        return written
-    for chunks, tokens in _chunk_groups(k, chunk_size):
+        surprises, pre_hidden, coefficients = [], [], []
+        flat_gradients, flat_memories = (x.flatten(1, 2).unbind() for x in (gradients, memories))
+        for t, (k_t, v_t) in enumerate(zip(_split(k, num_tokens, chunk_size), _split(v, num_tokens, chunk_size))):
+            surprise = _surprise(k_t, v_t, flat_memories[t], out=flat_gradients[t]).view(batch, -1)
+            pre_hidden_t, coefficients_t = _coefficients(surprise, generators)
+            _write(states[t:t + 2], coefficients_t, options)
+            surprises.append(surprise)
+            pre_hidden.append(pre_hidden_t)
+            coefficients.append(coefficients_t)
+        return Written(states, torch.stack(surprises), torch.stack(pre_hidden), torch.stack(coefficients))
+    surprises = rows.new_empty(num_chunks, batch, heads, rows.size(-1))
+    for chunks, tokens in _chunk_groups(k, num_tokens, chunk_size):
         n = chunks.stop - chunks.start
         at = initial.repeat_interleave(n, dim=0).repeat(batch, 1, 1)
-        gradient, surprise = _surprise(_take(k, tokens, n), _take(v, tokens, n), at)
-        gradients[chunks] = gradient.unflatten(0, (-1, n)).transpose(0, 1)
-        surprises[chunks] = surprise.view(batch, heads, n, d).permute(2, 0, 1, 3).flatten(2)
-    pre_hidden[:], coefficients[:] = _coefficients(surprises, generators)
+        gradient = torch.empty_like(at)
+        surprise = _surprise(_take(k, tokens, n), _take(v, tokens, n), at, out=gradient)
+        gradients[chunks] = gradient.view(batch, heads, n, *head).movedim(2, 0)
+        surprises[chunks] = surprise.view(batch, heads, n, -1).movedim(2, 0)
+    surprises = surprises.flatten(2)
+    pre_hidden, coefficients = _coefficients(surprises, generators)
     for t in range(num_chunks):
-        _write(written, t, options)
-    return written
+        _write(states[t:t + 2], coefficients[t], options)
+    return Written(states, surprises, pre_hidden, coefficients)
 
 
-def _surprise(k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _surprise(k: Tensor, v: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """Gradient of Eq. 3 at the memories ``rows``, and each channel's mean squared error.
 
     Args:
-        k (Tensor): (n, L, d).
-        v (Tensor): (n, L, d).
+        k (Tensor): (n, d, L).
+        v (Tensor): (n, d, L).
         rows (Tensor): (n, 2e, d).
+        out (Tensor): Takes the gradient over 2/d, (n, 2e, d).
 
     Returns:
-        tuple[Tensor, Tensor]: (n, 2e, d) and (n, d).
+        Tensor: Mean squared errors, (n, d).
     """
     w1, w2 = rows.chunk(2, dim=1)
-    hidden = torch.bmm(w1, k.mT)
+    hidden = torch.bmm(w1, k)
     active = F.gelu(hidden)
-    error = _add_product(k - v, active.mT, w2)
-    d_hidden = _gelu_backward(torch.bmm(w2, error.mT), hidden)
-    gradient = torch.cat((torch.bmm(d_hidden, k), torch.bmm(active, error)), dim=1)
-    return gradient.mul_(2 / k.size(-1)), error.square().mean(dim=1)
+    error = _add_product(k - v, w2.mT, active)
+    d_hidden = _gelu_backward(torch.bmm(w2, error), hidden)
+    torch.cat((torch.bmm(d_hidden, k.mT), torch.bmm(active, error.mT)), dim=1, out=out)
+    return error.square().mean(dim=2)
+
+
+def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v):
+    """Gradients of ``k``, ``v`` (written to ``grad_k``, ``grad_v``) and ``rows`` (returned) of :func:`_surprise`.
+
+    With h, a, E of :func:`_surprise`, which are computed anew, u = W2·E and b = u ⊙ GELU'(h), the inner gradients are
+    b·kᵀ and a·Eᵀ; ``g1`` and ``g2`` are what comes back to them.
+    """
+    (w1, w2), (g1, g2) = rows.chunk(2, dim=1), grad_gradient.chunk(2, dim=1)
+    e = w1.size(1)
+    weights = torch.cat((w1, g1, w1, g2, w2), dim=1)
+    w1_g1, g1_w1, g2_w2 = weights[:, :2 * e], weights[:, e:3 * e], weights[:, 3 * e:]
+    hidden, grad_b = torch.bmm(w1_g1, k).chunk(2, dim=1)
+    slope = _gelu_backward(hidden.new_ones(()).expand_as(hidden), hidden)
+
+    active_grad_u = hidden.new_empty(hidden.size(0), 2 * e, hidden.size(2))
+    active, grad_u = active_grad_u.chunk(2, dim=1)
+    _store(active, torch.ops.aten.gelu, hidden)
+    _store(grad_u, torch.mul, grad_b, slope)
+    error = _add_product(k - v, w2.mT, active)
+    grad_error = _add_product(error * (grad_surprise * (2 / k.size(2))).unsqueeze(2), g2_w2.mT, active_grad_u)
+    _store(grad_v, torch.neg, grad_error)
+
+    grad_active, u = torch.bmm(g2_w2, error).chunk(2, dim=1)
+    grad_active = torch.bmm(w2, grad_error).add_(grad_active).mul_(slope)
+    # GELU''(h) = φ(h)·(2 − h²)
+    square = hidden.square()
+    curvature = (square * -0.5).exp_().mul_(2 - square).mul_(u)
+    b_grad_hidden = torch.empty_like(active_grad_u)
+    b, grad_hidden = b_grad_hidden.chunk(2, dim=1)
+    _store(b, torch.mul, u, slope)
+    _store(grad_hidden, torch.addcmul, grad_active, grad_b, curvature, value=1 / math.sqrt(2 * math.pi))
+    _store(grad_k, torch.add, grad_error, torch.bmm(g1_w1.mT, b_grad_hidden))
+    grad_w2 = _add_product(torch.bmm(grad_u, error.mT), active, grad_error.mT)
+    return torch.cat((torch.bmm(grad_hidden, k.mT), grad_w2), dim=1)
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -150,38 +196,12 @@ def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(x, a, b, out=x)
 
 
-def _surprise_backward(k, v, rows, grad_gradient, grad_surprise):
-    """Gradients of ``k``, ``v`` and ``rows`` of :func:`_surprise`; its activations are computed anew.
-
-    With h, a, E of :func:`_surprise`, u = E·W2ᵀ and b = u ⊙ GELU'(h), the inner gradients are bᵀk and aᵀE; ``g1`` and
-    ``g2`` are what comes back to them.
-    """
-    e = rows.size(1) // 2
-    grad_gradient = grad_gradient * (2 / k.size(-1))
-    w2, g2 = rows[:, e:], grad_gradient[:, e:]
-    first = torch.cat((rows[:, :e], grad_gradient[:, :e]), dim=1)  # W1ᵀ, g1
-    second = torch.cat((g2, w2), dim=1)
-    hidden, grad_b = torch.bmm(first, k.mT).chunk(2, dim=1)
-
-    # GELU(h) = h·Φ(h), its derivatives Φ + h·φ and φ·(2 − h²): one erf and one exp for all of them.
-    square = hidden.square()
-    density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-    cumulative = (hidden * math.sqrt(0.5)).erf_().mul_(0.5).add_(0.5)
-    slope = torch.addcmul(cumulative, hidden, density)
-    active_and_grad_u = torch.cat((hidden * cumulative, grad_b * slope), dim=1)
-    active, grad_u = active_and_grad_u.chunk(2, dim=1)
-
-    error = _add_product(k - v, active.mT, w2)
-    grad_active, u = torch.bmm(second, error.mT).chunk(2, dim=1)
-    grad_error = _add_product(error * (grad_surprise.unsqueeze(1) * (2 / k.size(1))), active_and_grad_u.mT, second)
-    grad_active = torch.baddbmm(grad_active, w2, grad_error.mT)
-    curvature = square.neg_().add_(2).mul_(density)
-    grad_hidden = torch.addcmul(grad_active * slope, grad_b * u, curvature)
-    third = torch.cat((grad_gradient[:, :e], rows[:, :e]), dim=1)
-    grad_k = torch.baddbmm(grad_error, torch.cat((u * slope, grad_hidden), dim=1).mT, third)
-    grad_w1 = torch.bmm(grad_hidden, k)
-    grad_w2 = _add_product(torch.bmm(grad_u, error), active, grad_error)
-    return grad_k, grad_error.neg_(), torch.cat((grad_w1, grad_w2), dim=1)
+def _store(out: Tensor, function: Callable, *args: Tensor, **kwargs: float) -> None:
+    """Writes a result to where it belongs, with a copy only for a compiler, which takes no ``out`` with gaps."""
+    if torch.compiler.is_compiling():
+        out.copy_(function(*args, **kwargs))
+    else:
+        function(*args, **kwargs, out=out)
 
 
 def _coefficients(surprise: Tensor, generators: UpdateGenerators) -> tuple[Tensor, Tensor]:
@@ -190,131 +210,159 @@ def _coefficients(surprise: Tensor, generators: UpdateGenerators) -> tuple[Tenso
     return pre_hidden, F.linear(F.gelu(pre_hidden), generators.out_weight, generators.out_bias).sigmoid_()
 
 
-def _write(written: _Written, t: int, options: dict) -> None:
-    """Eq. 4 for chunk ``t``, whose gradients and coefficients are there."""
-    d = written.memories.size(-1)
-    step, eta, alpha = (c.reshape(-1, 1, d) for c in written.coefficients[t].chunk(3, dim=-1))
-    write = (options['inner_step'] * step) * written.gradients[t]
-    write *= _bound(write, options['max_write_norm'])
-    written.momenta[t + 1] = eta * written.momenta[t] - write
-    written.memories[t + 1] = (1 - alpha) * written.memories[t] + written.momenta[t + 1]
+def _by_head(coefficients: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(…, 3Cm) → step, momentum and decay, (…, h, 1, d) each."""
+    return coefficients.unflatten(-1, (3, heads, 1, -1)).unbind(-4)
 
 
-def _bound(write: Tensor, max_write_norm: float) -> Tensor:
-    """The factor (…, 1, 1) that keeps the norm of each head's write (…, 2e, d) below ``max_write_norm``."""
-    return (1 + write.square().sum((-2, -1), keepdim=True) / max_write_norm**2).rsqrt_()
+def _write(states: Tensor, coefficients: Tensor, options: dict) -> None:
+    """Eq. 4: fills in the second of two ``states`` (2, 3, B, h, 2e, d)."""
+    (gradient, momentum, memory), (_, next_momentum, next_memory) = (x.unbind() for x in states.unbind())
+    step, eta, alpha = _by_head(coefficients, memory.size(1))
+    scale = options['inner_step'] * 2 / memory.size(-1)
+    write = step * gradient
+    bound = _bound(write, scale / options['max_write_norm'])
+    torch.addcmul(eta * momentum, write, bound, value=-scale, out=next_momentum)
+    torch.addcmul(next_momentum, 1 - alpha, memory, out=next_memory)
 
 
-def _backward(inputs, written, grads, options) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs of :class:`_ChunkedMemory`."""
-    q, k, v, initial, *generators, rows, _ = inputs
+def _bound(write: Tensor, scale: float) -> Tensor:
+    """The factor (…, 1, 1) that keeps the norm of each head's write (…, 2e, d) below ``1 / scale``."""
+    return write.square().sum((-2, -1), keepdim=True).mul_(scale**2).add_(1).rsqrt_()
+
+
+def backward(q, k, v, initial, generators, written, grads, options, y=None) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of :class:`_ChunkedMemory` from those of its outputs, of which any may be None.
+
+    If ``y`` is a tensor, it is filled with what the forward returned.
+    """
     grad_y, grad_rows, grad_momentum = grads
-    grad_memories = torch.zeros_like(written.memories)
+    memories = written.states[:, 2]
+    grad_memories = torch.zeros_like(memories, memory_format=torch.contiguous_format)
     grad_q = None
     if grad_y is not None:
-        grad_q = _read_all_backward(q, written.memories, grad_y, grad_memories, options)
+        grad_q = _read_all_backward(q, memories, grad_y, grad_memories, options, y)
     if grad_rows is not None:
-        grad_memories[-1] += grad_rows.flatten(0, 1)
-    grad_momentum = torch.zeros_like(grad_memories[0]) if grad_momentum is None else grad_momentum.flatten(0, 1)
+        grad_memories[-1] += grad_rows
     grad_k, grad_v, grad_initial, grad_generators, grad_rows, grad_momentum = _write_all_backward(
-        k, v, initial, UpdateGenerators(*generators), written, grad_memories, grad_momentum, options)
-    return (grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows.view(rows.shape),
-            grad_momentum.view(rows.shape))
+        k, v, initial, generators, written, grad_memories, grad_momentum, options)
+    return grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows, grad_momentum
 
 
 def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_momentum, options):
     """Gradients of k, v, M_0, the generators, and of the memory and momentum before the first chunk.
 
-    ``grad_memories`` (T + 1, n, 2e, d) holds what the reads and the caller return to each memory and ``grad_momentum``
-    (n, 2e, d) what comes back to P_T; both are used up.
+    ``grad_memories`` (T + 1, B, h, 2e, d) holds what the reads and the caller return to each memory and
+    ``grad_momentum`` (B, h, 2e, d) or None what comes back to P_T.
     """
-    memories, momenta, gradients, _, pre_hidden, coefficients = written
-    (batch, heads, num_tokens, d), chunk_size = k.shape, options['chunk_size']
-    num_chunks, n = gradients.shape[:2]
-    inner_step, max_norm = options['inner_step'], options['max_write_norm']
+    states, surprises, pre_hidden, coefficients = written
+    batch, heads, *head = grad_memories.shape[1:]
+    num_tokens, chunk_size = options['num_written'], options['chunk_size']
     sequential = options['update_rule'] == 'sequential'
+    # What comes back to write, P and M after a chunk.
+    left = torch.zeros_like(states[0])
+    grad_write, grad_p, grad_m = left.unbind()
+    grad_m.copy_(grad_memories[-1])
+    if grad_momentum is not None:
+        grad_p.copy_(grad_momentum)
+    if not num_tokens:
+        return None, None, None, (None,) * 4, grad_m, grad_p
 
     # All that the reversed recurrence needs and that does not depend on it.
-    step, eta, alpha = (c.reshape(num_chunks, n, 1, d) for c in coefficients.chunk(3, dim=-1))
-    step = inner_step * step
-    writes = step * gradients
-    bound = _bound(writes, max_norm)
-    grad_gradients = torch.empty_like(gradients)
-    grad_out = torch.empty_like(coefficients)
-    grad_pre_hidden = torch.empty_like(pre_hidden)
-    grad_surprises = torch.empty_like(written.surprises)
-    sigmoid_slope = coefficients * (1 - coefficients)
-    grad_k, grad_v = (torch.empty_like(x, dtype=memories.dtype) for x in (k, v))
-    tokens = list(_chunks(num_tokens, chunk_size))
+    step, eta, alpha = _by_head(coefficients, heads)
+    scale, max_norm = options['inner_step'] * 2 / head[-1], options['max_write_norm']
+    writes = step * states[:-1, 0]
+    bounds = _bound(writes, scale / max_norm)
+    # Of sigmoids, times what step, momentum and decay are multiplied by.
+    slopes = (coefficients * (1 - coefficients)).unflatten(-1, (3, heads, -1))
+    slopes *= slopes.new_tensor((-scale, 1, -1)).view(3, 1, 1)
+    each = zip(states, writes, bounds, bounds**3 * -(scale / max_norm)**2, step * -scale, eta, 1 - alpha, slopes,
+               grad_memories)
+    grad_gradients, grad_out, grad_pre_hidden, grad_surprises = [], [], [], []
+    grad_k, grad_v = _empty_like(k), _empty_like(v)
+    for grad in (grad_k, grad_v):
+        grad[..., num_tokens:] = 0
+    if sequential:
+        tokens = list(zip(*(_split(x, num_tokens, chunk_size) for x in (k, v, grad_k, grad_v))))
+        flat_memories = states[:, 2].flatten(1, 2).unbind()
 
-    def generators_backward(at: int | slice) -> None:
-        grad_out[at] *= sigmoid_slope[at]
-        grad_pre_hidden[at] = _gelu_backward(grad_out[at] @ generators.out_weight, pre_hidden[at])
-        grad_surprises[at] = grad_pre_hidden[at] @ generators.in_weight
+    def generators_backward(grad_out: Tensor, pre_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        grad_pre_hidden = _gelu_backward(grad_out @ generators.out_weight, pre_hidden)
+        return grad_pre_hidden, grad_pre_hidden @ generators.in_weight
 
-    grad_rows = grad_memories[num_chunks]
-    for t in reversed(range(num_chunks)):
-        grad_momentum = grad_momentum + grad_rows
-        inner = -(grad_momentum * writes[t]).sum((-2, -1), keepdim=True)
-        grad_write = (writes[t] * (inner * (bound[t]**3 / -max_norm**2))).sub_(grad_momentum * bound[t])
-        grad_gradients[t] = grad_write * step[t]
-        out_t = grad_out[t].view(batch, 3, n // batch, d)
-        out_t[:, 0] = (inner_step * (grad_write * gradients[t]).sum(-2)).view(batch, heads, d)
-        out_t[:, 1] = (grad_momentum * momenta[t]).sum(-2).view(batch, heads, d)
-        out_t[:, 2] = -(grad_rows * memories[t]).sum(-2).view(batch, heads, d)
-        grad_rows = torch.addcmul(grad_memories[t], 1 - alpha[t], grad_rows)
-        grad_momentum = eta[t] * grad_momentum
+    for t, (right, write, bound, curb, step_t, eta_t, keep, slope, grad_read) in reversed(list(enumerate(each))):
+        grad_p += grad_m
+        inner = (grad_p * write).sum((-2, -1), keepdim=True)
+        torch.mul(grad_p, bound, out=grad_write)
+        grad_write.addcmul_(write, inner * curb)
+        grad_gradients.append(grad_write * step_t)
+        grad_out.append(((left * right).sum(-2).transpose(0, 1) * slope).flatten(1))
+        grad_m.mul_(keep).add_(grad_read)
+        grad_p *= eta_t
         if sequential:
-            generators_backward(t)
-            k_grad, v_grad, rows_grad = _surprise_backward(
-                _take(k, tokens[t]), _take(v, tokens[t]), memories[t], grad_gradients[t], grad_surprises[t].view(n, d))
-            _put(grad_k, tokens[t], k_grad)
-            _put(grad_v, tokens[t], v_grad)
-            grad_rows += rows_grad
+            grad_pre_hidden_t, grad_surprise = generators_backward(grad_out[-1], pre_hidden[t])
+            grad_pre_hidden.append(grad_pre_hidden_t)
+            k_t, v_t, grad_k_t, grad_v_t = tokens[t]
+            grad_m += _surprise_backward(
+                k_t, v_t, flat_memories[t], grad_gradients.pop().flatten(0, 1), grad_surprise.view(-1, head[-1]),
+                grad_k_t, grad_v_t).view(grad_m.shape)
 
+    grad_out = torch.stack(grad_out[::-1])
     grad_initial = None
-    if not sequential:
-        generators_backward(slice(None))
+    if sequential:
+        grad_pre_hidden = torch.stack(grad_pre_hidden[::-1])
+    else:
+        grad_pre_hidden, grad_surprises = generators_backward(grad_out, pre_hidden)
+        grad_gradients = torch.stack(grad_gradients[::-1])
         grad_initial = torch.zeros_like(initial)
-        for chunks, span in _chunk_groups(k, chunk_size):
-            c = chunks.stop - chunks.start
-            at = initial.repeat_interleave(c, dim=0).repeat(batch, 1, 1)
-            k_grad, v_grad, rows_grad = _surprise_backward(
-                _take(k, span, c), _take(v, span, c), at, grad_gradients[chunks].transpose(0, 1).flatten(0, 1),
-                grad_surprises[chunks].view(c, n, d).transpose(0, 1).flatten(0, 1))
-            _put(grad_k, span, k_grad)
-            _put(grad_v, span, v_grad)
-            grad_initial += rows_grad.view(batch, heads, c, *initial.shape[1:]).sum((0, 2))
+        for chunks, span in _chunk_groups(k, num_tokens, chunk_size):
+            n = chunks.stop - chunks.start
+            at = initial.repeat_interleave(n, dim=0).repeat(batch, 1, 1)
+            grad_k_t, grad_v_t = _slot(grad_k, span, n), _slot(grad_v, span, n)
+            rows_grad = _surprise_backward(
+                _take(k, span, n), _take(v, span, n), at, grad_gradients[chunks].movedim(0, 2).flatten(0, 2),
+                grad_surprises[chunks].unflatten(-1, (heads, -1)).movedim(0, 2).flatten(0, 2), grad_k_t, grad_v_t)
+            _put(grad_k, span, n, grad_k_t)
+            _put(grad_v, span, n, grad_v_t)
+            grad_initial += rows_grad.view(batch, heads, n, *head).sum((0, 2))
 
     flat_out, flat_hidden = grad_out.flatten(0, 1), grad_pre_hidden.flatten(0, 1)
     grad_generators = (
-        flat_hidden.mT @ written.surprises.flatten(0, 1), flat_hidden.sum(0),
+        flat_hidden.mT @ surprises.flatten(0, 1), flat_hidden.sum(0),
         flat_out.mT @ F.gelu(pre_hidden).flatten(0, 1), flat_out.sum(0))
-    return grad_k, grad_v, grad_initial, grad_generators, grad_rows, grad_momentum
+    return grad_k, grad_v, grad_initial, grad_generators, grad_m, grad_p
 
 
-def _read_all(q: Tensor, memories: Tensor, options: dict) -> Tensor:
-    """Eq. 2 for all tokens; in the memory layout of ``q``."""
-    y = torch.empty_like(q)
-    for chunks, tokens in _chunk_groups(q, options['chunk_size']):
-        q_t = _take(q, tokens, chunks.stop - chunks.start)
+def read_all(q: Tensor, memories: Tensor, options: dict) -> Tensor:
+    """Eq. 2 for all tokens (B, h, d, N); ``memories`` (T + 1, B, h, 2e, d)."""
+    y = _empty_like(q)
+    for chunks, tokens in _chunk_groups(q, q.size(-1), options['chunk_size']):
+        n = chunks.stop - chunks.start
+        q_t, y_t = _take(q, tokens, n), _slot(y, tokens, n)
         w1, w2 = _readable(memories, chunks, options).chunk(2, dim=1)
-        _put(y, tokens, torch.baddbmm(q_t, F.gelu(torch.bmm(w1, q_t.mT)).mT, w2))
+        _store(y_t, torch.add, q_t, torch.bmm(w2.mT, F.gelu(torch.bmm(w1, q_t))))
+        _put(y, tokens, n, y_t)
     return y
 
 
-def _read_all_backward(q, memories, grad_y, grad_memories, options) -> Tensor:
-    """The gradient of q; adds those of the memories to ``grad_memories``."""
-    grad_q = torch.empty_like(q)
-    for chunks, tokens in _chunk_groups(q, options['chunk_size']):
-        c = chunks.stop - chunks.start
-        q_t, grad_t = _take(q, tokens, c), _take(grad_y, tokens, c)
+def _read_all_backward(q, memories, grad_y, grad_memories, options, y) -> Tensor:
+    """The gradient of q; adds those of the memories to ``grad_memories`` and fills ``y`` if it is a tensor."""
+    grad_q = _empty_like(q)
+    for chunks, tokens in _chunk_groups(q, q.size(-1), options['chunk_size']):
+        n = chunks.stop - chunks.start
+        q_t, grad_t, grad_q_t = _take(q, tokens, n), _take(grad_y, tokens, n), _slot(grad_q, tokens, n)
         w1, w2 = _readable(memories, chunks, options).chunk(2, dim=1)
-        hidden = torch.bmm(w1, q_t.mT)
-        grad_hidden = _gelu_backward(torch.bmm(w2, grad_t.mT), hidden)
-        _put(grad_q, tokens, torch.baddbmm(grad_t, grad_hidden.mT, w1))
-        grad_rows = torch.cat((torch.bmm(grad_hidden, q_t), torch.bmm(F.gelu(hidden), grad_t)), dim=1)
-        grad_rows = grad_rows.unflatten(0, (-1, c)).transpose(0, 1)
+        hidden = torch.bmm(w1, q_t)
+        grad_hidden = _gelu_backward(torch.bmm(w2, grad_t), hidden)
+        _store(grad_q_t, torch.add, grad_t, torch.bmm(w1.mT, grad_hidden))
+        _put(grad_q, tokens, n, grad_q_t)
+        active = F.gelu(hidden)
+        if y is not None:
+            y_t = _slot(y, tokens, n)
+            _store(y_t, torch.add, q_t, torch.bmm(w2.mT, active))
+            _put(y, tokens, n, y_t)
+        grad_rows = torch.cat((torch.bmm(grad_hidden, q_t.mT), torch.bmm(active, grad_t.mT)), dim=1)
+        grad_rows = grad_rows.view(*grad_memories.shape[1:3], n, *grad_rows.shape[1:]).movedim(2, 0)
         if options['retrieve'] == 'final':
             grad_memories[-1] += grad_rows.sum(0)
         else:
@@ -323,22 +371,17 @@ def _read_all_backward(q, memories, grad_y, grad_memories, options) -> Tensor:
 
 
 def _readable(memories: Tensor, chunks: slice, options: dict) -> Tensor:
-    """The memories that the queries of ``chunks`` read, (n·chunks, 2e, d)."""
+    """The memories that the queries of ``chunks`` read, (B·h·chunks, 2e, d)."""
     if options['retrieve'] == 'final':
-        chosen = memories[-1:].expand(chunks.stop - chunks.start, -1, -1, -1)
+        chosen = memories[-1:].expand(chunks.stop - chunks.start, *memories.shape[1:])
     else:
         chosen = memories[chunks]
-    return chosen.transpose(0, 1).flatten(0, 1)
+    return chosen.movedim(0, 2).flatten(0, 2)
 
 
-def _chunks(num_tokens: int, chunk_size: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_size, num_tokens)) for start in range(0, num_tokens, chunk_size))
-
-
-def _chunk_groups(x: Tensor, chunk_size: int) -> Iterator[tuple[slice, slice]]:
+def _chunk_groups(x: Tensor, num_tokens: int, chunk_size: int) -> Iterator[tuple[slice, slice]]:
     """Slices of chunks and of their tokens that are worked on at once: as many whole chunks as fit, the rest alone."""
-    num_tokens, start = x.size(2), 0
-    numbers = x.size(0) * x.size(1) * chunk_size * x.size(3)
+    start, numbers = 0, x[..., 0].numel() * chunk_size
     most = max(1, GROUP_NUMBERS // numbers) if x.device.type == 'cpu' else num_tokens
     whole = num_tokens // chunk_size
     while start < whole:
@@ -349,16 +392,34 @@ def _chunk_groups(x: Tensor, chunk_size: int) -> Iterator[tuple[slice, slice]]:
         yield slice(whole, whole + 1), slice(whole * chunk_size, num_tokens)
 
 
+def _split(x: Tensor, num_tokens: int, chunk_size: int) -> tuple[Tensor, ...]:
+    """The first tokens of (B, h, d, N) in chunks of (B·h, d, L)."""
+    return x[..., :num_tokens].flatten(0, 1).split(chunk_size, dim=-1)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """As ``x``, in the order of memory in which :func:`_take` makes views."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _take(x: Tensor, tokens: slice, chunks: int = 1) -> Tensor:
-    """Some tokens of (B, h, N, d) as (B·h·chunks, L, d)."""
-    x = x[:, :, tokens]
-    return x.reshape(x.size(0) * x.size(1) * chunks, x.size(2) // chunks, x.size(3))
+    """Some tokens of (B, h, d, N) as (B·h·chunks, d, L)."""
+    x = x[..., tokens].flatten(0, 1)
+    return x if chunks == 1 else x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _put(x: Tensor, tokens: slice, value: Tensor) -> None:
-    """Writes what :func:`_take` took."""
-    x = x[:, :, tokens]
-    x.copy_(value.view(x.shape))
+def _slot(x: Tensor, tokens: slice, chunks: int) -> Tensor:
+    """Where to write what :func:`_take` would take: for one chunk the view itself, else a tensor for :func:`_put`."""
+    if chunks == 1:
+        return _take(x, tokens)
+    return x.new_empty(x.size(0) * x.size(1) * chunks, x.size(2), (tokens.stop - tokens.start) // chunks)
+
+
+def _put(x: Tensor, tokens: slice, chunks: int, value: Tensor) -> None:
+    """Copies ``value``, filled as a :func:`_slot`, to its place."""
+    if chunks > 1:
+        x = x[..., tokens].flatten(0, 1).unflatten(2, (chunks, -1))
+        x.copy_(value.unflatten(0, (-1, chunks)).transpose(1, 2))
 
 
 def _differentiable_backward(inputs, grads, options) -> tuple[Tensor | None, ...]:
@@ -366,11 +427,13 @@ def _differentiable_backward(inputs, grads, options) -> tuple[Tensor | None, ...
     # Views are nodes of their own: what one input was made of another would else be counted twice.
     inputs = [x.view_as(x) for x in inputs]
     q, k, v, initial, *generators, rows, momentum = inputs
+    options = dict(options)
+    written = slice(options.pop('num_written'))
     w1, w2 = unpack(initial)
     y, state = neural_memory_differentiable(
-        q, k, v, w1, w2, UpdateGenerators(*generators), MemoryState(*unpack(rows), *unpack(momentum)),
-        return_state=True, **options)
-    outputs = y, pack(state.w1, state.w2), pack(state.p1, state.p2)
+        q.mT, k[..., written].mT, v[..., written].mT, w1, w2, UpdateGenerators(*generators),
+        MemoryState(*unpack(rows), *unpack(momentum)), **dict(options, return_state=True))
+    outputs = y.mT, pack(state.w1, state.w2), pack(state.p1, state.p2)
     outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad))
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))

@@ -1,8 +1,11 @@
-"""The tensors that travel together through every implementation of the neural memory."""
+"""What every implementation of the neural memory shares: tensors that travel together, and two small rules."""
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +41,18 @@ class UpdateGenerators(NamedTuple):
     in_bias: Tensor
     out_weight: Tensor
     out_bias: Tensor
+
+
+def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous', return_state: bool = False) -> int:
+    """How many of the first tokens are written to the memory at all.
+
+    What the last chunk would write is read by nobody, unless the state is returned or every token reads M_T.
+    """
+    if return_state or retrieve == 'final':
+        return num_tokens
+    return (math.ceil(num_tokens / chunk_size) - 1) * chunk_size
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Keeps autocast out, which does not know the meta device, where shapes and FLOPs are counted without memory."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,300 @@
+"""The memory as a layer: LayerNorm, projections, the memory itself and the output projection.
+
+Around the memory a layer is bound by its tokens' way through the machine's memory rather than by arithmetic. So where
+'chunked' does the work, the layer has a backward of its own and passes in segments, forward and backward: of several
+segments, nothing is kept in between but what the writes leave behind, and nothing is as long as the input but the
+output and the input's gradient.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import chunked
+from .differentiable import neural_memory_differentiable, pack, unpack
+from .op import neural_memory, resolve_backend
+from .types import MemoryState, UpdateGenerators, no_autocast, written_tokens
+
+# Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
+# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
+# 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
+NORMALIZE_EPS = 1e-2
+
+# Tokens of a segment, images times length. On a CPU its tensors should fit in the cache, and be small enough for the
+# allocator to use them again: the system clears every page of a new large one. Elsewhere only their memory counts.
+CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**19
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of the layer for Cm channels in h heads of d, e hidden units a head.
+
+    Attributes:
+        norm_weight (Tensor): Of the LayerNorm, (Cm,).
+        norm_bias (Tensor): (Cm,).
+        query (Tensor): (Cm, Cm), as are ``key``, ``value`` and ``proj``.
+        key (Tensor): See ``query``.
+        value (Tensor): See ``query``.
+        proj (Tensor): See ``query``.
+        w1 (Tensor): First weight of the initial memory M_0, (h, d, e).
+        w2 (Tensor): Second weight of M_0, (h, e, d).
+        in_weight (Tensor): See :class:`UpdateGenerators`, also for the rest.
+        in_bias (Tensor): See there.
+        out_weight (Tensor): See there.
+        out_bias (Tensor): See there.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    proj: Tensor
+    w1: Tensor
+    w2: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+    @property
+    def generators(self) -> UpdateGenerators:
+        return UpdateGenerators(self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+
+
+def neural_memory_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    *,
+    eps: float,
+    state: MemoryState | None = None,
+    backend: str = 'auto',
+    **options: Any,
+) -> tuple[Tensor, MemoryState | None]:
+    """:func:`neural_memory` between a LayerNorm, three projections to unit queries, unit keys and values, and a fourth.
+
+    Args:
+        x (Tensor): Tokens, (B, N, Cm).
+        weights (LayerWeights): The layer's parameters.
+        eps (float): Of the LayerNorm.
+        state (MemoryState | None): See :func:`neural_memory`. Defaults to None.
+        backend (str): See :func:`neural_memory`. Defaults to 'auto'.
+        **options: All other options of :func:`neural_memory`.
+
+    Returns:
+        tuple[Tensor, MemoryState | None]: Tokens (B, N, Cm), and the state if asked for.
+    """
+    backend = resolve_backend(backend)
+    # A compiler does its own fusing. Parameters in half precision, not just autocast to it, are nobody's fast path.
+    full = weights.query.dtype in (torch.float32, torch.float64)
+    if backend == 'chunked' and full and not torch.compiler.is_compiling():
+        return _segmented(x, weights, eps, state, options)
+    unused = 0
+    if torch.is_grad_enabled() and not written_tokens(
+            x.size(1), options['chunk_size'], options['retrieve'], options['return_state']):
+        # A single chunk writes nothing, so keys, values and generators have no part in the output, and plain DDP
+        # refuses parameters without a gradient. Sums of no elements tie them to the graph: nothing is computed, their
+        # gradients are exact zeros.
+        unused = sum(p.flatten()[:0].sum() for p in (weights.key, weights.value, *weights.generators))
+    w1 = weights.w1 + unused
+
+    def memory(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState | None]:
+        return neural_memory(q, k, v, w1, weights.w2, weights.generators, state=state, backend=backend, **options)
+
+    return _plain(x, weights, eps, memory)
+
+
+def _plain(x: Tensor, weights: LayerWeights, eps: float, memory: Callable) -> tuple[Tensor, MemoryState | None]:
+    """The layer as it is written down; ``memory`` maps queries, keys and values (B, h, N, d) to reads and a state."""
+    columns = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps).mT
+
+    def project(weight: Tensor, normalize: bool = False) -> Tensor:
+        """(B, h, N, d), (B, h, d, N) in memory; normalised over d, in at least float32, if asked for."""
+        z = torch.bmm(weight.expand(len(x), -1, -1), columns).unflatten(1, (len(weights.w1), -1))
+        if normalize:
+            z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=2, eps=NORMALIZE_EPS)
+        return z.mT
+
+    y, state = memory(project(weights.query, True), project(weights.key, True), project(weights.value))
+    return torch.bmm(y.mT.flatten(1, 2).mT, weights.proj.t().expand(len(x), -1, -1)), state
+
+
+def _segmented(x: Tensor, weights: LayerWeights, eps: float, state: MemoryState | None,
+               options: dict) -> tuple[Tensor, MemoryState | None]:
+    """The same with the 'chunked' memory and a backward in closed form."""
+    if state is None:
+        initial = pack(weights.w1, weights.w2).expand(len(x), -1, -1, -1)
+        rows, momentum = initial, torch.zeros_like(initial)
+    else:
+        rows, momentum = pack(state.w1, state.w2), pack(state.p1, state.p2)
+    # Sees what autocast makes of a product, if it is on.
+    dtype = torch.mm(weights.query[:1, :1], weights.query[:1, :1]).dtype
+    with no_autocast(x):
+        y, rows, momentum = _SegmentedLayer.apply(x, rows, momentum, *weights, eps, options, dtype)
+    return y, MemoryState(*unpack(rows), *unpack(momentum)) if options['return_state'] else None
+
+
+class _SegmentedLayer(torch.autograd.Function):
+    """x (B, N, Cm), memory and momentum (B, h, 2e, d), weights → tokens (B, N, Cm), and the other two afterwards."""
+
+    @staticmethod
+    def forward(ctx, x, rows, momentum, *arguments):
+        weights, (eps, options, dtype) = LayerWeights(*arguments[:-3]), arguments[-3:]
+        inputs, spans = (x, rows, momentum), list(_spans(x, options))
+        initial = pack(weights.w1, weights.w2)
+        out, kept = x.new_empty(x.shape, dtype=dtype), []
+        for span, num_written in spans:
+            _, tokens, _, _ = _layer_norm(x[:, span], weights, eps, dtype)
+            projected = _project(tokens, weights)
+            segment_options = dict(options, num_written=num_written)
+            written = chunked.write_all(
+                projected.k, projected.v, initial, weights.generators, rows, momentum, segment_options)
+            y = chunked.read_all(projected.q, written.states[:, 2], segment_options)
+            out[:, span] = torch.bmm(y.flatten(1, 2).mT.to(dtype), _batched(weights.proj.t(), x, dtype))
+            rows, momentum = written.states[-1, 2], written.states[-1, 1]
+            kept.extend(written)
+        kept.extend(projected if len(spans) == 1 else ())
+        ctx.save_for_backward(*inputs, *weights, *kept)
+        ctx.options = eps, options, dtype
+        ctx.set_materialize_grads(False)
+        # Copies, as a view would keep the states of all chunks alive.
+        return out, rows.clone(), momentum.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
+        inputs, kept = saved[:3 + len(LayerWeights._fields)], saved[3 + len(LayerWeights._fields):]
+        with no_autocast(saved[0]):
+            if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
+                return *_differentiable_backward(inputs, grads, *ctx.options), None, None, None
+            return *_backward(inputs, kept, grads, *ctx.options), None, None, None
+
+
+class _Projected(NamedTuple):
+    """What a segment is to the memory.
+
+    Attributes:
+        q (Tensor): Unit queries, (B, h, d, N).
+        k (Tensor): Unit keys, (B, h, d, N).
+        v (Tensor): Values, (B, h, d, N).
+        q_scale (Tensor): What made the queries unit, (B, h, 1, N); negative where they were too short for that.
+        k_scale (Tensor): The same of the keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+
+
+def _layer_norm(x: Tensor, weights: LayerWeights, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``x`` in the parameters' precision, its LayerNorm in ``dtype``, mean and inverse deviation, (B, N, ·) each."""
+    x = x.to(weights.norm_weight.dtype)
+    tokens, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
+    return x, tokens.to(dtype), mean, rstd
+
+
+def _project(tokens: Tensor, weights: LayerWeights) -> _Projected:
+    q, k, v = (
+        torch.bmm(_batched(weight, tokens, tokens.dtype), tokens.mT).to(weight.dtype).unflatten(
+            1, (len(weights.w1), -1)) for weight in (weights.query, weights.key, weights.value))
+    return _Projected(q, k, v, _normalize_(q), _normalize_(k))
+
+
+def _normalize_(z: Tensor) -> Tensor:
+    """Divides (B, h, d, N) by the lengths over d, at least NORMALIZE_EPS; returns :class:`_Projected`'s scale."""
+    length = (z * z).sum(dim=2, keepdim=True).sqrt_()
+    scale = length.clamp_min(NORMALIZE_EPS).reciprocal_()
+    z *= scale
+    return torch.where(length < NORMALIZE_EPS, -scale, scale)
+
+
+def _normalize_backward_(unit: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
+    """The gradient before :func:`_normalize_`, in the memory of ``grad``, the one behind it."""
+    along = (grad * unit).sum(dim=2, keepdim=True).mul_(scale > 0)
+    return grad.addcmul_(unit, along, value=-1).mul_(scale.abs())
+
+
+def _batched(weight: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).expand(len(x), -1, -1)
+
+
+def _backward(inputs, kept, grads, eps, options, dtype) -> tuple[Tensor, ...]:
+    """Gradients of the tensors that :class:`_SegmentedLayer` takes."""
+    x, weights, (grad_out, grad_rows, grad_momentum) = inputs[0], LayerWeights(*inputs[3:]), grads
+    spans, num_kept = list(_spans(x, options)), len(chunked.Written._fields)
+    initial, heads = pack(weights.w1, weights.w2), len(weights.w1)
+    totals = LayerWeights(*(torch.zeros_like(weight) for weight in weights))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    for i, (span, num_written) in reversed(list(enumerate(spans))):
+        part, tokens, mean, rstd = _layer_norm(x[:, span], weights, eps, dtype)
+        q, k, v, q_scale, k_scale = _Projected(*kept[num_kept:]) if len(spans) == 1 else _project(tokens, weights)
+        written = chunked.Written(*kept[i * num_kept:(i + 1) * num_kept])
+
+        grad_part, y = grad_out[:, span].mT, torch.empty_like(q)
+        grad_y = torch.bmm(_batched(weights.proj.t(), x, dtype), grad_part).to(q.dtype).unflatten(1, (heads, -1))
+        grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows, grad_momentum = chunked.backward(
+            q, k, v, initial, weights.generators, written, (grad_y, grad_rows, grad_momentum),
+            dict(options, num_written=num_written), y=y)
+        totals.proj.add_(torch.bmm(grad_part, y.flatten(1, 2).mT.to(dtype)).sum(0))
+
+        projections = [(_normalize_backward_(q, q_scale, grad_q), weights.query, totals.query)]
+        if num_written:
+            projections += [(_normalize_backward_(k, k_scale, grad_k), weights.key, totals.key),
+                            (grad_v, weights.value, totals.value)]
+            for total, grad in zip(totals.generators, grad_generators):
+                total += grad
+        if grad_initial is not None:
+            for total, grad in zip((totals.w1, totals.w2), unpack(grad_initial)):
+                total += grad
+        grad_tokens = None
+        for grad, weight, total in projections:
+            grad, weight = grad.flatten(1, 2).to(dtype), _batched(weight, x, dtype)
+            total += torch.bmm(grad, tokens).sum(0)
+            grad_tokens = torch.bmm(grad.mT, weight) if grad_tokens is None else torch.baddbmm(
+                grad_tokens, grad.mT, weight, out=grad_tokens)
+        grad_x[:, span], grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_tokens.to(part.dtype), part, part.shape[-1:], mean, rstd, weights.norm_weight, weights.norm_bias,
+            (True, True, True))
+        totals.norm_weight.add_(grad_weight)
+        totals.norm_bias.add_(grad_bias)
+    return grad_x, grad_rows, grad_momentum, *totals
+
+
+def _differentiable_backward(inputs, grads, eps, options, dtype) -> tuple[Tensor | None, ...]:
+    """The same gradients from the path that autograd records, so that they can be differentiated again."""
+    # Views are nodes of their own: what one input was made of another would else be counted twice.
+    inputs = [x.view_as(x) for x in inputs]
+    x, rows, momentum, *weights = inputs
+    weights = LayerWeights(*weights)
+    written = slice(written_tokens(x.size(1), options['chunk_size'], options['retrieve'], options['return_state']))
+
+    def memory(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState]:
+        return neural_memory_differentiable(
+            q, k[:, :, written], v[:, :, written], weights.w1, weights.w2, weights.generators,
+            MemoryState(*unpack(rows), *unpack(momentum)), **dict(options, return_state=True))
+
+    out, state = _plain(x.to(weights.query.dtype), weights, eps, memory)
+    outputs = out.to(dtype), pack(state.w1, state.w2), pack(state.p1, state.p2)
+    outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad))
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x.requires_grad else None for x in inputs)
+
+
+def _spans(x: Tensor, options: dict) -> Iterator[tuple[slice, int]]:
+    """The segments of (B, N, Cm), in whole chunks but for the last one, and how many tokens of each are written."""
+    (batch, num_tokens, _), chunk_size = x.shape, options['chunk_size']
+    length = num_tokens
+    if options['retrieve'] == 'previous':
+        most = CPU_SEGMENT_TOKENS if x.device.type == 'cpu' else SEGMENT_TOKENS
+        length = max(1, most // (batch * chunk_size)) * chunk_size
+    for start in range(0, num_tokens, length):
+        stop = min(start + length, num_tokens)
+        return_state = options['return_state'] or stop < num_tokens
+        yield slice(start, stop), written_tokens(stop - start, chunk_size, options['retrieve'], return_state)
