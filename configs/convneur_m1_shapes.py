@@ -35,10 +35,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1, ))
 test_evaluator = val_evaluator
 
-max_epochs = 14
+max_epochs = 8
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 # The recipe clips nothing; at this small batch, now and then a gradient would undo the training.
-optim_wrapper = dict(optimizer=dict(lr=1e-3), accumulative_counts=1, clip_grad=dict(max_norm=1.0))
+optim_wrapper = dict(optimizer=dict(lr=1.5e-3), accumulative_counts=1, clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),

@@ -22,7 +22,7 @@ MAX_OBJECTS = 5
 MAX_LARGE_OBJECTS = 6
 # The size of an object over the side of the image.
 MIN_OBJECT_SIZE, MAX_OBJECT_SIZE = 0.12, 0.55
-MIN_LARGE_SIZE = 0.25
+MIN_LARGE_SIZE = 0.3
 # Below this many pixels across a star and a cross cannot be told apart, however small the image is.
 MIN_OBJECT_PIXELS = 14
 MIN_VISIBLE_FRACTION = 0.5
@@ -33,7 +33,7 @@ MIN_FRAGMENT_AREA = 6
 # Distances of colours (CIE 1976) between an object and what surrounds it: for its main and for its second colour.
 MIN_CONTRAST, MIN_SECOND_CONTRAST = 38.0, 26.0
 # The size of the one object of a picture that is to be classified: it should be what the picture is of.
-MIN_SINGLE_SIZE, MAX_SINGLE_SIZE = 0.35, 0.8
+MIN_SINGLE_SIZE, MAX_SINGLE_SIZE = 0.5, 0.8
 
 
 # The outlines are signed distance functions: of points (x, y) relative to the centre of a shape of size 1, negative
@@ -146,7 +146,7 @@ class _Patch:
 def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scene:
     """Makes one picture with one to five objects, or with three to six large ones.
 
-    An object is 0.12 to 0.55 of the image side across, a large one at least 0.25, but no less than 14 pixels. Later
+    An object is 0.12 to 0.55 of the image side across, a large one at least 0.3, but no less than 14 pixels. Later
     objects cover earlier ones; of every object at least half stays visible, and at least 60 pixels of an image of
     160 x 160.
 
@@ -192,7 +192,7 @@ def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scen
 def make_single_scene(rng: np.random.Generator, size: int, label: int) -> Scene:
     """Makes one picture with exactly one object, for classification.
 
-    The object is 0.35 to 0.8 of the image side across, and no more than tips or corners of it lie outside the image.
+    The object is 0.5 to 0.8 of the image side across, and no more than tips or corners of it lie outside the image.
 
     Args:
         rng: Source of everything random; the scene is a function of its state, ``size`` and ``label`` alone.

@@ -30,7 +30,7 @@ from .shapes import (
 )
 
 # Raise it with every change that alters what the same arguments give, so that older folders are made anew.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ADE20K_SPLITS = {'train': 'training', 'val': 'validation'}
 
 _COMPLETE_NAME = 'shapes.json'

@@ -192,6 +192,23 @@ def test_bad_options_are_named(options, message):
         NeuralMemory(**options)
 
 
+def test_parameters_in_half_precision():
+    layer = make_layer(chunk_size=8)
+    x = torch.randn(2, 20, 32)
+    exact = layer(x)
+    y = layer.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize('backend', ['chunked', 'reference'])
+def test_bad_state_is_named(backend):
+    layer = make_layer(chunk_size=8, backend=backend)
+    state = layer(torch.randn(3, 8, 32), return_state=True)[1]
+    with pytest.raises(ValueError, match=r'state.w1 must have shape \(2, 2, 16, 8\), got \(3, 2, 16, 8\)'):
+        layer(torch.randn(2, 8, 32), state=state)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r'expected tokens of shape \(B, N, 32\), got \(2, 5, 16\)'):
         make_layer()(torch.zeros(2, 5, 16))

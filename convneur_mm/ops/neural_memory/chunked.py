@@ -104,18 +104,21 @@ def write_all(k, v, initial, generators, rows, momentum, options) -> Written:
     num_tokens, chunk_size = options['num_written'], options['chunk_size']
     num_chunks = math.ceil(num_tokens / chunk_size)
     states = rows.new_empty(num_chunks + 1, 3, *rows.shape)
-    gradients, momenta, memories = states.unbind(1)
-    momenta[0], memories[0] = momentum, rows
+    states[0, 1], states[0, 2] = momentum, rows
+    # Views are made for all chunks at once: one by one, they take longer than many of the operations on them.
+    gradients, momenta, memories = (x.unbind() for x in states.unbind(1))
 
     if not num_chunks:
         return Written(states, *(rows.new_empty(0, batch, n * heads * rows.size(-1)) for n in (1, 4, 3)))
     if options['update_rule'] == 'sequential':
         surprises, pre_hidden, coefficients = [], [], []
-        flat_gradients, flat_memories = (x.flatten(1, 2).unbind() for x in (gradients, memories))
-        for t, (k_t, v_t) in enumerate(zip(_split(k, num_tokens, chunk_size), _split(v, num_tokens, chunk_size))):
-            surprise = _surprise(k_t, v_t, flat_memories[t], out=flat_gradients[t]).view(batch, -1)
+        out = states[:, 0].flatten(1, 2).unbind()
+        weights = zip(*(x.unbind() for x in states[:, 2].flatten(1, 2).chunk(2, dim=2)))
+        chunks = zip(_split(k, num_tokens, chunk_size), _split(v, num_tokens, chunk_size), weights)
+        for t, (k_t, v_t, (w1, w2)) in enumerate(chunks):
+            surprise = _surprise(k_t, v_t, w1, w2, out=out[t]).view(batch, -1)
             pre_hidden_t, coefficients_t = _coefficients(surprise, generators)
-            _write(states[t:t + 2], coefficients_t, options)
+            _write(gradients[t], momenta[t:t + 2], memories[t:t + 2], coefficients_t, options)
             surprises.append(surprise)
             pre_hidden.append(pre_hidden_t)
             coefficients.append(coefficients_t)
@@ -125,29 +128,29 @@ def write_all(k, v, initial, generators, rows, momentum, options) -> Written:
         n = chunks.stop - chunks.start
         at = initial.repeat_interleave(n, dim=0).repeat(batch, 1, 1)
         gradient = torch.empty_like(at)
-        surprise = _surprise(_take(k, tokens, n), _take(v, tokens, n), at, out=gradient)
-        gradients[chunks] = gradient.view(batch, heads, n, *head).movedim(2, 0)
+        surprise = _surprise(_take(k, tokens, n), _take(v, tokens, n), *at.chunk(2, dim=1), out=gradient)
+        states[chunks, 0] = gradient.view(batch, heads, n, *head).movedim(2, 0)
         surprises[chunks] = surprise.view(batch, heads, n, -1).movedim(2, 0)
     surprises = surprises.flatten(2)
     pre_hidden, coefficients = _coefficients(surprises, generators)
     for t in range(num_chunks):
-        _write(states[t:t + 2], coefficients[t], options)
+        _write(gradients[t], momenta[t:t + 2], memories[t:t + 2], coefficients[t], options)
     return Written(states, surprises, pre_hidden, coefficients)
 
 
-def _surprise(k: Tensor, v: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    """Gradient of Eq. 3 at the memories ``rows``, and each channel's mean squared error.
+def _surprise(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, out: Tensor) -> Tensor:
+    """Gradient of Eq. 3 at memories of weights ``w1`` (transposed) and ``w2``, and each channel's mean squared error.
 
     Args:
         k (Tensor): (n, d, L).
         v (Tensor): (n, d, L).
-        rows (Tensor): (n, 2e, d).
+        w1 (Tensor): (n, e, d).
+        w2 (Tensor): (n, e, d).
         out (Tensor): Takes the gradient over 2/d, (n, 2e, d).
 
     Returns:
         Tensor: Mean squared errors, (n, d).
     """
-    w1, w2 = rows.chunk(2, dim=1)
     hidden = torch.bmm(w1, k)
     active = F.gelu(hidden)
     error = _add_product(k - v, w2.mT, active)
@@ -156,39 +159,47 @@ def _surprise(k: Tensor, v: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     return error.square().mean(dim=2)
 
 
-def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v):
+class _Workspace:
+    """Tensors that :func:`_surprise_backward` fills anew for each chunk, n memories and L tokens, and their parts."""
+
+    def __init__(self, n: int, e: int, d: int, length: int, like: Tensor) -> None:
+        self.weights = like.new_empty(n, 2, 2, e, d)  # W1ᵀ, g1, W2, g2
+        self.w1_g1, self.w2_g2 = (x.flatten(1, 2) for x in self.weights.unbind(1))
+        self.w2 = self.weights[:, 1, 0]
+        pairs = like.new_empty(4, n, 2 * e, length)
+        self.hidden_grad_b, self.u_grad_active, self.grad_u_active, self.grad_hidden_b = pairs.unbind()
+        first, second = (x.unbind() for x in pairs.chunk(2, dim=2))
+        self.hidden, self.u, self.grad_u, self.grad_hidden = first
+        self.grad_b, self.grad_active, self.active, self.b = second
+        self.one = like.new_ones(()).expand_as(self.hidden)
+
+
+def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v, space: _Workspace) -> Tensor:
     """Gradients of ``k``, ``v`` (written to ``grad_k``, ``grad_v``) and ``rows`` (returned) of :func:`_surprise`.
 
     With h, a, E of :func:`_surprise`, which are computed anew, u = W2·E and b = u ⊙ GELU'(h), the inner gradients are
     b·kᵀ and a·Eᵀ; ``g1`` and ``g2`` are what comes back to them.
     """
-    (w1, w2), (g1, g2) = rows.chunk(2, dim=1), grad_gradient.chunk(2, dim=1)
-    e = w1.size(1)
-    weights = torch.cat((w1, g1, w1, g2, w2), dim=1)
-    w1_g1, g1_w1, g2_w2 = weights[:, :2 * e], weights[:, e:3 * e], weights[:, 3 * e:]
-    hidden, grad_b = torch.bmm(w1_g1, k).chunk(2, dim=1)
-    slope = _gelu_backward(hidden.new_ones(()).expand_as(hidden), hidden)
-
-    active_grad_u = hidden.new_empty(hidden.size(0), 2 * e, hidden.size(2))
-    active, grad_u = active_grad_u.chunk(2, dim=1)
-    _store(active, torch.ops.aten.gelu, hidden)
-    _store(grad_u, torch.mul, grad_b, slope)
-    error = _add_product(k - v, w2.mT, active)
-    grad_error = _add_product(error * (grad_surprise * (2 / k.size(2))).unsqueeze(2), g2_w2.mT, active_grad_u)
+    torch.stack((rows.unflatten(1, (2, -1)), grad_gradient.unflatten(1, (2, -1))), dim=2, out=space.weights)
+    torch.bmm(space.w1_g1, k, out=space.hidden_grad_b)
+    slope = _gelu_backward(space.one, space.hidden)
+    _store(space.active, torch.ops.aten.gelu, space.hidden)
+    _store(space.grad_u, torch.mul, space.grad_b, slope)
+    error = _add_product(k - v, space.w2.mT, space.active)
+    torch.bmm(space.w2_g2, error, out=space.u_grad_active)
+    grad_error = error * (grad_surprise * (2 / k.size(2))).unsqueeze(2)
+    grad_error = _add_product(grad_error, space.w2_g2.mT, space.grad_u_active)
     _store(grad_v, torch.neg, grad_error)
 
-    grad_active, u = torch.bmm(g2_w2, error).chunk(2, dim=1)
-    grad_active = torch.bmm(w2, grad_error).add_(grad_active).mul_(slope)
+    grad_active = torch.bmm(space.w2, grad_error).add_(space.grad_active).mul_(slope)
     # GELU''(h) = φ(h)·(2 − h²)
-    square = hidden.square()
-    curvature = (square * -0.5).exp_().mul_(2 - square).mul_(u)
-    b_grad_hidden = torch.empty_like(active_grad_u)
-    b, grad_hidden = b_grad_hidden.chunk(2, dim=1)
-    _store(b, torch.mul, u, slope)
-    _store(grad_hidden, torch.addcmul, grad_active, grad_b, curvature, value=1 / math.sqrt(2 * math.pi))
-    _store(grad_k, torch.add, grad_error, torch.bmm(g1_w1.mT, b_grad_hidden))
-    grad_w2 = _add_product(torch.bmm(grad_u, error.mT), active, grad_error.mT)
-    return torch.cat((torch.bmm(grad_hidden, k.mT), grad_w2), dim=1)
+    square = space.hidden.square()
+    curvature = (square * -0.5).exp_().mul_(2 - square).mul_(space.u)
+    _store(space.b, torch.mul, space.u, slope)
+    _store(space.grad_hidden, torch.addcmul, grad_active, space.grad_b, curvature, value=1 / math.sqrt(2 * math.pi))
+    _store(grad_k, torch.add, grad_error, torch.bmm(space.w1_g1.mT, space.grad_hidden_b))
+    grad_w2 = _add_product(torch.bmm(space.grad_u, error.mT), space.active, grad_error.mT)
+    return torch.cat((torch.bmm(space.grad_hidden, k.mT), grad_w2), dim=1)
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -215,15 +226,14 @@ def _by_head(coefficients: Tensor, heads: int) -> tuple[Tensor, ...]:
     return coefficients.unflatten(-1, (3, heads, 1, -1)).unbind(-4)
 
 
-def _write(states: Tensor, coefficients: Tensor, options: dict) -> None:
-    """Eq. 4: fills in the second of two ``states`` (2, 3, B, h, 2e, d)."""
-    (gradient, momentum, memory), (_, next_momentum, next_memory) = (x.unbind() for x in states.unbind())
-    step, eta, alpha = _by_head(coefficients, memory.size(1))
-    scale = options['inner_step'] * 2 / memory.size(-1)
+def _write(gradient, momenta, memories, coefficients: Tensor, options: dict) -> None:
+    """Eq. 4: fills in the second of two ``momenta`` and of two ``memories``, (B, h, 2e, d) each."""
+    step, eta, alpha = _by_head(coefficients, gradient.size(1))
+    scale = options['inner_step'] * 2 / gradient.size(-1)
     write = step * gradient
     bound = _bound(write, scale / options['max_write_norm'])
-    torch.addcmul(eta * momentum, write, bound, value=-scale, out=next_momentum)
-    torch.addcmul(next_momentum, 1 - alpha, memory, out=next_memory)
+    torch.addcmul(eta * momenta[0], write, bound, value=-scale, out=momenta[1])
+    torch.addcmul(momenta[1], 1 - alpha, memories[0], out=memories[1])
 
 
 def _bound(write: Tensor, scale: float) -> Tensor:
@@ -285,6 +295,13 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
     if sequential:
         tokens = list(zip(*(_split(x, num_tokens, chunk_size) for x in (k, v, grad_k, grad_v))))
         flat_memories = states[:, 2].flatten(1, 2).unbind()
+    spaces: dict[tuple[int, int], _Workspace] = {}  # by memories and tokens: of whole chunks, and of a shorter rest
+
+    def surprise_backward(k_t: Tensor, *args: Tensor) -> Tensor:
+        size = len(k_t), k_t.size(2)
+        if size not in spaces:
+            spaces[size] = _Workspace(size[0], head[0] // 2, head[1], size[1], states)
+        return _surprise_backward(k_t, *args, spaces[size])
 
     def generators_backward(grad_out: Tensor, pre_hidden: Tensor) -> tuple[Tensor, Tensor]:
         grad_pre_hidden = _gelu_backward(grad_out @ generators.out_weight, pre_hidden)
@@ -303,7 +320,7 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
             grad_pre_hidden_t, grad_surprise = generators_backward(grad_out[-1], pre_hidden[t])
             grad_pre_hidden.append(grad_pre_hidden_t)
             k_t, v_t, grad_k_t, grad_v_t = tokens[t]
-            grad_m += _surprise_backward(
+            grad_m += surprise_backward(
                 k_t, v_t, flat_memories[t], grad_gradients.pop().flatten(0, 1), grad_surprise.view(-1, head[-1]),
                 grad_k_t, grad_v_t).view(grad_m.shape)
 
@@ -319,7 +336,7 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
             n = chunks.stop - chunks.start
             at = initial.repeat_interleave(n, dim=0).repeat(batch, 1, 1)
             grad_k_t, grad_v_t = _slot(grad_k, span, n), _slot(grad_v, span, n)
-            rows_grad = _surprise_backward(
+            rows_grad = surprise_backward(
                 _take(k, span, n), _take(v, span, n), at, grad_gradients[chunks].movedim(0, 2).flatten(0, 2),
                 grad_surprises[chunks].unflatten(-1, (heads, -1)).movedim(0, 2).flatten(0, 2), grad_k_t, grad_v_t)
             _put(grad_k, span, n, grad_k_t)

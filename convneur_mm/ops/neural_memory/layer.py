@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import chunked
 from .differentiable import neural_memory_differentiable, pack, unpack
-from .op import neural_memory, resolve_backend
+from .op import check_state, neural_memory, resolve_backend
 from .types import MemoryState, UpdateGenerators, no_autocast, written_tokens
 
 # Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
@@ -86,11 +86,14 @@ def neural_memory_layer(
 
     Returns:
         tuple[Tensor, MemoryState | None]: Tokens (B, N, Cm), and the state if asked for.
+
+    Raises:
+        ValueError: As :func:`neural_memory`.
     """
     backend = resolve_backend(backend)
-    # A compiler does its own fusing. Parameters in half precision, not just autocast to it, are nobody's fast path.
-    full = weights.query.dtype in (torch.float32, torch.float64)
-    if backend == 'chunked' and full and not torch.compiler.is_compiling():
+    # Parameters in half precision, not just autocast to it, are nobody's fast path.
+    if backend == 'chunked' and weights.query.dtype in (torch.float32, torch.float64) and (
+            HAS_CUSTOM_OPS or not torch.compiler.is_compiling()):
         return _segmented(x, weights, eps, state, options)
     unused = 0
     if torch.is_grad_enabled() and not written_tokens(
@@ -119,7 +122,8 @@ def _plain(x: Tensor, weights: LayerWeights, eps: float, memory: Callable) -> tu
         return z.mT
 
     y, state = memory(project(weights.query, True), project(weights.key, True), project(weights.value))
-    return torch.bmm(y.mT.flatten(1, 2).mT, weights.proj.t().expand(len(x), -1, -1)), state
+    y = y.mT.flatten(1, 2).mT.to(weights.proj.dtype)
+    return torch.bmm(y, weights.proj.t().expand(len(x), -1, -1)), state
 
 
 def _segmented(x: Tensor, weights: LayerWeights, eps: float, state: MemoryState | None,
@@ -129,10 +133,16 @@ def _segmented(x: Tensor, weights: LayerWeights, eps: float, state: MemoryState 
         initial = pack(weights.w1, weights.w2).expand(len(x), -1, -1, -1)
         rows, momentum = initial, torch.zeros_like(initial)
     else:
+        check_state(state, len(x), weights.w1)
+        state = MemoryState(*(s.to(weights.w1.dtype) for s in state))
         rows, momentum = pack(state.w1, state.w2), pack(state.p1, state.p2)
-    # Sees what autocast makes of a product, if it is on.
-    dtype = torch.mm(weights.query[:1, :1], weights.query[:1, :1]).dtype
-    with no_autocast(x):
+    # A product of nothing, which shows what autocast makes of products.
+    nothing = weights.query.detach()[:0, :0]
+    dtype = torch.mm(nothing, nothing).dtype
+    if torch.compiler.is_compiling():
+        settings = (eps, *(options[name] for name in OPTION_NAMES), dtype)
+        y, rows, momentum, *_ = compiled_forward(x, rows, momentum, list(weights), *settings)
+    else:
         y, rows, momentum = _SegmentedLayer.apply(x, rows, momentum, *weights, eps, options, dtype)
     return y, MemoryState(*unpack(rows), *unpack(momentum)) if options['return_state'] else None
 
@@ -142,10 +152,26 @@ class _SegmentedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rows, momentum, *arguments):
-        weights, (eps, options, dtype) = LayerWeights(*arguments[:-3]), arguments[-3:]
-        inputs, spans = (x, rows, momentum), list(_spans(x, options))
-        initial = pack(weights.w1, weights.w2)
-        out, kept = x.new_empty(x.shape, dtype=dtype), []
+        weights, ctx.settings = LayerWeights(*arguments[:-3]), arguments[-3:]
+        y, new_rows, new_momentum, *kept = _forward(x, rows, momentum, weights, *ctx.settings)
+        ctx.save_for_backward(x, rows, momentum, *weights, *kept)
+        return y, new_rows, new_momentum
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
+        inputs, kept = saved[:3 + len(LayerWeights._fields)], saved[3 + len(LayerWeights._fields):]
+        if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
+            return *_differentiable_backward(inputs, grads, *ctx.settings), None, None, None
+        x, _, _, *weights = inputs
+        return *_backward(x, LayerWeights(*weights), kept, grads, *ctx.settings), None, None, None
+
+
+def _forward(x, rows, momentum, weights, eps, options, dtype) -> tuple[Tensor, ...]:
+    """Tokens, memory and momentum afterwards, and what the backward needs besides the inputs."""
+    spans, initial = list(_spans(x, options)), pack(weights.w1, weights.w2)
+    out, kept = x.new_empty(x.shape, dtype=dtype), []
+    with no_autocast(x):
         for span, num_written in spans:
             _, tokens, _, _ = _layer_norm(x[:, span], weights, eps, dtype)
             projected = _project(tokens, weights)
@@ -156,21 +182,9 @@ class _SegmentedLayer(torch.autograd.Function):
             out[:, span] = torch.bmm(y.flatten(1, 2).mT.to(dtype), _batched(weights.proj.t(), x, dtype))
             rows, momentum = written.states[-1, 2], written.states[-1, 1]
             kept.extend(written)
-        kept.extend(projected if len(spans) == 1 else ())
-        ctx.save_for_backward(*inputs, *weights, *kept)
-        ctx.options = eps, options, dtype
-        ctx.set_materialize_grads(False)
-        # Copies, as a view would keep the states of all chunks alive.
-        return out, rows.clone(), momentum.clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        saved = ctx.saved_tensors  # once: checkpointing recomputes them
-        inputs, kept = saved[:3 + len(LayerWeights._fields)], saved[3 + len(LayerWeights._fields):]
-        with no_autocast(saved[0]):
-            if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
-                return *_differentiable_backward(inputs, grads, *ctx.options), None, None, None
-            return *_backward(inputs, kept, grads, *ctx.options), None, None, None
+    kept.extend(projected if len(spans) == 1 else ())
+    # Copies, as views would keep the states of all chunks alive.
+    return out, rows.clone(), momentum.clone(), *kept
 
 
 class _Projected(NamedTuple):
@@ -223,47 +237,47 @@ def _batched(weight: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).expand(len(x), -1, -1)
 
 
-def _backward(inputs, kept, grads, eps, options, dtype) -> tuple[Tensor, ...]:
-    """Gradients of the tensors that :class:`_SegmentedLayer` takes."""
-    x, weights, (grad_out, grad_rows, grad_momentum) = inputs[0], LayerWeights(*inputs[3:]), grads
+def _backward(x, weights, kept, grads, eps, options, dtype) -> tuple[Tensor, ...]:
+    """Gradients of x, of memory and momentum before the first token, and of the weights."""
+    grad_out, grad_rows, grad_momentum = grads
     spans, num_kept = list(_spans(x, options)), len(chunked.Written._fields)
     initial, heads = pack(weights.w1, weights.w2), len(weights.w1)
     totals = LayerWeights(*(torch.zeros_like(weight) for weight in weights))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    with no_autocast(x):
+        for i, (span, num_written) in reversed(list(enumerate(spans))):
+            part, tokens, mean, rstd = _layer_norm(x[:, span], weights, eps, dtype)
+            q, k, v, q_scale, k_scale = _Projected(*kept[num_kept:]) if len(spans) == 1 else _project(tokens, weights)
+            written = chunked.Written(*kept[i * num_kept:(i + 1) * num_kept])
 
-    for i, (span, num_written) in reversed(list(enumerate(spans))):
-        part, tokens, mean, rstd = _layer_norm(x[:, span], weights, eps, dtype)
-        q, k, v, q_scale, k_scale = _Projected(*kept[num_kept:]) if len(spans) == 1 else _project(tokens, weights)
-        written = chunked.Written(*kept[i * num_kept:(i + 1) * num_kept])
+            grad_part, y = grad_out[:, span].mT, torch.empty_like(q)
+            grad_y = torch.bmm(_batched(weights.proj.t(), x, dtype), grad_part).to(q.dtype).unflatten(1, (heads, -1))
+            grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows, grad_momentum = chunked.backward(
+                q, k, v, initial, weights.generators, written, (grad_y, grad_rows, grad_momentum),
+                dict(options, num_written=num_written), y=y)
+            totals.proj.add_(torch.bmm(grad_part, y.flatten(1, 2).mT.to(dtype)).sum(0))
 
-        grad_part, y = grad_out[:, span].mT, torch.empty_like(q)
-        grad_y = torch.bmm(_batched(weights.proj.t(), x, dtype), grad_part).to(q.dtype).unflatten(1, (heads, -1))
-        grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows, grad_momentum = chunked.backward(
-            q, k, v, initial, weights.generators, written, (grad_y, grad_rows, grad_momentum),
-            dict(options, num_written=num_written), y=y)
-        totals.proj.add_(torch.bmm(grad_part, y.flatten(1, 2).mT.to(dtype)).sum(0))
-
-        projections = [(_normalize_backward_(q, q_scale, grad_q), weights.query, totals.query)]
-        if num_written:
-            projections += [(_normalize_backward_(k, k_scale, grad_k), weights.key, totals.key),
-                            (grad_v, weights.value, totals.value)]
-            for total, grad in zip(totals.generators, grad_generators):
-                total += grad
-        if grad_initial is not None:
-            for total, grad in zip((totals.w1, totals.w2), unpack(grad_initial)):
-                total += grad
-        grad_tokens = None
-        for grad, weight, total in projections:
-            grad, weight = grad.flatten(1, 2).to(dtype), _batched(weight, x, dtype)
-            total += torch.bmm(grad, tokens).sum(0)
-            grad_tokens = torch.bmm(grad.mT, weight) if grad_tokens is None else torch.baddbmm(
-                grad_tokens, grad.mT, weight, out=grad_tokens)
-        grad_x[:, span], grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_tokens.to(part.dtype), part, part.shape[-1:], mean, rstd, weights.norm_weight, weights.norm_bias,
-            (True, True, True))
-        totals.norm_weight.add_(grad_weight)
-        totals.norm_bias.add_(grad_bias)
-    return grad_x, grad_rows, grad_momentum, *totals
+            projections = [(_normalize_backward_(q, q_scale, grad_q), weights.query, totals.query)]
+            if num_written:
+                projections += [(_normalize_backward_(k, k_scale, grad_k), weights.key, totals.key),
+                                (grad_v, weights.value, totals.value)]
+                for total, grad in zip(totals.generators, grad_generators):
+                    total += grad
+            if grad_initial is not None:
+                for total, grad in zip((totals.w1, totals.w2), unpack(grad_initial)):
+                    total += grad
+            grad_tokens = None
+            for grad, weight, total in projections:
+                grad, weight = grad.flatten(1, 2).to(dtype), _batched(weight, x, dtype)
+                total += torch.bmm(grad, tokens).sum(0)
+                grad_tokens = torch.bmm(grad.mT, weight) if grad_tokens is None else torch.baddbmm(
+                    grad_tokens, grad.mT, weight, out=grad_tokens)
+            grad_x[:, span], grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_tokens.to(part.dtype), part, part.shape[-1:], mean, rstd, weights.norm_weight, weights.norm_bias,
+                (True, True, True))
+            totals.norm_weight.add_(grad_weight)
+            totals.norm_bias.add_(grad_bias)
+    return grad_x, grad_rows.clone(), grad_momentum.clone(), *totals  # of one tensor until here
 
 
 def _differentiable_backward(inputs, grads, eps, options, dtype) -> tuple[Tensor | None, ...]:
@@ -279,11 +293,12 @@ def _differentiable_backward(inputs, grads, eps, options, dtype) -> tuple[Tensor
             q, k[:, :, written], v[:, :, written], weights.w1, weights.w2, weights.generators,
             MemoryState(*unpack(rows), *unpack(momentum)), **dict(options, return_state=True))
 
-    out, state = _plain(x.to(weights.query.dtype), weights, eps, memory)
-    outputs = out.to(dtype), pack(state.w1, state.w2), pack(state.p1, state.p2)
-    outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad))
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    with no_autocast(x):
+        out, state = _plain(x.to(weights.query.dtype), weights, eps, memory)
+        outputs = out.to(dtype), pack(state.w1, state.w2), pack(state.p1, state.p2)
+        outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads) if o.requires_grad))
+        wanted = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
@@ -298,3 +313,40 @@ def _spans(x: Tensor, options: dict) -> Iterator[tuple[slice, int]]:
         stop = min(start + length, num_tokens)
         return_state = options['return_state'] or stop < num_tokens
         yield slice(start, stop), written_tokens(stop - start, chunk_size, options['retrieve'], return_state)
+
+
+# For a compiler the layer is one opaque operator: unrolled, its loops would be thousands of operations to compile.
+HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
+OPTION_NAMES = ('chunk_size', 'inner_step', 'max_write_norm', 'update_rule', 'retrieve', 'return_state')
+if HAS_CUSTOM_OPS:
+    @torch.library.custom_op('convneur_mm::memory_layer', mutates_args=())
+    def compiled_forward(
+            x: Tensor, rows: Tensor, momentum: Tensor, weights: list[Tensor], eps: float, chunk_size: int,
+            inner_step: float, max_write_norm: float, update_rule: str, retrieve: str, return_state: bool,
+            dtype: torch.dtype) -> list[Tensor]:
+        options = dict(zip(OPTION_NAMES, (chunk_size, inner_step, max_write_norm, update_rule, retrieve, return_state)))
+        return list(_forward(x, rows, momentum, LayerWeights(*weights), eps, options, dtype))
+
+    @torch.library.custom_op('convneur_mm::memory_layer_backward', mutates_args=())
+    def compiled_backward(
+            x: Tensor, weights: list[Tensor], kept: list[Tensor], grads: list[Tensor], eps: float, chunk_size: int,
+            inner_step: float, max_write_norm: float, update_rule: str, retrieve: str, return_state: bool,
+            dtype: torch.dtype) -> list[Tensor]:
+        options = dict(zip(OPTION_NAMES, (chunk_size, inner_step, max_write_norm, update_rule, retrieve, return_state)))
+        return list(_backward(x, LayerWeights(*weights), kept, grads, eps, options, dtype))
+
+    def _keep(ctx, inputs, output) -> None:
+        x, _, _, weights, *ctx.settings = inputs
+        ctx.save_for_backward(x, *weights, *output[3:])
+
+    def _differentiate(ctx, grads) -> tuple:
+        x, *saved = ctx.saved_tensors
+        weights, kept = saved[:len(LayerWeights._fields)], saved[len(LayerWeights._fields):]
+        grad_x, grad_rows, grad_momentum, *grad_weights = compiled_backward(
+            x, weights, kept, grads[:3], *ctx.settings)
+        return grad_x, grad_rows, grad_momentum, grad_weights, *[None] * len(ctx.settings)
+
+    # Shapes follow from the code itself, run on tensors without numbers.
+    compiled_forward.register_fake(compiled_forward._init_fn)
+    compiled_backward.register_fake(compiled_backward._init_fn)
+    compiled_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -106,9 +106,8 @@ def neural_memory(
             m1, m2 = (w.expand(batch, *w.shape) for w in (w1, w2))
             state = MemoryState(m1, m2, torch.zeros_like(m1), torch.zeros_like(m2))
         else:
+            check_state(state, batch, w1)
             state = MemoryState(*(x.to(dtype) for x in state))
-            if state.w1.shape != (batch, *w1.shape):
-                raise ValueError(f'state.w1 must have shape {(batch, *w1.shape)}, got {tuple(state.w1.shape)}')
         y, new_state = BACKENDS[backend](q, k, v, w1, w2, generators, state, **options)
     return y.to(out_dtype), new_state
 
@@ -125,6 +124,12 @@ def resolve_backend(backend: str) -> str:
     if backend not in ('auto', *BACKENDS):
         raise ValueError(f'CONVNEUR_MEMORY_BACKEND must be one of {("auto", *BACKENDS)}, got {backend!r}')
     return 'chunked' if backend == 'auto' else backend
+
+
+def check_state(state: MemoryState, batch: int, w1: Tensor) -> None:
+    """Raises a ValueError if a state is not that of ``batch`` memories like M_0, whose first weight is ``w1``."""
+    if state.w1.shape != (batch, *w1.shape):
+        raise ValueError(f'state.w1 must have shape {(batch, *w1.shape)}, got {tuple(state.w1.shape)}')
 
 
 def check_options(chunk_size: int, inner_step: float, max_write_norm: float, update_rule: str, retrieve: str,

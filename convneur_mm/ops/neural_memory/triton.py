@@ -14,7 +14,6 @@ two variants:
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .differentiable import neural_memory_differentiable, pack, unpack
-from .types import MemoryState, UpdateGenerators
+from .types import MemoryState, UpdateGenerators, no_autocast
 
 try:
     import triton
@@ -144,7 +143,7 @@ class _NeuralMemory(torch.autograd.Function):
         tensors, writes = ctx.saved_tensors[:13], ctx.saved_tensors[13:]
         q = tensors[0]
         # The caller keeps autocast off around the forward alone. Autocast does not know the meta device.
-        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             if torch.is_grad_enabled():
                 return None, *_differentiable_backward(ctx.options, tensors, d_outputs, ctx.needs_input_grad[1:])
             return None, *_backward(ctx.options, *tensors, _Writes(*writes), d_outputs)
