@@ -43,8 +43,8 @@ val_dataloader = dict(
                  data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
 test_dataloader = val_dataloader
 
-max_iters = 1700
-train_cfg = dict(max_iters=max_iters, val_interval=850)
+max_iters = 1850
+train_cfg = dict(max_iters=max_iters, val_interval=925)
 # Nothing is pretrained, so neck and head learn no faster than the backbone.
 optim_wrapper = dict(
     optimizer=dict(lr=2e-3, weight_decay=0.05),
@@ -55,6 +55,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=max_iters),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=850, save_best=None, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=925, save_best=None, max_keep_ckpts=1))
 auto_scale_lr = dict(base_batch_size=8)
 randomness = dict(seed=0)

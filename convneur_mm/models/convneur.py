@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
+import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule, ModuleList, Sequential
@@ -53,6 +54,9 @@ class ConvNeur(BaseModule):
             classification wants. Defaults to False.
         frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none. Defaults to 0.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
+        channels_last (bool): Whether the image is brought to channels_last memory, in which all layers behind it leave
+            their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases,
+            as mmcv's RoI operators misread any other order. Defaults to True.
         init_cfg (dict | list[dict] | None): MMEngine initialisation. ``dict(type='Pretrained', checkpoint=...)``
             takes a path or URL of a ConvNeur checkpoint, bare or of a whole model; a ``checkpoint`` of None stands
             for weights still to be named: training then starts at random, with a warning. Defaults to None.
@@ -80,6 +84,7 @@ class ConvNeur(BaseModule):
         gap_before_final_norm: bool = False,
         frozen_stages: int = 0,
         with_cp: bool = False,
+        channels_last: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         default_init = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
@@ -105,6 +110,7 @@ class ConvNeur(BaseModule):
             raise ValueError(f'frozen_stages must be an integer from 0 to {num_stages}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
+        self.channels_last = channels_last
 
         num_blocks = sum(self.depths)
         drop_path_rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
@@ -149,6 +155,8 @@ class ConvNeur(BaseModule):
         stride = 2 ** (1 + len(self.stages))
         if min(x.shape[2:]) < stride:
             raise ValueError(f'images must be at least {stride} x {stride} pixels, got {tuple(x.shape[2:])}')
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))

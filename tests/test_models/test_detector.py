@@ -45,6 +45,25 @@ def test_roi_features_of_channels_last_maps_would_be_wrong(detector):
         pytest.fail('mmcv now reads strides: the contiguous() at the end of the backbone may go')
 
 
+def test_channels_last_changes_no_prediction(detector):
+    """Whatever memory the backbone works in, the detector sees the same features: boxes, scores, labels and masks."""
+    detector.eval()
+    torch.manual_seed(0)
+    data = detector.data_preprocessor(demo_mm_inputs(2, [[3, 128, 128], [3, 96, 128]], num_classes=6))
+    test_cfg = detector.roi_head.test_cfg
+    threshold, test_cfg.score_thr = test_cfg.score_thr, 0.0  # random weights are sure of nothing
+    results = []
+    for channels_last in (True, False):
+        detector.backbone.channels_last = channels_last
+        with torch.no_grad():
+            results.append([sample.pred_instances for sample in detector(**data, mode='predict')])
+    detector.backbone.channels_last, test_cfg.score_thr = True, threshold
+    for a, b in zip(*results):
+        assert len(a) == len(b) > 0
+        assert torch.allclose(a.bboxes, b.bboxes, atol=1e-2) and torch.allclose(a.scores, b.scores, atol=1e-5)
+        assert torch.equal(a.labels, b.labels) and (a.masks != b.masks).float().mean() < 1e-3
+
+
 def test_losses_reach_every_parameter(detector):
     detector.train()
     data = detector.data_preprocessor(

@@ -171,7 +171,7 @@ class _Workspace:
         first, second = (x.unbind() for x in pairs.chunk(2, dim=2))
         self.hidden, self.u, self.grad_u, self.grad_hidden = first
         self.grad_b, self.grad_active, self.active, self.b = second
-        self.one = like.new_ones(()).expand_as(self.hidden)
+        self.ones = like.new_ones(n, e, length)  # expanded from one number it would be several times as slow
 
 
 def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v, space: _Workspace) -> Tensor:
@@ -182,7 +182,7 @@ def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v,
     """
     torch.stack((rows.unflatten(1, (2, -1)), grad_gradient.unflatten(1, (2, -1))), dim=2, out=space.weights)
     torch.bmm(space.w1_g1, k, out=space.hidden_grad_b)
-    slope = _gelu_backward(space.one, space.hidden)
+    slope = _gelu_backward(space.ones, space.hidden)
     _store(space.active, torch.ops.aten.gelu, space.hidden)
     _store(space.grad_u, torch.mul, space.grad_b, slope)
     error = _add_product(k - v, space.w2.mT, space.active)
