@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .differentiable import neural_memory_differentiable, pack, unpack
-from .types import MemoryState, UpdateGenerators, no_autocast
+from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast
 
 _gelu_backward = torch.ops.aten.gelu_backward
 
@@ -209,7 +209,7 @@ def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _store(out: Tensor, function: Callable, *args: Tensor, **kwargs: float) -> None:
     """Writes a result to where it belongs, with a copy only for a compiler, which takes no ``out`` with gaps."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         out.copy_(function(*args, **kwargs))
     else:
         function(*args, **kwargs, out=out)

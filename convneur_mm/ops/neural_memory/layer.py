@@ -17,7 +17,7 @@ from torch import Tensor
 from . import chunked
 from .differentiable import neural_memory_differentiable, pack, unpack
 from .op import check_state, neural_memory, resolve_backend
-from .types import MemoryState, UpdateGenerators, no_autocast, written_tokens
+from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast, written_tokens
 
 # Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
 # zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
@@ -93,7 +93,7 @@ def neural_memory_layer(
     backend = resolve_backend(backend)
     # Parameters in half precision, not just autocast to it, are nobody's fast path.
     if backend == 'chunked' and weights.query.dtype in (torch.float32, torch.float64) and (
-            HAS_CUSTOM_OPS or not torch.compiler.is_compiling()):
+            HAS_CUSTOM_OPS or not is_compiling()):
         return _segmented(x, weights, eps, state, options)
     unused = 0
     if torch.is_grad_enabled() and not written_tokens(
@@ -139,7 +139,7 @@ def _segmented(x: Tensor, weights: LayerWeights, eps: float, state: MemoryState 
     # A product of nothing, which shows what autocast makes of products.
     nothing = weights.query.detach()[:0, :0]
     dtype = torch.mm(nothing, nothing).dtype
-    if torch.compiler.is_compiling():
+    if is_compiling():
         settings = (eps, *(options[name] for name in OPTION_NAMES), dtype)
         y, rows, momentum, *_ = compiled_forward(x, rows, momentum, list(weights), *settings)
     else:

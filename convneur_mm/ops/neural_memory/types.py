@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Older versions of torch do not have it, and cannot compile the memory in any case.
+is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+
 
 class MemoryState(NamedTuple):
     """Fast weights and momentum of a batch of memories, after some chunk t.
