@@ -22,7 +22,7 @@ MAX_OBJECTS = 5
 MAX_LARGE_OBJECTS = 6
 # The size of an object over the side of the image.
 MIN_OBJECT_SIZE, MAX_OBJECT_SIZE = 0.12, 0.55
-MIN_LARGE_SIZE = 0.3
+MIN_LARGE_SIZE = 0.25
 # Below this many pixels across a star and a cross cannot be told apart, however small the image is.
 MIN_OBJECT_PIXELS = 14
 MIN_VISIBLE_FRACTION = 0.5
@@ -146,7 +146,7 @@ class _Patch:
 def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scene:
     """Makes one picture with one to five objects, or with three to six large ones.
 
-    An object is 0.12 to 0.55 of the image side across, a large one at least 0.3, but no less than 14 pixels. Later
+    An object is 0.12 to 0.55 of the image side across, a large one at least 0.25, but no less than 14 pixels. Later
     objects cover earlier ones; of every object at least half stays visible, and at least 60 pixels of an image of
     160 x 160.
 

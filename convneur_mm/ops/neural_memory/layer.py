@@ -315,38 +315,46 @@ def _spans(x: Tensor, options: dict) -> Iterator[tuple[slice, int]]:
         yield slice(start, stop), written_tokens(stop - start, chunk_size, options['retrieve'], return_state)
 
 
-# For a compiler the layer is one opaque operator: unrolled, its loops would be thousands of operations to compile.
+# For a compiler the layer is one opaque operator: unrolled, its loops would be thousands of operations to compile. What
+# follows is that operator: schema, code, which also runs on tensors without numbers to find shapes, and backward.
 HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
 OPTION_NAMES = ('chunk_size', 'inner_step', 'max_write_norm', 'update_rule', 'retrieve', 'return_state')
+_SETTINGS = ('float eps, int chunk_size, float inner_step, float max_write_norm, str update_rule, str retrieve, '
+             'bool return_state, ScalarType dtype')
+
+
+def _named(eps: float, *settings: Any) -> tuple[float, dict, torch.dtype]:
+    """The operator's settings as the functions above take them: eps, options, dtype."""
+    return eps, dict(zip(OPTION_NAMES, settings)), settings[-1]
+
+
+def _opaque_forward(x, rows, momentum, weights, *settings) -> list[Tensor]:
+    return list(_forward(x, rows, momentum, LayerWeights(*weights), *_named(*settings)))
+
+
+def _opaque_backward(x, weights, kept, grads, *settings) -> list[Tensor]:
+    return list(_backward(x, LayerWeights(*weights), kept, grads, *_named(*settings)))
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, _, _, weights, *ctx.settings = inputs
+    ctx.save_for_backward(x, *weights, *output[3:])
+
+
+def _differentiate(ctx, grads) -> tuple:
+    x, *saved = ctx.saved_tensors
+    weights, kept = saved[:len(LayerWeights._fields)], saved[len(LayerWeights._fields):]
+    grad_x, grad_rows, grad_momentum, *grad_weights = compiled_backward(x, weights, kept, grads[:3], *ctx.settings)
+    return grad_x, grad_rows, grad_momentum, grad_weights, *[None] * len(ctx.settings)
+
+
 if HAS_CUSTOM_OPS:
-    @torch.library.custom_op('convneur_mm::memory_layer', mutates_args=())
-    def compiled_forward(
-            x: Tensor, rows: Tensor, momentum: Tensor, weights: list[Tensor], eps: float, chunk_size: int,
-            inner_step: float, max_write_norm: float, update_rule: str, retrieve: str, return_state: bool,
-            dtype: torch.dtype) -> list[Tensor]:
-        options = dict(zip(OPTION_NAMES, (chunk_size, inner_step, max_write_norm, update_rule, retrieve, return_state)))
-        return list(_forward(x, rows, momentum, LayerWeights(*weights), eps, options, dtype))
-
-    @torch.library.custom_op('convneur_mm::memory_layer_backward', mutates_args=())
-    def compiled_backward(
-            x: Tensor, weights: list[Tensor], kept: list[Tensor], grads: list[Tensor], eps: float, chunk_size: int,
-            inner_step: float, max_write_norm: float, update_rule: str, retrieve: str, return_state: bool,
-            dtype: torch.dtype) -> list[Tensor]:
-        options = dict(zip(OPTION_NAMES, (chunk_size, inner_step, max_write_norm, update_rule, retrieve, return_state)))
-        return list(_backward(x, LayerWeights(*weights), kept, grads, eps, options, dtype))
-
-    def _keep(ctx, inputs, output) -> None:
-        x, _, _, weights, *ctx.settings = inputs
-        ctx.save_for_backward(x, *weights, *output[3:])
-
-    def _differentiate(ctx, grads) -> tuple:
-        x, *saved = ctx.saved_tensors
-        weights, kept = saved[:len(LayerWeights._fields)], saved[len(LayerWeights._fields):]
-        grad_x, grad_rows, grad_momentum, *grad_weights = compiled_backward(
-            x, weights, kept, grads[:3], *ctx.settings)
-        return grad_x, grad_rows, grad_momentum, grad_weights, *[None] * len(ctx.settings)
-
-    # Shapes follow from the code itself, run on tensors without numbers.
-    compiled_forward.register_fake(compiled_forward._init_fn)
-    compiled_backward.register_fake(compiled_backward._init_fn)
+    compiled_forward = torch.library.custom_op(
+        'convneur_mm::memory_layer', _opaque_forward, mutates_args=(),
+        schema=f'(Tensor x, Tensor rows, Tensor momentum, Tensor[] weights, {_SETTINGS}) -> Tensor[]')
+    compiled_backward = torch.library.custom_op(
+        'convneur_mm::memory_layer_backward', _opaque_backward, mutates_args=(),
+        schema=f'(Tensor x, Tensor[] weights, Tensor[] kept, Tensor[] grads, {_SETTINGS}) -> Tensor[]')
+    compiled_forward.register_fake(_opaque_forward)
+    compiled_backward.register_fake(_opaque_backward)
     compiled_forward.register_autograd(_differentiate, setup_context=_keep)
