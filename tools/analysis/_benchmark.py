@@ -234,11 +234,12 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     # The raw events: building the profiler's own tables of them takes minutes for long calls.
-    events = sorted((event.start_ns(), event.nbytes()) for event in profile.kineto_results.events()
-                    if event.name() == '[memory]')
+    events = [event for event in profile.kineto_results.events() if event.name() == '[memory]']
+    # Older versions of torch only know microseconds.
+    events.sort(key=lambda event: event.start_ns() if hasattr(event, 'start_ns') else event.start_us())
     held = most = 0
-    for _, nbytes in events:
-        held += nbytes
+    for event in events:
+        held += event.nbytes()
         most = max(most, held)
     return most
 
