@@ -331,3 +331,24 @@ def test_bad_shapes_are_named():
     _, state = call(inputs, return_state=True)
     with pytest.raises(ValueError, match='state.w1 must have shape'):
         call([x[:1] for x in inputs[:3]] + inputs[3:], state=state)
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+def test_operator_compiles_in_one_graph(rule):
+    """The operator by itself; what the layer gives to a compiler is tested with the block."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 36, 16, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3))
+    w1, w2, *weights = (
+        (0.1 * torch.randn(shape, dtype=torch.float64, generator=generator)).requires_grad_()
+        for shape in ((2, 16, 8), (2, 8, 16), (128, 32), (128, ), (96, 128), (96, )))
+
+    def read(q, k, v):
+        return neural_memory(q, k, v, w1, w2, UpdateGenerators(*weights), chunk_size=16, update_rule=rule)[0]
+
+    results = []
+    for function in (read, torch.compile(read, fullgraph=True, backend='aot_eager')):
+        y = function(q, k, v)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [q, k, v, w1, w2, *weights])])
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-10 * b.norm()

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .differentiable import neural_memory_differentiable, pack, unpack
+from .differentiable import differentiable_gradients, neural_memory_differentiable, pack, unpack
 from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast
 
 _gelu_backward = torch.ops.aten.gelu_backward
@@ -76,7 +77,7 @@ class _ChunkedMemory(torch.autograd.Function):
         # As the forward, in the dtype of the inputs, also for a backward that is called under autocast.
         with no_autocast(inputs[0]):
             if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
-                return *_differentiable_backward(inputs, grads, ctx.options), None
+                return *differentiable_gradients(partial(_differentiable, ctx.options), inputs, grads), None
             q, k, v, initial, *generators, _, _ = inputs
             return *backward(q, k, v, initial, UpdateGenerators(*generators), written, grads, ctx.options), None
 
@@ -204,7 +205,8 @@ def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v,
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``x + a @ b`` in the memory of ``x``. Unlike of ``baddbmm_``, FLOP counters know of it."""
-    return torch.baddbmm(x, a, b, out=x)
+    _store(x, torch.baddbmm, x, a, b)
+    return x
 
 
 def _store(out: Tensor, function: Callable, *args: Tensor, **kwargs: float) -> None:
@@ -288,7 +290,7 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
     slopes *= slopes.new_tensor((-scale, 1, -1)).view(3, 1, 1)
     each = zip(states, writes, bounds, bounds**3 * -(scale / max_norm)**2, step * -scale, eta, 1 - alpha, slopes,
                grad_memories)
-    grad_gradients, grad_out, grad_pre_hidden, grad_surprises = [], [], [], []
+    grad_gradients, grad_out, grad_pre_hidden = [], [], []
     grad_k, grad_v = _empty_like(k), _empty_like(v)
     for grad in (grad_k, grad_v):
         grad[..., num_tokens:] = 0
@@ -312,7 +314,7 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
         inner = (grad_p * write).sum((-2, -1), keepdim=True)
         torch.mul(grad_p, bound, out=grad_write)
         grad_write.addcmul_(write, inner * curb)
-        grad_gradients.append(grad_write * step_t)
+        grad_gradient = grad_write * step_t
         grad_out.append(((left * right).sum(-2).transpose(0, 1) * slope).flatten(1))
         grad_m.mul_(keep).add_(grad_read)
         grad_p *= eta_t
@@ -321,8 +323,10 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
             grad_pre_hidden.append(grad_pre_hidden_t)
             k_t, v_t, grad_k_t, grad_v_t = tokens[t]
             grad_m += surprise_backward(
-                k_t, v_t, flat_memories[t], grad_gradients.pop().flatten(0, 1), grad_surprise.view(-1, head[-1]),
-                grad_k_t, grad_v_t).view(grad_m.shape)
+                k_t, v_t, flat_memories[t], grad_gradient.flatten(0, 1), grad_surprise.view(-1, head[-1]), grad_k_t,
+                grad_v_t).view(grad_m.shape)
+        else:
+            grad_gradients.append(grad_gradient)
 
     grad_out = torch.stack(grad_out[::-1])
     grad_initial = None
@@ -439,19 +443,11 @@ def _put(x: Tensor, tokens: slice, chunks: int, value: Tensor) -> None:
         x.copy_(value.unflatten(0, (-1, chunks)).transpose(1, 2))
 
 
-def _differentiable_backward(inputs, grads, options) -> tuple[Tensor | None, ...]:
-    """The same gradients from the path that autograd records, so that they can be differentiated again."""
-    # Views are nodes of their own: what one input was made of another would else be counted twice.
-    inputs = [x.view_as(x) for x in inputs]
-    q, k, v, initial, *generators, rows, momentum = inputs
-    options = dict(options)
-    written = slice(options.pop('num_written'))
-    w1, w2 = unpack(initial)
+def _differentiable(options, q, k, v, initial, in_weight, in_bias, out_weight, out_bias, rows, momentum):
+    """The forward of :class:`_ChunkedMemory` as autograd can record it."""
+    written, options = slice(options['num_written']), {n: x for n, x in options.items() if n != 'num_written'}
     y, state = neural_memory_differentiable(
-        q.mT, k[..., written].mT, v[..., written].mT, w1, w2, UpdateGenerators(*generators),
-        MemoryState(*unpack(rows), *unpack(momentum)), **dict(options, return_state=True))
-    outputs = y.mT, pack(state.w1, state.w2), pack(state.p1, state.p2)
-    outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad))
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)
+        q.mT, k[..., written].mT, v[..., written].mT, *unpack(initial),
+        UpdateGenerators(in_weight, in_bias, out_weight, out_bias), MemoryState(*unpack(rows), *unpack(momentum)),
+        **dict(options, return_state=True))
+    return y.mT, pack(state.w1, state.w2), pack(state.p1, state.p2)

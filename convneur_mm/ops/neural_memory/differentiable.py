@@ -7,6 +7,8 @@ All update coefficients act on the channel axis d, so both fast weights live in 
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,3 +146,23 @@ def neural_memory_differentiable(
     if not return_state:
         return y, None
     return y, MemoryState(*unpack(memories[-1]), *unpack(momentum_rows))
+
+
+def differentiable_gradients(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
+                             grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of ``inputs`` that can be differentiated again, for the backward of a faster path.
+
+    Args:
+        function (Callable): What autograd records; maps ``inputs`` to outputs.
+        inputs (Sequence[Tensor]): Those of the faster path.
+        grads (Sequence[Tensor | None]): What comes back to each output, None for nothing.
+
+    Returns:
+        tuple[Tensor | None, ...]: One for each input, None where it requires none.
+    """
+    # Views are nodes of their own: what one input was made of another would else be counted twice.
+    inputs = [x.view_as(x) for x in inputs]
+    outputs, grads = zip(*((o, g) for o, g in zip(function(*inputs), grads) if g is not None and o.requires_grad))
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x.requires_grad else None for x in inputs)

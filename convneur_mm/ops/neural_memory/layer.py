@@ -8,6 +8,7 @@ output and the input's gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunked
-from .differentiable import neural_memory_differentiable, pack, unpack
+from .differentiable import differentiable_gradients, neural_memory_differentiable, pack, unpack
 from .op import check_state, neural_memory, resolve_backend
 from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast, written_tokens
 
@@ -162,7 +163,9 @@ class _SegmentedLayer(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing recomputes them
         inputs, kept = saved[:3 + len(LayerWeights._fields)], saved[3 + len(LayerWeights._fields):]
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
-            return *_differentiable_backward(inputs, grads, *ctx.settings), None, None, None
+            with no_autocast(inputs[0]):
+                again = differentiable_gradients(partial(_differentiable, *ctx.settings), inputs, grads)
+            return *again, None, None, None
         x, _, _, *weights = inputs
         return *_backward(x, LayerWeights(*weights), kept, grads, *ctx.settings), None, None, None
 
@@ -280,11 +283,8 @@ def _backward(x, weights, kept, grads, eps, options, dtype) -> tuple[Tensor, ...
     return grad_x, grad_rows.clone(), grad_momentum.clone(), *totals  # of one tensor until here
 
 
-def _differentiable_backward(inputs, grads, eps, options, dtype) -> tuple[Tensor | None, ...]:
-    """The same gradients from the path that autograd records, so that they can be differentiated again."""
-    # Views are nodes of their own: what one input was made of another would else be counted twice.
-    inputs = [x.view_as(x) for x in inputs]
-    x, rows, momentum, *weights = inputs
+def _differentiable(eps, options, dtype, x, rows, momentum, *weights) -> tuple[Tensor, ...]:
+    """The forward of :class:`_SegmentedLayer` as autograd can record it."""
     weights = LayerWeights(*weights)
     written = slice(written_tokens(x.size(1), options['chunk_size'], options['retrieve'], options['return_state']))
 
@@ -293,13 +293,8 @@ def _differentiable_backward(inputs, grads, eps, options, dtype) -> tuple[Tensor
             q, k[:, :, written], v[:, :, written], weights.w1, weights.w2, weights.generators,
             MemoryState(*unpack(rows), *unpack(momentum)), **dict(options, return_state=True))
 
-    with no_autocast(x):
-        out, state = _plain(x.to(weights.query.dtype), weights, eps, memory)
-        outputs = out.to(dtype), pack(state.w1, state.w2), pack(state.p1, state.p2)
-        outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads) if o.requires_grad))
-        wanted = [x for x in inputs if x.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)
+    out, state = _plain(x.to(weights.query.dtype), weights, eps, memory)
+    return out.to(dtype), pack(state.w1, state.w2), pack(state.p1, state.p2)
 
 
 def _spans(x: Tensor, options: dict) -> Iterator[tuple[slice, int]]:

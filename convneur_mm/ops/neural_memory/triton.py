@@ -14,13 +14,14 @@ two variants:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .differentiable import neural_memory_differentiable, pack, unpack
+from .differentiable import differentiable_gradients, neural_memory_differentiable, pack, unpack
 from .types import MemoryState, UpdateGenerators, no_autocast
 
 try:
@@ -145,21 +146,16 @@ class _NeuralMemory(torch.autograd.Function):
         # The caller keeps autocast off around the forward alone. Autocast does not know the meta device.
         with no_autocast(q):
             if torch.is_grad_enabled():
-                return None, *_differentiable_backward(ctx.options, tensors, d_outputs, ctx.needs_input_grad[1:])
+                return None, *differentiable_gradients(partial(_differentiable, ctx.options), tensors, d_outputs)
             return None, *_backward(ctx.options, *tensors, _Writes(*writes), d_outputs)
 
 
-def _differentiable_backward(options, tensors, d_outputs, needs_grad) -> list[Tensor | None]:
-    """The backward as autograd makes it of the PyTorch path, for a backward that is itself to be differentiated."""
-    # Views are separate nodes of the graph: state.w1 usually is made of w1, and autograd would count w1 twice.
-    q, k, v, w1, w2, *others = tensors = [x.view_as(x) for x in tensors]
+def _differentiable(options: _Options, q, k, v, w1, w2, *others: Tensor) -> tuple[Tensor, ...]:
+    """The forward of :class:`_NeuralMemory` as autograd can record it."""
     y, state = neural_memory_differentiable(
         q.float(), k.float(), v.float(), w1, w2, UpdateGenerators(*others[:4]), MemoryState(*others[4:]),
         **options._asdict())
-    outputs = (y.to(q.dtype), *(state or ()))
-    inputs = [x for x, needed in zip(tensors, needs_grad) if needed]
-    gradients = iter(torch.autograd.grad(outputs, inputs, d_outputs, create_graph=True, allow_unused=True))
-    return [next(gradients) if needed else None for needed in needs_grad]
+    return y.to(q.dtype), *(state or ())
 
 
 def _sizes(d: int, e: int) -> dict[str, int]:
