@@ -1,4 +1,8 @@
-"""Packaging. The wheel carries ``configs/`` and ``tools/`` under ``convneur_mm/.mim``, where ``mim`` looks for them."""
+"""Packaging. The wheel carries ``configs/`` and ``tools/`` under ``convneur_mm/.mim``, where ``mim`` looks for them.
+
+Where torch is installed already (``pip install --no-build-isolation``) the memory's CPU kernels are compiled for it.
+"""
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +11,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = '0.1.0'
+KERNELS = 'convneur_mm/ops/neural_memory/csrc'
 
 
 class BuildWithConfigs(build_py):
@@ -22,6 +27,24 @@ class BuildWithConfigs(build_py):
             shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__'))
 
 
+def kernels() -> dict:
+    """setup()'s arguments for the CPU kernels: nothing without torch, and no error where they do not compile."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return {}
+    # Compiled code fits one version of torch, so its name says which: cpu.py looks for that of the running one.
+    version = re.sub(r'\W', '_', torch.__version__.split('+')[0])
+    extension = CppExtension(
+        f'convneur_mm.ops.neural_memory._cpu_{version}', [f'{KERNELS}/memory.cpp'], depends=[f'{KERNELS}/kernels.h'],
+        # GOMP's functions are torch's own: linked with -fopenmp, the module might bring a second pool of threads.
+        extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi'],
+        optional=True)
+    return dict(ext_modules=[extension], cmdclass={'build_ext': BuildExtension.with_options(use_ninja=False)})
+
+
+compiled = kernels()
 setup(
     name='convneur-mm',
     version=VERSION,
@@ -36,7 +59,8 @@ setup(
     # Empty on purpose: the two families of OpenMMLab packages share import names, and pip would install one
     # beside the other. requirements/ holds the pinned stack, and the import of convneur_mm checks it.
     install_requires=[],
-    cmdclass={'build_py': BuildWithConfigs},
+    ext_modules=compiled.get('ext_modules', []),
+    cmdclass={'build_py': BuildWithConfigs, **compiled.get('cmdclass', {})},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3.10',

@@ -36,6 +36,11 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) → the same shape and dtype; the statistics are taken in at least float32."""
+        # γ·(x·relative) + β + x, with one pass over x.
+        return torch.addcmul(self.beta.to(x.dtype), x, self.scale(x).to(x.dtype))
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What GRN multiplies (N, H, W, C) by before it adds β, (N, 1, 1, C) of at least float32."""
         if x.dtype in (torch.float16, torch.bfloat16):
             response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
         else:
@@ -43,8 +48,7 @@ class GRN(nn.Module):
             # root's gradient finite where a channel is zero everywhere.
             response = (x * x).sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).sqrt()
         relative = response / (response.mean(dim=-1, keepdim=True) + self.eps)
-        # γ·(x·relative) + β + x, with one pass over x.
-        return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * relative + 1).to(x.dtype))
+        return self.gamma * relative + 1
 
 
 class ConvNeurBlock(BaseModule):
@@ -89,8 +93,21 @@ class ConvNeurBlock(BaseModule):
     def local_features(self, x: Tensor) -> Tensor:
         """F_loc of (N, C, H, W)."""
         x = self.norm(self.depthwise_conv(x)).permute(0, 2, 3, 1)
-        x = self.grn(F.gelu(self.pointwise_conv1(x)))
-        return self.pointwise_conv2(x).permute(0, 3, 1, 2)
+        x = F.gelu(self.pointwise_conv1(x))
+        return self._grn_linear(x).permute(0, 3, 1, 2)
+
+    def _grn_linear(self, x: Tensor) -> Tensor:
+        """``pointwise_conv2(grn(x))`` of (N, H, W, 4C).
+
+        With GRN's scale s of each image and channel, W·(s ⊙ x + β) + b is (W ⊙ s)·x + (W·β + b): so the scale can
+        multiply weights instead of features, which is less to do where there are more positions than channels.
+        """
+        if x.size(1) * x.size(2) < x.size(3):
+            return self.pointwise_conv2(self.grn(x))
+        weight, bias = self.pointwise_conv2.weight, self.pointwise_conv2.bias
+        scaled = (weight * self.grn.scale(x).squeeze(1)).to(x.dtype)  # (N, C, 4C)
+        bias = (bias + (weight * self.grn.beta).sum(1)).to(x.dtype)
+        return (torch.bmm(x.flatten(1, 2), scaled.mT) + bias).unflatten(1, x.shape[1:3])
 
     def _fuse(self, local: Tensor, context: Tensor) -> Tensor:
         if self.fusion == 'gate':

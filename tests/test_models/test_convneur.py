@@ -212,6 +212,25 @@ def test_drop_path_rises_linearly():
     assert np.allclose(rates, np.linspace(0, 0.11, 12))
 
 
+@pytest.mark.parametrize('size', [(3, 5), (9, 7)])
+def test_grn_scales_weights_or_features(size):
+    """Below and above the size from which the scale goes to the weights: 4C positions."""
+    torch.manual_seed(0)
+    block = ConvNeurBlock(8).double()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *block.grn.parameters(), *block.pointwise_conv2.parameters()]
+    results = []
+    for function in (block._grn_linear, lambda x: block.pointwise_conv2(block.grn(x))):
+        y = function(x)
+        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 8)).square().sum(), wanted)])
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert block.float().local_features(torch.randn(1, 8, *size)).dtype == torch.bfloat16
+
+
 def test_gate_formula():
     """Eq. 6, written out on one block."""
     model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=30))).eval()

@@ -10,6 +10,8 @@ from convneur_mm.models import NeuralMemory
 from convneur_mm.ops import MemoryState
 from convneur_mm.ops.neural_memory import NORMALIZE_EPS
 
+pytestmark = pytest.mark.usefixtures('both_codes')
+
 # By name: the package's attribute of this name is the function.
 LAYER = importlib.import_module('convneur_mm.ops.neural_memory.layer')
 

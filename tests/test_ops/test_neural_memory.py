@@ -13,6 +13,8 @@ from torch import Tensor
 from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import BACKENDS, written_tokens
 
+pytestmark = pytest.mark.usefixtures('both_codes')
+
 RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
 VECTORS = Path(__file__).parents[1] / 'data' / 'neural_memory.npz'

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
 from .differentiable import differentiable_gradients, neural_memory_differentiable, pack, unpack
 from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast
 
@@ -101,6 +102,8 @@ class Written(NamedTuple):
 
 def write_all(k, v, initial, generators, rows, momentum, options) -> Written:
     """Eqs. 3 and 4 for the chunks of the first ``num_written`` tokens."""
+    if cpu.usable(k, initial):
+        return Written(*cpu.write_all(k, v, initial, generators, rows, momentum, options))
     batch, heads, *head = rows.shape
     num_tokens, chunk_size = options['num_written'], options['chunk_size']
     num_chunks = math.ceil(num_tokens / chunk_size)
@@ -256,18 +259,27 @@ def backward(q, k, v, initial, generators, written, grads, options, y=None) -> t
         grad_q = _read_all_backward(q, memories, grad_y, grad_memories, options, y)
     if grad_rows is not None:
         grad_memories[-1] += grad_rows
-    grad_k, grad_v, grad_initial, grad_generators, grad_rows, grad_momentum = _write_all_backward(
+    if not options['num_written']:
+        grad_momentum = torch.zeros_like(grad_memories[0]) if grad_momentum is None else grad_momentum
+        return grad_q, *[None] * 7, grad_memories[0], grad_momentum
+    write_all_backward = cpu.write_all_backward if cpu.usable(k, initial) else _write_all_backward
+    grad_k, grad_v, grad_initial, grad_out, grad_pre_hidden, grad_rows, grad_momentum = write_all_backward(
         k, v, initial, generators, written, grad_memories, grad_momentum, options)
+    flat_out, flat_hidden = grad_out.flatten(0, 1), grad_pre_hidden.flatten(0, 1)
+    grad_generators = (
+        flat_hidden.mT @ written.surprises.flatten(0, 1), flat_hidden.sum(0),
+        flat_out.mT @ F.gelu(written.pre_hidden).flatten(0, 1), flat_out.sum(0))
     return grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows, grad_momentum
 
 
 def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_momentum, options):
-    """Gradients of k, v, M_0, the generators, and of the memory and momentum before the first chunk.
+    """Gradients of k, v and M_0, of the generators' outputs before the sigmoid (T, B, 3Cm) and their hidden units
+    before the GELU (T, B, 4Cm), and of the memory and momentum before the first chunk.
 
     ``grad_memories`` (T + 1, B, h, 2e, d) holds what the reads and the caller return to each memory and
     ``grad_momentum`` (B, h, 2e, d) or None what comes back to P_T.
     """
-    states, surprises, pre_hidden, coefficients = written
+    states, _, pre_hidden, coefficients = written
     batch, heads, *head = grad_memories.shape[1:]
     num_tokens, chunk_size = options['num_written'], options['chunk_size']
     sequential = options['update_rule'] == 'sequential'
@@ -277,8 +289,6 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
     grad_m.copy_(grad_memories[-1])
     if grad_momentum is not None:
         grad_p.copy_(grad_momentum)
-    if not num_tokens:
-        return None, None, None, (None,) * 4, grad_m, grad_p
 
     # All that the reversed recurrence needs and that does not depend on it.
     step, eta, alpha = _by_head(coefficients, heads)
@@ -346,17 +356,15 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
             _put(grad_k, span, n, grad_k_t)
             _put(grad_v, span, n, grad_v_t)
             grad_initial += rows_grad.view(batch, heads, n, *head).sum((0, 2))
-
-    flat_out, flat_hidden = grad_out.flatten(0, 1), grad_pre_hidden.flatten(0, 1)
-    grad_generators = (
-        flat_hidden.mT @ surprises.flatten(0, 1), flat_hidden.sum(0),
-        flat_out.mT @ F.gelu(pre_hidden).flatten(0, 1), flat_out.sum(0))
-    return grad_k, grad_v, grad_initial, grad_generators, grad_m, grad_p
+    return grad_k, grad_v, grad_initial, grad_out, grad_pre_hidden, grad_m, grad_p
 
 
-def read_all(q: Tensor, memories: Tensor, options: dict) -> Tensor:
-    """Eq. 2 for all tokens (B, h, d, N); ``memories`` (T + 1, B, h, 2e, d)."""
-    y = _empty_like(q)
+def read_all(q: Tensor, memories: Tensor, options: dict, out: Tensor | None = None) -> Tensor:
+    """Eq. 2 for all tokens (B, h, d, N); ``memories`` (T + 1, B, h, 2e, d). ``out`` may be ``q`` itself."""
+    y = _empty_like(q) if out is None else out
+    if cpu.usable(q, memories):
+        cpu.read_all(q, memories, options, y)
+        return y
     for chunks, tokens in _chunk_groups(q, q.size(-1), options['chunk_size']):
         n = chunks.stop - chunks.start
         q_t, y_t = _take(q, tokens, n), _slot(y, tokens, n)
@@ -368,6 +376,8 @@ def read_all(q: Tensor, memories: Tensor, options: dict) -> Tensor:
 
 def _read_all_backward(q, memories, grad_y, grad_memories, options, y) -> Tensor:
     """The gradient of q; adds those of the memories to ``grad_memories`` and fills ``y`` if it is a tensor."""
+    if cpu.usable(q, memories):
+        return cpu.read_all_backward(q, memories, grad_y, grad_memories, options, y)
     grad_q = _empty_like(q)
     for chunks, tokens in _chunk_groups(q, q.size(-1), options['chunk_size']):
         n = chunks.stop - chunks.start

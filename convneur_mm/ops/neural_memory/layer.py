@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunked
+from . import chunked, cpu
 from .differentiable import differentiable_gradients, neural_memory_differentiable, pack, unpack
 from .op import check_state, neural_memory, resolve_backend
 from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast, written_tokens
@@ -181,8 +181,10 @@ def _forward(x, rows, momentum, weights, eps, options, dtype) -> tuple[Tensor, .
             segment_options = dict(options, num_written=num_written)
             written = chunked.write_all(
                 projected.k, projected.v, initial, weights.generators, rows, momentum, segment_options)
-            y = chunked.read_all(projected.q, written.states[:, 2], segment_options)
-            out[:, span] = torch.bmm(y.flatten(1, 2).mT.to(dtype), _batched(weights.proj.t(), x, dtype))
+            # In the memory of the queries, unless they are kept.
+            y = chunked.read_all(projected.q, written.states[:, 2], segment_options,
+                                 out=None if len(spans) == 1 else projected.q)
+            torch.bmm(y.flatten(1, 2).mT.to(dtype), _batched(weights.proj.t(), x, dtype), out=out[:, span])
             rows, momentum = written.states[-1, 2], written.states[-1, 1]
             kept.extend(written)
     kept.extend(projected if len(spans) == 1 else ())
@@ -224,6 +226,8 @@ def _project(tokens: Tensor, weights: LayerWeights) -> _Projected:
 
 def _normalize_(z: Tensor) -> Tensor:
     """Divides (B, h, d, N) by the lengths over d, at least NORMALIZE_EPS; returns :class:`_Projected`'s scale."""
+    if cpu.usable(z):
+        return cpu.kernels.normalize_(z, NORMALIZE_EPS)
     length = (z * z).sum(dim=2, keepdim=True).sqrt_()
     scale = length.clamp_min(NORMALIZE_EPS).reciprocal_()
     z *= scale
@@ -232,6 +236,8 @@ def _normalize_(z: Tensor) -> Tensor:
 
 def _normalize_backward_(unit: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
     """The gradient before :func:`_normalize_`, in the memory of ``grad``, the one behind it."""
+    if cpu.usable(unit):
+        return cpu.kernels.normalize_backward_(unit, scale, grad)
     along = (grad * unit).sum(dim=2, keepdim=True).mul_(scale > 0)
     return grad.addcmul_(unit, along, value=-1).mul_(scale.abs())
 

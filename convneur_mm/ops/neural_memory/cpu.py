@@ -1,0 +1,82 @@
+"""The memory of chunked.py on a CPU, in C++: the same functions, for heads of 16 channels with 8 hidden units.
+
+One head works on a chunk of 196 tokens in a few microseconds, less than PyTorch needs to launch an operator of it. In
+``csrc``, a head's numbers stay in registers and the first cache until a chunk is done. Installing the package compiles
+it for the torch that is there; where no compiler is, where sizes are others, or where somebody watches the operators
+(compilers, FLOP counters, fake tensors), chunked.py does the work itself.
+"""
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import UpdateGenerators, is_compiling
+
+# Compiled code fits one version of torch; its name, which setup.py gives it, says which.
+MODULE = '_cpu_' + re.sub(r'\W', '_', torch.__version__.split('+')[0])
+try:
+    kernels: Any = importlib.import_module(f'.{MODULE}', __package__)
+except ModuleNotFoundError:
+    kernels = None
+
+
+def usable(tokens: Tensor, rows: Tensor | None = None) -> bool:
+    """Whether there are kernels for tokens (B, h, d, N) and, if they matter, rows of weights (…, 2e, d)."""
+    return (kernels is not None and tokens.device.type == 'cpu' and tokens.dtype in (torch.float32, torch.float64)
+            and tokens.size(-2) == kernels.HEAD_DIM and (rows is None or rows.size(-2) == 2 * kernels.HIDDEN_DIM)
+            and not _is_watched())
+
+
+def _is_watched() -> bool:
+    return is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, rows: Tensor, momentum: Tensor,
+              options: dict) -> list[Tensor]:
+    """What :class:`.chunked.Written` has."""
+    return kernels.write_all(_columns(k), _columns(v), initial, *generators, rows, momentum, *_settings(options))
+
+
+def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators,
+                       written: tuple[Tensor, ...], grad_memories: Tensor, grad_momentum: Tensor | None,
+                       options: dict) -> list[Tensor]:
+    """Gradients of k, v and M_0, of the generators' outputs before the sigmoid and hidden units before the GELU of all
+    chunks, and of the memory and momentum before the first chunk."""
+    states, _, pre_hidden, coefficients = written
+    return kernels.write_all_backward(
+        _columns(k), _columns(v), initial, generators.in_weight, generators.out_weight, states, pre_hidden,
+        coefficients, grad_memories, grad_momentum, *_settings(options))
+
+
+def read_all(q: Tensor, memories: Tensor, options: dict, out: Tensor) -> None:
+    """See there."""
+    kernels.read_all(_columns(q), _readable(memories, q, options), out, options['chunk_size'])
+
+
+def read_all_backward(q: Tensor, memories: Tensor, grad_y: Tensor, grad_memories: Tensor, options: dict,
+                      y: Tensor | None) -> Tensor:
+    """See there."""
+    return kernels.read_all_backward(
+        _columns(q), _readable(memories, q, options), _columns(grad_y), _readable(grad_memories, q, options), y,
+        options['chunk_size'])
+
+
+def _settings(options: dict) -> tuple:
+    return (options['num_written'], options['chunk_size'], options['update_rule'] == 'sequential',
+            options['inner_step'], options['max_write_norm'])
+
+
+def _columns(x: Tensor) -> Tensor:
+    """Tokens (B, h, d, N), contiguous over N."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _readable(memories: Tensor, q: Tensor, options: dict) -> Tensor:
+    """The memory that each chunk reads; all of them the last one with retrieve='final'."""
+    if options['retrieve'] == 'final':
+        return memories[-1:].expand(-(-q.size(-1) // options['chunk_size']), *memories.shape[1:])
+    return memories

@@ -1,0 +1,389 @@
+// The neural memory on a CPU, for heads of 16 channels with 8 hidden units: see cpu.py, which this is the module of.
+//
+// Loops over chunks and heads are here, what happens to one head in one chunk is in kernels.h, which is compiled for
+// several instruction sets.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#define VECTOR_BYTES 16
+namespace baseline {
+#include "kernels.h"
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#undef VECTOR_BYTES
+#define VECTOR_BYTES 32
+namespace avx2 {
+#include "kernels.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+#undef VECTOR_BYTES
+#define VECTOR_BYTES 64
+namespace avx512 {
+#include "kernels.h"
+}
+#pragma GCC pop_options
+#endif
+
+using at::Tensor;
+
+namespace {
+
+template <typename T>
+struct Kernels {
+  decltype(&baseline::surprise<T>) surprise;
+  decltype(&baseline::surprise_backward<T>) surprise_backward;
+  decltype(&baseline::read<T>) read;
+  decltype(&baseline::read_backward<T>) read_backward;
+  decltype(&baseline::write<T>) write;
+  decltype(&baseline::write_backward<T>) write_backward;
+  decltype(&baseline::activate<T>) activate;
+  decltype(&baseline::activate_backward<T>) activate_backward;
+  decltype(&baseline::normalize<T>) normalize;
+  decltype(&baseline::normalize_backward<T>) normalize_backward;
+};
+
+#define KERNELS(set)                                                                                              \
+  Kernels<T> {                                                                                                    \
+    set::surprise<T>, set::surprise_backward<T>, set::read<T>, set::read_backward<T>, set::write<T>,              \
+        set::write_backward<T>, set::activate<T>, set::activate_backward<T>, set::normalize<T>,                   \
+        set::normalize_backward<T>                                                                                \
+  }
+
+// The instructions that PyTorch itself uses: what the processor has, or less of it with ATEN_CPU_CAPABILITY.
+std::string instruction_set() {
+#ifdef HAS_X86
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return "avx512";
+  if (capability == "AVX2") return "avx2";
+#endif
+  return "baseline";
+}
+
+template <typename T>
+const Kernels<T>& kernels() {
+  static const Kernels<T> chosen = [] {
+#ifdef HAS_X86
+    const std::string set = instruction_set();
+    if (set == "avx512") return KERNELS(avx512);
+    if (set == "avx2") return KERNELS(avx2);
+#endif
+    return KERNELS(baseline);
+  }();
+  return chosen;
+}
+
+constexpr int64_t D = baseline::D, E = baseline::E, R = baseline::R;
+
+// Tokens (B, h, d, N), each row contiguous.
+template <typename T>
+struct Tokens {
+  T* data;
+  int64_t heads, image_stride, head_stride, stride;
+
+  explicit Tokens(const Tensor& x)
+      : data(x.data_ptr<T>()), heads(x.size(1)), image_stride(x.stride(0)), head_stride(x.stride(1)),
+        stride(x.stride(2)) {}
+
+  T* operator()(int64_t n, int64_t token) const {
+    return data + n / heads * image_stride + n % heads * head_stride + token;
+  }
+};
+
+// Weights of n = image and head, after or before chunk t: (T, B, h, 2e, d), the last two contiguous.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t heads, chunk_stride, image_stride, head_stride;
+
+  explicit Rows(const Tensor& x)
+      : data(x.data_ptr<T>()), heads(x.size(2)), chunk_stride(x.stride(0)), image_stride(x.stride(1)),
+        head_stride(x.stride(2)) {}
+
+  T* operator()(int64_t t, int64_t n) const {
+    return data + t * chunk_stride + n / heads * image_stride + n % heads * head_stride;
+  }
+};
+
+void check_tokens(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(2) == D && (x.stride(3) == 1 || x.size(3) < 2),
+                    "expected tokens (B, h, ", D, ", N), contiguous over N, got sizes ", x.sizes(), " and strides ",
+                    x.strides());
+}
+
+void check_written(const Tensor& k, const Tensor& v, int64_t num_tokens) {
+  check_tokens(k);
+  check_tokens(v);
+  TORCH_CHECK_VALUE(k.sizes() == v.sizes() && num_tokens <= k.size(3), "expected ", num_tokens,
+                    " keys and as many values, got sizes ", k.sizes(), " and ", v.sizes());
+}
+
+void check_rows(const Tensor& x, const Tensor& like) {
+  TORCH_CHECK_VALUE(x.dim() == 5 && x.size(1) == like.size(0) && x.size(2) == like.size(1) && x.size(3) == R &&
+                        x.size(4) == D && x.stride(4) == 1 && x.stride(3) == D && x.scalar_type() == like.scalar_type(),
+                    "expected weights (T, ", like.size(0), ", ", like.size(1), ", ", R, ", ", D,
+                    "), the last two contiguous, of type ", like.scalar_type(), ", got sizes ", x.sizes(), " of type ",
+                    x.scalar_type());
+}
+
+// Runs body(t, n) for the chunks from `first` to `last` of `count` heads.
+template <typename Body>
+void for_chunks(int64_t first, int64_t last, int64_t count, const Body& body) {
+  at::parallel_for(0, (last - first) * count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(first + i % (last - first), i / (last - first));
+  });
+}
+
+// Step, momentum or decay of n = image and head: (B, 3·Cm).
+template <typename T>
+T* coefficient(T* coefficients, int64_t which, int64_t n, int64_t heads) {
+  return coefficients + ((n / heads * 3 + which) * heads + n % heads) * D;
+}
+
+int64_t length_of(int64_t t, int64_t chunk_size, int64_t num_tokens) {
+  return std::min(chunk_size, num_tokens - t * chunk_size);
+}
+
+// Step, momentum and decay (n, 3·Cm) from errors (n, Cm), and the hidden units before their GELU (n, 4·Cm).
+template <typename T>
+void generate(const Tensor& errors, const Tensor& in_weight, const Tensor& in_bias, const Tensor& out_weight,
+              const Tensor& out_bias, Tensor pre_hidden, Tensor coefficients) {
+  at::addmm_out(pre_hidden, in_bias, errors, in_weight.t());
+  Tensor active = at::empty_like(pre_hidden);
+  kernels<T>().activate(pre_hidden.data_ptr<T>(), pre_hidden.numel(), active.data_ptr<T>());
+  at::addmm_out(coefficients, out_bias, active, out_weight.t());
+  coefficients.sigmoid_();
+}
+
+// What comes back to the hidden units before their GELU, and to the errors, from `grad_out` before the sigmoid.
+template <typename T>
+void generate_backward(const Tensor& grad_out, const Tensor& in_weight, const Tensor& out_weight,
+                       const Tensor& pre_hidden, Tensor grad_pre_hidden, Tensor grad_errors) {
+  at::mm_out(grad_pre_hidden, grad_out, out_weight);
+  kernels<T>().activate_backward(pre_hidden.data_ptr<T>(), pre_hidden.numel(), grad_pre_hidden.data_ptr<T>());
+  at::mm_out(grad_errors, grad_pre_hidden, in_weight);
+}
+
+// States, surprises, hidden units and coefficients of Eqs. 3 and 4 for the chunks of the first `num_tokens` tokens.
+std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& initial, const Tensor& in_weight,
+                              const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias,
+                              const Tensor& rows, const Tensor& momentum, int64_t num_tokens, int64_t chunk_size,
+                              bool sequential, double inner_step, double max_write_norm) {
+  check_written(k, v, num_tokens);
+  const int64_t batch = k.size(0), heads = k.size(1), channels = heads * D, count = batch * heads;
+  const int64_t chunks = (num_tokens + chunk_size - 1) / chunk_size;
+  Tensor states = at::empty({chunks + 1, 3, batch, heads, R, D}, k.options());
+  states.select(0, 0).select(0, 1).copy_(momentum);
+  states.select(0, 0).select(0, 2).copy_(rows);
+  Tensor surprises = at::empty({chunks, batch, channels}, k.options());
+  Tensor pre_hidden = at::empty({chunks, batch, 4 * channels}, k.options());
+  Tensor coefficients = at::empty({chunks, batch, 3 * channels}, k.options());
+  // The weights that errors are taken at.
+  const Tensor at = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
+  check_rows(at, k);
+  AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "memory_write_all", [&] {
+    const Tokens<scalar_t> keys(k), values(v);
+    const Rows<scalar_t> weights(at), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
+        memories(states.select(1, 2));
+    const auto& call = kernels<scalar_t>();
+    scalar_t *errors = surprises.data_ptr<scalar_t>(), *generated = coefficients.data_ptr<scalar_t>();
+    const scalar_t scale = inner_step * 2 / D, bound_scale = scale / max_write_norm;
+    const auto surprise = [&](int64_t t, int64_t n) {
+      call.surprise(keys(n, t * chunk_size), keys.stride, values(n, t * chunk_size), values.stride,
+                    length_of(t, chunk_size, num_tokens), weights(t, n), gradients(t, n), errors + (t * count + n) * D);
+    };
+    if (!sequential) {
+      for_chunks(0, chunks, count, surprise);
+      generate<scalar_t>(surprises.flatten(0, 1), in_weight, in_bias, out_weight, out_bias, pre_hidden.flatten(0, 1),
+               coefficients.flatten(0, 1));
+    }
+    for (int64_t t = 0; t < chunks; t++) {
+      if (sequential) {
+        for_chunks(t, t + 1, count, surprise);
+        generate<scalar_t>(surprises[t], in_weight, in_bias, out_weight, out_bias, pre_hidden[t], coefficients[t]);
+      }
+      scalar_t* chunk = generated + t * 3 * count * D;
+      at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n++)
+          call.write(gradients(t, n), momenta(t, n), memories(t, n), coefficient(chunk, 0, n, heads),
+                     coefficient(chunk, 1, n, heads), coefficient(chunk, 2, n, heads), scale, bound_scale,
+                     momenta(t + 1, n), memories(t + 1, n));
+      });
+    }
+  });
+  return {states, surprises, pre_hidden, coefficients};
+}
+
+// Gradients of k, v, M_0 (parallel rule only), coefficients before the sigmoid, hidden units, memory and momentum.
+std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const Tensor& initial,
+                                       const Tensor& in_weight, const Tensor& out_weight, const Tensor& states,
+                                       const Tensor& pre_hidden, const Tensor& coefficients,
+                                       const Tensor& grad_memories, const std::optional<Tensor>& grad_momentum,
+                                       int64_t num_tokens, int64_t chunk_size, bool sequential, double inner_step,
+                                       double max_write_norm) {
+  check_written(k, v, num_tokens);
+  check_rows(grad_memories, k);
+  TORCH_CHECK_VALUE(coefficients.is_contiguous() && pre_hidden.is_contiguous(),
+                    "expected contiguous coefficients and hidden units, got strides ", coefficients.strides(), " and ",
+                    pre_hidden.strides());
+  const int64_t batch = k.size(0), heads = k.size(1), count = batch * heads, chunks = pre_hidden.size(0);
+  Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(k.sizes(), k.options());
+  for (const Tensor& grad : {grad_k, grad_v}) grad.narrow(3, num_tokens, k.size(3) - num_tokens).zero_();
+  Tensor grad_m = grad_memories[chunks].clone(at::MemoryFormat::Contiguous);
+  Tensor grad_p = grad_momentum ? grad_momentum->clone(at::MemoryFormat::Contiguous) : at::zeros_like(grad_m);
+  Tensor grad_gradients = at::empty({sequential ? 1 : chunks, batch, heads, R, D}, k.options());
+  Tensor grad_out = at::empty_like(coefficients), grad_pre_hidden = at::empty_like(pre_hidden);
+  Tensor grad_errors = at::empty({sequential ? 1 : chunks, batch, heads * D}, k.options());
+  const Tensor at = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
+  // What comes back to the weights that errors are taken at.
+  const Tensor grad_at = sequential ? grad_m.unsqueeze(0) : at::zeros({chunks, batch, heads, R, D}, k.options());
+
+  AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "memory_write_all_backward", [&] {
+    const Tokens<scalar_t> keys(k), values(v), grad_keys(grad_k), grad_values(grad_v);
+    const Rows<scalar_t> weights(at), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
+        memories(states.select(1, 2)), grad_reads(grad_memories), grads(grad_gradients), grad_weights(grad_at);
+    const auto& call = kernels<scalar_t>();
+    scalar_t *generated = coefficients.data_ptr<scalar_t>(), *grad_generated = grad_out.data_ptr<scalar_t>();
+    scalar_t *errors = grad_errors.data_ptr<scalar_t>(), *p = grad_p.data_ptr<scalar_t>(),
+             *m = grad_m.data_ptr<scalar_t>();
+    const scalar_t scale = inner_step * 2 / D, bound_scale = scale / max_write_norm;
+    // Under the sequential rule, what comes back to a chunk's gradients and errors is overwritten by the next.
+    const auto surprise_backward = [&](int64_t t, int64_t n) {
+      const int64_t slot = sequential ? 0 : t;
+      call.surprise_backward(keys(n, t * chunk_size), keys.stride, values(n, t * chunk_size), values.stride,
+                             length_of(t, chunk_size, num_tokens), weights(t, n), grads(slot, n),
+                             errors + (slot * count + n) * D, grad_keys(n, t * chunk_size),
+                             grad_values(n, t * chunk_size), grad_keys.stride, grad_weights(slot, n));
+    };
+    for (int64_t t = chunks - 1; t >= 0; t--) {
+      scalar_t *chunk = generated + t * 3 * count * D, *grad_chunk = grad_generated + t * 3 * count * D;
+      at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n++)
+          call.write_backward(gradients(t, n), momenta(t, n), memories(t, n), coefficient(chunk, 0, n, heads),
+                              coefficient(chunk, 1, n, heads), coefficient(chunk, 2, n, heads), scale, bound_scale,
+                              grad_reads(t, n), p + n * R * D, m + n * R * D, grads(sequential ? 0 : t, n),
+                              coefficient(grad_chunk, 0, n, heads), coefficient(grad_chunk, 1, n, heads),
+                              coefficient(grad_chunk, 2, n, heads));
+      });
+      if (sequential) {
+        generate_backward<scalar_t>(grad_out[t], in_weight, out_weight, pre_hidden[t], grad_pre_hidden[t],
+                                    grad_errors[0]);
+        for_chunks(t, t + 1, count, surprise_backward);
+      }
+    }
+    if (!sequential) {
+      generate_backward<scalar_t>(grad_out.flatten(0, 1), in_weight, out_weight, pre_hidden.flatten(0, 1),
+                                  grad_pre_hidden.flatten(0, 1), grad_errors.flatten(0, 1));
+      for_chunks(0, chunks, count, surprise_backward);
+    }
+  });
+  const Tensor grad_initial = sequential ? Tensor() : grad_at.sum(at::IntArrayRef({0, 1}));
+  return {grad_k, grad_v, grad_initial, grad_out, grad_pre_hidden, grad_m, grad_p};
+}
+
+// Eq. 2 for all tokens; `y` may be `q`.
+void read_all(const Tensor& q, const Tensor& memories, const Tensor& y, int64_t chunk_size) {
+  check_tokens(q);
+  check_tokens(y);
+  check_rows(memories, q);
+  const int64_t num_tokens = q.size(3), chunks = (num_tokens + chunk_size - 1) / chunk_size;
+  TORCH_CHECK_VALUE(memories.size(0) >= chunks, "expected ", chunks, " memories, got ", memories.size(0));
+  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "memory_read_all", [&] {
+    const Tokens<scalar_t> queries(q), reads(y);
+    const Rows<scalar_t> weights(memories);
+    const auto& call = kernels<scalar_t>();
+    for_chunks(0, chunks, q.size(0) * q.size(1), [&](int64_t t, int64_t n) {
+      call.read(queries(n, t * chunk_size), queries.stride, length_of(t, chunk_size, num_tokens), weights(t, n),
+                reads(n, t * chunk_size), reads.stride);
+    });
+  });
+}
+
+// Fills `grad_q` (returned), adds to `grad_memories` and fills `y` with what read_all does, if there is one.
+Tensor read_all_backward(const Tensor& q, const Tensor& memories, const Tensor& grad_y, const Tensor& grad_memories,
+                         const std::optional<Tensor>& y, int64_t chunk_size) {
+  check_tokens(q);
+  check_tokens(grad_y);
+  check_rows(memories, q);
+  check_rows(grad_memories, q);
+  Tensor grad_q = at::empty(q.sizes(), q.options());
+  const int64_t num_tokens = q.size(3), chunks = (num_tokens + chunk_size - 1) / chunk_size;
+  const int64_t count = q.size(0) * q.size(1);
+  TORCH_CHECK_VALUE(memories.size(0) >= chunks && grad_memories.size(0) >= chunks && (!y || y->is_contiguous()),
+                    "expected ", chunks, " memories and a contiguous y, got ", memories.size(0));
+  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "memory_read_all_backward", [&] {
+    const Tokens<scalar_t> queries(q), grad_reads(grad_y), grad_queries(grad_q), reads(y ? *y : grad_q);
+    const Rows<scalar_t> weights(memories), grad_weights(grad_memories);
+    const auto& call = kernels<scalar_t>();
+    const auto body = [&](int64_t t, int64_t n) {
+      call.read_backward(queries(n, t * chunk_size), queries.stride, grad_reads(n, t * chunk_size), grad_reads.stride,
+                         length_of(t, chunk_size, num_tokens), weights(t, n), grad_queries(n, t * chunk_size),
+                         y ? reads(n, t * chunk_size) : nullptr, grad_queries.stride, grad_weights(t, n));
+    };
+    if (grad_memories.stride(0) != 0) {
+      for_chunks(0, chunks, count, body);
+    } else {  // all chunks read, and add to, the same memory
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n++)
+          for (int64_t t = 0; t < chunks; t++) body(t, n);
+      });
+    }
+  });
+  return grad_q;
+}
+
+// Pieces of tokens that one thread works on, long enough for its start to cost nothing.
+constexpr int64_t PIECE = 1024;
+
+Tensor normalize_(const Tensor& z, double eps) {
+  check_tokens(z);
+  Tensor scale = at::empty({z.size(0), z.size(1), 1, z.size(3)}, z.options());
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "memory_normalize", [&] {
+    const Tokens<scalar_t> tokens(z), scales(scale);
+    for_chunks(0, (z.size(3) + PIECE - 1) / PIECE, z.size(0) * z.size(1), [&](int64_t t, int64_t n) {
+      kernels<scalar_t>().normalize(tokens(n, t * PIECE), tokens.stride, length_of(t, PIECE, z.size(3)), eps,
+                                    scales(n, t * PIECE));
+    });
+  });
+  return scale;
+}
+
+Tensor normalize_backward_(const Tensor& unit, const Tensor& scale, const Tensor& grad) {
+  check_tokens(unit);
+  check_tokens(grad);
+  TORCH_CHECK_VALUE(unit.is_contiguous() && scale.is_contiguous() && grad.is_contiguous(),
+                    "tokens, their scales and their gradients must be contiguous");
+  AT_DISPATCH_FLOATING_TYPES(unit.scalar_type(), "memory_normalize_backward", [&] {
+    const Tokens<scalar_t> tokens(unit), scales(scale), grads(grad);
+    for_chunks(0, (unit.size(3) + PIECE - 1) / PIECE, unit.size(0) * unit.size(1), [&](int64_t t, int64_t n) {
+      kernels<scalar_t>().normalize_backward(tokens(n, t * PIECE), scales(n, t * PIECE), grads(n, t * PIECE),
+                                             tokens.stride, length_of(t, PIECE, unit.size(3)));
+    });
+  });
+  return grad;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("HEAD_DIM") = D;
+  m.attr("HIDDEN_DIM") = E;
+  m.def("instruction_set", &instruction_set);
+  m.def("write_all", &write_all, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("write_all_backward", &write_all_backward, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("read_all", &read_all, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("read_all_backward", &read_all_backward, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("normalize_", &normalize_, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("normalize_backward_", &normalize_backward_, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
