@@ -4,6 +4,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from convneur_mm.ops.neural_memory import cpu
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,6 +19,11 @@ def test_wheel_holds_configs_and_tools(wheel):
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'convneur_mm').rglob('*.py')}
     assert modules <= names
     assert not any(name.startswith('tests') for name in names)
+
+
+def test_wheel_holds_the_compiled_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith(f'convneur_mm/ops/neural_memory/{cpu.MODULE}.') for name in names)
 
 
 def test_wheel_names_no_openmmlab_requirement(wheel):

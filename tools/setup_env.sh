@@ -30,8 +30,9 @@ case "$stack" in
 esac
 requirements="$root/requirements/$stack.txt"
 
-# Whatever changes what is installed is part of the stamp: the requirement files, this script, setup.py.
-stamp="$venv/.convneur_mm-$(cat "$root"/requirements/{build,tests}.txt "$requirements" "$root/setup.py" "${BASH_SOURCE[0]}" | cksum | cut -d' ' -f1)"
+# Whatever changes what is installed is part of the stamp: the requirement files, this script, setup.py, what it compiles.
+stamp="$venv/.convneur_mm-$(cat "$root"/requirements/{build,tests}.txt "$requirements" "$root/setup.py" \
+  "$root"/convneur_mm/ops/neural_memory/csrc/* "${BASH_SOURCE[0]}" | cksum | cut -d' ' -f1)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$root" ]; then
   say "environment is up to date: $venv"
   exit 0
@@ -126,8 +127,10 @@ pip install --quiet --force-reinstall --no-deps "$(wheel)"
 say "3/4 mmengine, mmdet, mmseg, mmpretrain and the test tools (a minute or two)"
 pip install --quiet --no-build-isolation -r "$requirements" -r "$root/requirements/tests.txt"
 
-say "4/4 convneur_mm, editable"
+say "4/4 convneur_mm, editable; its CPU kernels take a minute to compile"
 pip install --quiet --no-build-isolation --no-deps -e "$root"
+"$venv/bin/python" -W ignore -c 'import sys; from convneur_mm.ops.neural_memory import cpu; sys.exit(cpu.kernels is None)' ||
+  die "the CPU kernels did not compile; what the compiler says: $venv/bin/python -m pip install -v --no-build-isolation --no-deps -e $root"
 # OpenCV's import is what a bare machine most often fails at (libGL), so look before anything long starts.
 "$venv/bin/python" -c 'import cv2' 2>"$venv/import.log" || {
   tail -n 1 "$venv/import.log" >&2

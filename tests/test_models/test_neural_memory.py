@@ -91,7 +91,7 @@ def short_tokens(layer):
 @pytest.mark.parametrize('with_state', [False, True], ids=['fresh', 'state'])
 def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state):
     """The segmented layer against its plain form around the reference, all gradients; 45 tokens are 5.6 chunks."""
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', segment_tokens)
+    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
     layer = make_layer(**dict(dict(chunk_size=8), **options))
     short_tokens(layer)
     layer.double()
@@ -106,7 +106,7 @@ def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state
 
 
 def test_layer_equals_reference_to_second_order(monkeypatch):
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', 40)
+    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
     layer = make_layer(chunk_size=8).double()
     x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
     for fast, plain in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):

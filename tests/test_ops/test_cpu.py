@@ -67,16 +67,17 @@ def test_older_processors(capability):
     assert done.returncode == 0 and ' passed' in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize('scale', [1e-4, 1.0, 10.0])
+@pytest.mark.parametrize('scale', [1e-4, 1.0, 3.0, 100.0])
 def test_float32_is_as_exact_as_pytorch(monkeypatch, scale):
-    """Also where GELUs saturate, or hardly bend."""
+    """Also where GELUs hardly bend, or saturate, where the generators' own gradients are beyond float32 for both."""
     options = dict(chunk_size=64, inner_step=1.0)
     tensors = inputs(2, 2, 200, torch.float32, scale)
     ours = results(tensors, **options)
     monkeypatch.setattr(cpu, 'kernels', None)
     theirs = results(tensors, **options)
     exact = results([x.detach().double().requires_grad_() for x in tensors], **options)
-    for found, reference in zip(errors(ours, exact), errors(theirs, exact)):
+    compared = slice(10 if scale == 100 else None)
+    for found, reference in zip(errors(ours, exact)[compared], errors(theirs, exact)[compared]):
         assert found <= 3 * reference + 1e-6
 
 

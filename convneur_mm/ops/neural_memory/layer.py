@@ -26,8 +26,10 @@ from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast, wri
 NORMALIZE_EPS = 1e-2
 
 # Tokens of a segment, images times length. On a CPU its tensors should fit in the cache, and be small enough for the
-# allocator to use them again: the system clears every page of a new large one. Elsewhere only their memory counts.
-CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**19
+# allocator to use them again: the system clears every page of a new large one. Where a backward pass will follow they
+# are longer, as what keeps its projections for it, instead of computing them anew, is a single segment. On other
+# devices only their memory counts.
+CPU_SEGMENT_TOKENS, CPU_SEGMENT_TOKENS_TO_KEEP, SEGMENT_TOKENS = 2**12, 2**14, 2**19
 
 
 class LayerWeights(NamedTuple):
@@ -140,11 +142,12 @@ def _segmented(x: Tensor, weights: LayerWeights, eps: float, state: MemoryState 
     # A product of nothing, which shows what autocast makes of products.
     nothing = weights.query.detach()[:0, :0]
     dtype = torch.mm(nothing, nothing).dtype
+    keep = torch.is_grad_enabled() and any(z.requires_grad for z in (x, rows, momentum, *weights))
     if is_compiling():
         settings = (eps, *(options[name] for name in OPTION_NAMES), dtype)
-        y, rows, momentum, *_ = compiled_forward(x, rows, momentum, list(weights), *settings)
+        y, rows, momentum, *_ = compiled_forward(x, rows, momentum, list(weights), keep, *settings)
     else:
-        y, rows, momentum = _SegmentedLayer.apply(x, rows, momentum, *weights, eps, options, dtype)
+        y, rows, momentum = _SegmentedLayer.apply(x, rows, momentum, *weights, keep, eps, options, dtype)
     return y, MemoryState(*unpack(rows), *unpack(momentum)) if options['return_state'] else None
 
 
@@ -153,8 +156,8 @@ class _SegmentedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rows, momentum, *arguments):
-        weights, ctx.settings = LayerWeights(*arguments[:-3]), arguments[-3:]
-        y, new_rows, new_momentum, *kept = _forward(x, rows, momentum, weights, *ctx.settings)
+        weights, ctx.settings = LayerWeights(*arguments[:-4]), arguments[-3:]
+        y, new_rows, new_momentum, *kept = _forward(x, rows, momentum, weights, arguments[-4], *ctx.settings)
         ctx.save_for_backward(x, rows, momentum, *weights, *kept)
         return y, new_rows, new_momentum
 
@@ -165,14 +168,14 @@ class _SegmentedLayer(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
             with no_autocast(inputs[0]):
                 again = differentiable_gradients(partial(_differentiable, *ctx.settings), inputs, grads)
-            return *again, None, None, None
+            return *again, *[None] * 4
         x, _, _, *weights = inputs
-        return *_backward(x, LayerWeights(*weights), kept, grads, *ctx.settings), None, None, None
+        return *_backward(x, LayerWeights(*weights), kept, grads, *ctx.settings), *[None] * 4
 
 
-def _forward(x, rows, momentum, weights, eps, options, dtype) -> tuple[Tensor, ...]:
-    """Tokens, memory and momentum afterwards, and what the backward needs besides the inputs."""
-    spans, initial = list(_spans(x, options)), pack(weights.w1, weights.w2)
+def _forward(x, rows, momentum, weights, keep, eps, options, dtype) -> tuple[Tensor, ...]:
+    """Tokens, memory and momentum afterwards, and if ``keep`` what the backward needs besides the inputs."""
+    spans, initial = list(_spans(x, options, keep)), pack(weights.w1, weights.w2)
     out, kept = x.new_empty(x.shape, dtype=dtype), []
     with no_autocast(x):
         for span, num_written in spans:
@@ -183,11 +186,11 @@ def _forward(x, rows, momentum, weights, eps, options, dtype) -> tuple[Tensor, .
                 projected.k, projected.v, initial, weights.generators, rows, momentum, segment_options)
             # In the memory of the queries, unless they are kept.
             y = chunked.read_all(projected.q, written.states[:, 2], segment_options,
-                                 out=None if len(spans) == 1 else projected.q)
+                                 out=None if keep and len(spans) == 1 else projected.q)
             torch.bmm(y.flatten(1, 2).mT.to(dtype), _batched(weights.proj.t(), x, dtype), out=out[:, span])
             rows, momentum = written.states[-1, 2], written.states[-1, 1]
-            kept.extend(written)
-    kept.extend(projected if len(spans) == 1 else ())
+            kept.extend(written if keep else ())
+    kept.extend(projected if keep and len(spans) == 1 else ())
     # Copies, as views would keep the states of all chunks alive.
     return out, rows.clone(), momentum.clone(), *kept
 
@@ -249,7 +252,7 @@ def _batched(weight: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _backward(x, weights, kept, grads, eps, options, dtype) -> tuple[Tensor, ...]:
     """Gradients of x, of memory and momentum before the first token, and of the weights."""
     grad_out, grad_rows, grad_momentum = grads
-    spans, num_kept = list(_spans(x, options)), len(chunked.Written._fields)
+    spans, num_kept = list(_spans(x, options, keep=True)), len(chunked.Written._fields)
     initial, heads = pack(weights.w1, weights.w2), len(weights.w1)
     totals = LayerWeights(*(torch.zeros_like(weight) for weight in weights))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -303,12 +306,14 @@ def _differentiable(eps, options, dtype, x, rows, momentum, *weights) -> tuple[T
     return out.to(dtype), pack(state.w1, state.w2), pack(state.p1, state.p2)
 
 
-def _spans(x: Tensor, options: dict) -> Iterator[tuple[slice, int]]:
+def _spans(x: Tensor, options: dict, keep: bool) -> Iterator[tuple[slice, int]]:
     """The segments of (B, N, Cm), in whole chunks but for the last one, and how many tokens of each are written."""
     (batch, num_tokens, _), chunk_size = x.shape, options['chunk_size']
     length = num_tokens
     if options['retrieve'] == 'previous':
-        most = CPU_SEGMENT_TOKENS if x.device.type == 'cpu' else SEGMENT_TOKENS
+        most = SEGMENT_TOKENS
+        if x.device.type == 'cpu':
+            most = CPU_SEGMENT_TOKENS_TO_KEEP if keep else CPU_SEGMENT_TOKENS
         length = max(1, most // (batch * chunk_size)) * chunk_size
     for start in range(0, num_tokens, length):
         stop = min(start + length, num_tokens)
@@ -329,8 +334,8 @@ def _named(eps: float, *settings: Any) -> tuple[float, dict, torch.dtype]:
     return eps, dict(zip(OPTION_NAMES, settings)), settings[-1]
 
 
-def _opaque_forward(x, rows, momentum, weights, *settings) -> list[Tensor]:
-    return list(_forward(x, rows, momentum, LayerWeights(*weights), *_named(*settings)))
+def _opaque_forward(x, rows, momentum, weights, keep, *settings) -> list[Tensor]:
+    return list(_forward(x, rows, momentum, LayerWeights(*weights), keep, *_named(*settings)))
 
 
 def _opaque_backward(x, weights, kept, grads, *settings) -> list[Tensor]:
@@ -338,7 +343,7 @@ def _opaque_backward(x, weights, kept, grads, *settings) -> list[Tensor]:
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, _, _, weights, *ctx.settings = inputs
+    x, _, _, weights, _, *ctx.settings = inputs
     ctx.save_for_backward(x, *weights, *output[3:])
 
 
@@ -346,13 +351,13 @@ def _differentiate(ctx, grads) -> tuple:
     x, *saved = ctx.saved_tensors
     weights, kept = saved[:len(LayerWeights._fields)], saved[len(LayerWeights._fields):]
     grad_x, grad_rows, grad_momentum, *grad_weights = compiled_backward(x, weights, kept, grads[:3], *ctx.settings)
-    return grad_x, grad_rows, grad_momentum, grad_weights, *[None] * len(ctx.settings)
+    return grad_x, grad_rows, grad_momentum, grad_weights, *[None] * (1 + len(ctx.settings))
 
 
 if HAS_CUSTOM_OPS:
     compiled_forward = torch.library.custom_op(
         'convneur_mm::memory_layer', _opaque_forward, mutates_args=(),
-        schema=f'(Tensor x, Tensor rows, Tensor momentum, Tensor[] weights, {_SETTINGS}) -> Tensor[]')
+        schema=f'(Tensor x, Tensor rows, Tensor momentum, Tensor[] weights, bool keep, {_SETTINGS}) -> Tensor[]')
     compiled_backward = torch.library.custom_op(
         'convneur_mm::memory_layer_backward', _opaque_backward, mutates_args=(),
         schema=f'(Tensor x, Tensor[] weights, Tensor[] kept, Tensor[] grads, {_SETTINGS}) -> Tensor[]')
