@@ -4,6 +4,7 @@ Where torch is installed already (``pip install --no-build-isolation``) the memo
 """
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -34,6 +35,16 @@ def kernels() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         return {}
+
+    class BuildKernels(BuildExtension):
+        """An optional extension that does not compile is skipped; here, also where there is nothing to compile with."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except (OSError, subprocess.CalledProcessError) as error:
+                self.announce(f'without CPU kernels, as the compiler does not run: {error}', level=3)
+
     # Compiled code fits one version of torch, so its name says which: cpu.py looks for that of the running one.
     version = re.sub(r'\W', '_', torch.__version__.split('+')[0])
     extension = CppExtension(
@@ -41,7 +52,7 @@ def kernels() -> dict:
         # GOMP's functions are torch's own: linked with -fopenmp, the module might bring a second pool of threads.
         extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi'],
         optional=True)
-    return dict(ext_modules=[extension], cmdclass={'build_ext': BuildExtension.with_options(use_ninja=False)})
+    return dict(ext_modules=[extension], cmdclass={'build_ext': BuildKernels.with_options(use_ninja=False)})
 
 
 compiled = kernels()

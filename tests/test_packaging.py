@@ -1,4 +1,6 @@
 """The wheel carries configs and tools, and works from a folder without the checkout."""
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,6 +26,26 @@ def test_wheel_holds_configs_and_tools(wheel):
 def test_wheel_holds_the_compiled_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith(f'convneur_mm/ops/neural_memory/{cpu.MODULE}.') for name in names)
+
+
+def test_wheel_without_a_compiler(tmp_path):
+    """The kernels are left out then, and what is left works."""
+    source = tmp_path / 'source'
+    for name in ('convneur_mm', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('*.so', '__pycache__'))
+    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path,
+                    source], check=True, capture_output=True, env=dict(os.environ, CC='false', CXX='false'))
+    path, = tmp_path.glob('convneur_mm-*.whl')
+    assert not any(name.endswith('.so') for name in zipfile.ZipFile(path).namelist())
+    zipfile.ZipFile(path).extractall(tmp_path / 'site')
+    code = ('import torch; from convneur_mm.models import NeuralMemory; from convneur_mm.ops.neural_memory import cpu; '
+            'NeuralMemory(32)(torch.randn(1, 400, 32)).sum().backward(); print(cpu.kernels, cpu.__file__)')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, text=True, capture_output=True,
+                          check=True, env={'PYTHONPATH': str(tmp_path / 'site'), 'PATH': '/usr/bin:/bin'})
+    kernels, where = done.stdout.split()[-2:]
+    assert kernels == 'None' and Path(where).is_relative_to(tmp_path)
 
 
 def test_wheel_names_no_openmmlab_requirement(wheel):

@@ -32,6 +32,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from convneur_mm.ops.neural_memory.cpu import kernels as cpu_kernels
+
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')}
 HALF = torch.bfloat16, torch.float16
 MODES = ('forward', 'forward+backward')
@@ -317,6 +319,8 @@ def describe_machine(device: torch.device) -> dict[str, object]:
         cpu = models[-1] if models else cpu
     machine = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
                    torch=torch.__version__, device=str(device))
+    if device.type == 'cpu':
+        machine['memory kernels'] = 'not compiled' if cpu_kernels is None else cpu_kernels.instruction_set()
     if device.type == 'cuda':
         machine.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
     return machine

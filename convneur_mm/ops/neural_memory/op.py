@@ -63,9 +63,10 @@ def neural_memory(
         state (MemoryState | None): Memory and momentum to go on from, as returned by an earlier call. Two calls
             split at a chunk boundary equal one. None starts at M_0 with no momentum. Defaults to None.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
-        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed forms in PyTorch),
-            'triton' (kernels for CUDA, not chosen by themselves as they have yet to run on a GPU) or 'auto': what the
-            environment variable CONVNEUR_MEMORY_BACKEND names, or else 'chunked'. Defaults to 'auto'.
+        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed forms in PyTorch, on a CPU
+            in C++ where that is compiled), 'triton' (kernels for CUDA, not chosen by themselves as they have yet to run
+            on a GPU) or 'auto': what the environment variable CONVNEUR_MEMORY_BACKEND names, or else 'chunked'.
+            Defaults to 'auto'.
 
     Returns:
         tuple[Tensor, MemoryState | None]: ``y`` (B, h, N, d) in the dtype of ``q``, and the state in the inner

@@ -189,12 +189,12 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
   Tensor surprises = at::empty({chunks, batch, channels}, k.options());
   Tensor pre_hidden = at::empty({chunks, batch, 4 * channels}, k.options());
   Tensor coefficients = at::empty({chunks, batch, 3 * channels}, k.options());
-  // The weights that errors are taken at.
-  const Tensor at = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
-  check_rows(at, k);
+  // The weights that gradients are taken at.
+  const Tensor points = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
+  check_rows(points, k);
   AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "memory_write_all", [&] {
     const Tokens<scalar_t> keys(k), values(v);
-    const Rows<scalar_t> weights(at), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
+    const Rows<scalar_t> weights(points), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
         memories(states.select(1, 2));
     const auto& call = kernels<scalar_t>();
     scalar_t *errors = surprises.data_ptr<scalar_t>(), *generated = coefficients.data_ptr<scalar_t>();
@@ -206,7 +206,7 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
     if (!sequential) {
       for_chunks(0, chunks, count, surprise);
       generate<scalar_t>(surprises.flatten(0, 1), in_weight, in_bias, out_weight, out_bias, pre_hidden.flatten(0, 1),
-               coefficients.flatten(0, 1));
+                         coefficients.flatten(0, 1));
     }
     for (int64_t t = 0; t < chunks; t++) {
       if (sequential) {
@@ -245,14 +245,14 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
   Tensor grad_gradients = at::empty({sequential ? 1 : chunks, batch, heads, R, D}, k.options());
   Tensor grad_out = at::empty_like(coefficients), grad_pre_hidden = at::empty_like(pre_hidden);
   Tensor grad_errors = at::empty({sequential ? 1 : chunks, batch, heads * D}, k.options());
-  const Tensor at = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
-  // What comes back to the weights that errors are taken at.
-  const Tensor grad_at = sequential ? grad_m.unsqueeze(0) : at::zeros({chunks, batch, heads, R, D}, k.options());
+  const Tensor points = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
+  // What comes back to the weights that gradients are taken at.
+  const Tensor grad_points = sequential ? grad_m.unsqueeze(0) : at::zeros({chunks, batch, heads, R, D}, k.options());
 
   AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "memory_write_all_backward", [&] {
     const Tokens<scalar_t> keys(k), values(v), grad_keys(grad_k), grad_values(grad_v);
-    const Rows<scalar_t> weights(at), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
-        memories(states.select(1, 2)), grad_reads(grad_memories), grads(grad_gradients), grad_weights(grad_at);
+    const Rows<scalar_t> weights(points), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
+        memories(states.select(1, 2)), grad_reads(grad_memories), grads(grad_gradients), grad_weights(grad_points);
     const auto& call = kernels<scalar_t>();
     scalar_t *generated = coefficients.data_ptr<scalar_t>(), *grad_generated = grad_out.data_ptr<scalar_t>();
     scalar_t *errors = grad_errors.data_ptr<scalar_t>(), *p = grad_p.data_ptr<scalar_t>(),
@@ -288,7 +288,7 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
       for_chunks(0, chunks, count, surprise_backward);
     }
   });
-  const Tensor grad_initial = sequential ? Tensor() : grad_at.sum(at::IntArrayRef({0, 1}));
+  const Tensor grad_initial = sequential ? Tensor() : grad_points.sum(at::IntArrayRef({0, 1}));
   return {grad_k, grad_v, grad_initial, grad_out, grad_pre_hidden, grad_m, grad_p};
 }
 
