@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,30 @@ def test_only_for_what_it_can_do():
     assert not cpu.usable(tokens, rows[..., :8, :])
     with FlopCounterMode(display=False):
         assert not cpu.usable(tokens, rows)
+
+
+def test_kernels_that_do_not_load_are_left_out(tmp_path):
+    """With a warning, as those of another PyTorch of the same version would be."""
+    folder = Path(cpu.__file__).parent
+    code = f"""if True:
+        import importlib.util, sys, warnings
+        import {cpu.__package__}
+        real = importlib.import_module
+        def fail(name, package=None):
+            if name.startswith('._cpu_'):
+                raise ImportError('undefined symbol')
+            return real(name, package)
+        importlib.import_module = fail
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            spec = importlib.util.spec_from_file_location('{cpu.__package__}.again', r'{folder / "cpu.py"}')
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        print(module.kernels, found[-1].message)
+    """
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True,
+                         cwd=tmp_path).stdout
+    assert 'None CPU kernels compiled for another PyTorch are left out' in out and 'undefined symbol' in out
 
 
 @pytest.mark.parametrize('change, message', [

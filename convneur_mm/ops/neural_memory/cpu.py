@@ -1,14 +1,15 @@
 """The memory of chunked.py on a CPU, in C++: the same functions, for heads of 16 channels with 8 hidden units.
 
-One head works on a chunk of 196 tokens in a few microseconds, less than PyTorch needs to launch an operator of it. In
-``csrc``, a head's numbers stay in registers and the first cache until a chunk is done. Installing the package compiles
-it for the torch that is there; where no compiler is, where sizes are others, or where somebody watches the operators
-(compilers, FLOP counters, fake tensors), chunked.py does the work itself.
+One head works on a chunk of 196 tokens in a few microseconds, about what PyTorch needs to launch one of its operators.
+In ``csrc``, a head's numbers stay in registers and the first cache until a chunk is done. Installing the package
+compiles it for the torch that is there; where no compiler is, where sizes are others, or where somebody watches the
+operators (compilers, FLOP counters, tensors of other kinds), chunked.py does the work itself.
 """
 from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -22,13 +23,17 @@ try:
     kernels: Any = importlib.import_module(f'.{MODULE}', __package__)
 except ModuleNotFoundError:
     kernels = None
+except ImportError as error:
+    kernels = None
+    warnings.warn(f'CPU kernels compiled for another PyTorch are left out; install convneur-mm again: {error}',
+                  stacklevel=2)
 
 
 def usable(tokens: Tensor, rows: Tensor | None = None) -> bool:
     """Whether there are kernels for tokens (B, h, d, N) and, if they matter, rows of weights (…, 2e, d)."""
-    return (kernels is not None and tokens.device.type == 'cpu' and tokens.dtype in (torch.float32, torch.float64)
-            and tokens.size(-2) == kernels.HEAD_DIM and (rows is None or rows.size(-2) == 2 * kernels.HIDDEN_DIM)
-            and not _is_watched())
+    return (kernels is not None and type(tokens) is Tensor and tokens.device.type == 'cpu'
+            and tokens.dtype in (torch.float32, torch.float64) and tokens.size(-2) == kernels.HEAD_DIM
+            and (rows is None or rows.size(-2) == 2 * kernels.HIDDEN_DIM) and not _is_watched())
 
 
 def _is_watched() -> bool:
@@ -37,15 +42,15 @@ def _is_watched() -> bool:
 
 def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, rows: Tensor, momentum: Tensor,
               options: dict) -> list[Tensor]:
-    """What :class:`.chunked.Written` has."""
+    """The fields of :class:`.chunked.Written`, see :func:`.chunked.write_all`."""
     return kernels.write_all(_columns(k), _columns(v), initial, *generators, rows, momentum, *_settings(options))
 
 
 def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators,
                        written: tuple[Tensor, ...], grad_memories: Tensor, grad_momentum: Tensor | None,
                        options: dict) -> list[Tensor]:
-    """Gradients of k, v and M_0, of the generators' outputs before the sigmoid and hidden units before the GELU of all
-    chunks, and of the memory and momentum before the first chunk."""
+    """Gradients of k, v, M_0 (None under the sequential rule), of all chunks' coefficients before their sigmoid and
+    hidden units before their GELU, and of the memory and momentum before the first chunk."""
     states, _, pre_hidden, coefficients = written
     return kernels.write_all_backward(
         _columns(k), _columns(v), initial, generators.in_weight, generators.out_weight, states, pre_hidden,
@@ -53,13 +58,14 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
 
 
 def read_all(q: Tensor, memories: Tensor, options: dict, out: Tensor) -> None:
-    """See there."""
+    """See :func:`.chunked.read_all`; ``out`` may be ``q`` itself."""
     kernels.read_all(_columns(q), _readable(memories, q, options), out, options['chunk_size'])
 
 
 def read_all_backward(q: Tensor, memories: Tensor, grad_y: Tensor, grad_memories: Tensor, options: dict,
                       y: Tensor | None) -> Tensor:
-    """See there."""
+    """The gradient of q; adds those of the memories to ``grad_memories`` and fills ``y`` with the reads, if there is
+    one, which must be contiguous."""
     return kernels.read_all_backward(
         _columns(q), _readable(memories, q, options), _columns(grad_y), _readable(grad_memories, q, options), y,
         options['chunk_size'])
