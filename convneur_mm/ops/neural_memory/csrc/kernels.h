@@ -158,7 +158,7 @@ INLINE void finish(T* out, const Sums<T>& sums) {
 INLINE Vec<float> exponential(Vec<float> x) {
   typedef Vector<float>::ints ints;
   const float round = 12582912;  // 1.5·2²³: adding it leaves the nearest integer in the lowest bits
-  x = x < -87.f ? x - x - 87.f : x;
+  x = x < -87.f ? Vec<float>{} - 87.f : x;
   const Vec<float> shifted = x * 1.44269504f + round;
   const Vec<float> n = shifted - round;
   const Vec<float> f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n·ln 2, in two steps
@@ -475,7 +475,7 @@ void normalize_backward(const T* unit, const T* scale, T* grad, int64_t stride, 
       units[j] = load<T>(unit + j * stride + start, count);
       along += grads[j] * units[j];
     }
-    along = factor > 0 ? along : along - along;
+    along = factor > 0 ? along : Vec<T>{};
     const Vec<T> size = factor > 0 ? factor : -factor;
     for (int j = 0; j < D; j++) store<T>(grad + j * stride + start, (grads[j] - units[j] * along) * size, count);
   }
