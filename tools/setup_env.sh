@@ -128,9 +128,10 @@ say "3/4 mmengine, mmdet, mmseg, mmpretrain and the test tools (a minute or two)
 pip install --quiet --no-build-isolation -r "$requirements" -r "$root/requirements/tests.txt"
 
 say "4/4 convneur_mm, editable; its CPU kernels take a minute to compile"
-pip install --quiet --no-build-isolation --no-deps -e "$root"
+CXX=$compiler pip install --quiet --no-build-isolation --no-deps -e "$root"
+# They are an extra: a compiler that cannot do them (clang without OpenMP, say) must not cost the environment.
 "$venv/bin/python" -W ignore -c 'import sys; from convneur_mm.ops.neural_memory import cpu; sys.exit(cpu.kernels is None)' ||
-  die "the CPU kernels did not compile; what the compiler says: $venv/bin/python -m pip install -v --no-build-isolation --no-deps -e $root"
+  say "    they did not compile, so the memory is slower on a CPU; why: CXX=$compiler $venv/bin/python -m pip install -v --no-build-isolation --no-deps -e $root"
 # OpenCV's import is what a bare machine most often fails at (libGL), so look before anything long starts.
 "$venv/bin/python" -c 'import cv2' 2>"$venv/import.log" || {
   tail -n 1 "$venv/import.log" >&2
