@@ -273,8 +273,7 @@ class Environment:
         return self.folder / 'setup' / f'{name}.log'
 
     def pip(self, name: str, *args: str | Path) -> None:
-        run([self.python, '-m', 'pip', 'install', *args], self.log(name), self.env,
-            lambda text, seconds: pip_progress(text))
+        run([self.python, '-m', 'pip', 'install', *args], self.log(name), self.env, pip_progress)
 
     def run_python(self, code: str) -> str:
         """Runs code in the environment, away from this folder; returns the last line of what went wrong, or ''."""
