@@ -86,8 +86,10 @@ def run(command: Sequence[str | Path], log: Path) -> float:
     say(f'$ {shown}')
     start = time.time()
     tail: deque[str] = deque(maxlen=30)
+    # This interpreter has what is needed; the launchers might take that of another environment.
+    env = {**os.environ, 'PYTHON': sys.executable}
     with log.open('w') as file, subprocess.Popen(
-            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             file.write(line)
             file.flush()

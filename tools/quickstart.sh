@@ -4,6 +4,7 @@
 #
 #   tools/quickstart.sh [--task det|seg|cls|all]     (default: det, into work_dirs/quickstart/)
 set -euo pipefail
+unset PYTHONPATH PYTHONHOME  # of another environment
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/tools/setup_env.sh"
 exec "$root/.venv/bin/python" "$root/tools/quickstart.py" "$@"

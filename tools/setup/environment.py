@@ -137,8 +137,10 @@ class Environment:
             SetupError: If something is missing on the machine, or a step fails.
         """
         self.check_folder()
-        check_headers()
-        self.env['CXX'] = compiler = self.find_compiler()
+        check_python(headers=self.stack.mmcv)
+        compiler = self.find_compiler()
+        if compiler:
+            self.env['CXX'] = compiler
         self.check_disk()
         say(f'Python: {platform.python_version()} {sys.executable}')
         say(f'compiler: {compiler or "none, so the memory runs in PyTorch"}; environment: {self.folder}')
@@ -303,16 +305,16 @@ class Environment:
             raise SetupError(f'the environment does not import: {error}')
 
 
-def check_headers() -> None:
-    """Whether this Python can make environments and compile extensions."""
+def check_python(headers: bool) -> None:
+    """Whether this Python can make environments and, if asked, compile extensions."""
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
         raise SetupError(f'{sys.executable} has no venv and ensurepip modules; on Debian and Ubuntu: apt-get install '
                          'python3-venv') from None
-    if not (Path(sysconfig.get_paths()['include']) / 'Python.h').exists():
-        raise SetupError(f'{sys.executable} has no header files (Python.h), which compiling needs; on Debian and '
+    if headers and not (Path(sysconfig.get_paths()['include']) / 'Python.h').exists():
+        raise SetupError(f'{sys.executable} has no header files (Python.h), which compiling mmcv needs; on Debian and '
                          'Ubuntu: apt-get install python3-dev')
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shell import SetupError, lock, run, say
+from shell import SetupError, lock, minutes, run, say
 
 BINDINGS = Path('mmcv/ops/csrc/pytorch')
 # What a name in TORCH_CUDA_ARCH_LIST may look like: 9.0, 9.0a, 8.6+PTX.
@@ -100,13 +100,13 @@ def merge_bindings(source: Path) -> int:
 
 
 def ninja_progress(text: str, seconds: float) -> str:
-    """Files compiled, and by their number the time left."""
+    """Files compiled and, once their number says something of the others, the time left."""
     steps = re.findall(r'\[(\d+)/(\d+)\]', text)
     if not steps:
         return ''
     done, total = map(int, steps[-1])
-    left = int(seconds * (total - done) / done)
-    return f'file {done} of {total}, about {left // 60}:{left % 60:02} min left'
+    shown = f'file {done} of {total}'
+    return shown if 4 * done < total else f'{shown}, about {minutes(seconds * (total - done) / done)} left'
 
 
 def num_jobs(env: Mapping[str, str]) -> int:
