@@ -242,7 +242,7 @@ class Environment:
     def install_mmcv(self) -> str:
         requirement = next(pin for name, pin in self.pins().items() if name.endswith('mmcv'))
         return mmcv_wheel.install(self.python, requirement, self.torch(), self.cache, self.env,
-                                  lambda: self.run_python('import mmcv.ops') == '')
+                                  lambda: self.run_python('import mmcv.ops'))
 
     def install_rest(self) -> str:
         self.pip('rest', '--no-build-isolation', '-r', self.requirements, '-r', ROOT / 'requirements' / 'tests.txt')

@@ -147,7 +147,7 @@ def find_wheel(folder: Path, requirement: str) -> Path | None:
 
 
 def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapping[str, str],
-            works: Callable[[], bool]) -> str:
+            problem: Callable[[], str]) -> str:
     """Installs mmcv into an environment that has PyTorch and MMEngine, compiling it unless that was done before.
 
     Args:
@@ -157,7 +157,8 @@ def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapp
         cache (Path): Keeps compiled wheels, in a folder for each :func:`wheel_key`: pip's own cache does not know the
             version of PyTorch.
         env (Mapping[str, str]): Environment of the commands.
-        works (Callable[[], bool]): Whether the environment's mmcv has all of its operators, asked after installing.
+        problem (Callable[[], str]): Says what keeps the environment's mmcv from importing with all of its operators;
+            '' if nothing does. Asked after installing.
 
     Returns:
         str: How it was done, for a person.
@@ -170,13 +171,18 @@ def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapp
     folder = cache / 'wheels' / key
     pip = [python, '-m', 'pip', '--disable-pip-version-check']
     env = dict(env, PATH=f'{python.parent}{os.pathsep}{env.get("PATH", "")}')
+
+    def install_wheel(wheel: Path) -> None:
+        run([*pip, 'install', '--force-reinstall', '--no-deps', wheel], folder / 'install.log', env)
+        run([*pip, 'install', requirement], folder / 'install.log', env)  # the packages it depends on
+
     with lock(folder / '.lock', f'mmcv for {key}'):
         wheel = find_wheel(folder, requirement)
         if wheel:
-            run([*pip, 'install', '--force-reinstall', '--no-deps', wheel], folder / 'install.log', env)
-            if works():
+            install_wheel(wheel)
+            if not problem():
                 return f'reused {wheel}'
-            say(f'    {wheel} does not work here; compiling it again')
+            say(f'    {wheel} does not import here ({problem()}); compiling it again')
         if archs:
             check_nvcc(torch, env)
         jobs = num_jobs(env)
@@ -190,9 +196,9 @@ def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapp
                 built = find_wheel(Path(scratch), requirement)
                 if not built:
                     raise SetupError(f'the build left no wheel of {requirement}; log: {folder}/build.log')
-                run([*pip, 'install', '--force-reinstall', '--no-deps', built], folder / 'install.log', env)
-                if not works():
-                    raise SetupError('the compiled module lacks operators that mmcv.ops asks for')
+                install_wheel(built)
+                if problem():
+                    raise SetupError(f'the compiled mmcv does not import: {problem()}')
                 os.replace(built, folder / built.name)
                 return f'compiled ({name} build)'
 
