@@ -306,7 +306,8 @@ def test_an_unknown_stack_is_named():
 
 
 def test_a_failing_command_shows_the_end_of_its_output(tmp_path):
-    with pytest.raises(shell.SetupError, match=r'^line 16\n(.*\n){23}line 40\n.*exit code 3\); its whole output: .*x.log'):
+    expected = r'^line 16\n(.*\n){23}line 40\n.*exit code 3\); its whole output: .*x.log'
+    with pytest.raises(shell.SetupError, match=expected):
         shell.run(['sh', '-c', 'i=0; while [ $i -lt 40 ]; do i=$((i+1)); echo line $i; done; exit 3'],
                   tmp_path / 'x.log', os.environ)
     assert (tmp_path / 'x.log').read_text().startswith('line 1\n')
