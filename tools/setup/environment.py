@@ -259,10 +259,10 @@ class Environment:
     # ---- helpers
 
     def requirement_files(self) -> list[Path]:
-        """The stack's file and those it includes with ``-r``."""
+        """The stack's file and those it names with ``-r`` or ``-c``."""
         files = [self.requirements]
         for path in files:
-            files += [path.parent / name for name in re.findall(r'^-r (\S+)', path.read_text(), re.M)]
+            files += [path.parent / name for name in re.findall(r'^-[rc] (\S+)', path.read_text(), re.M)]
         return files
 
     def pins(self) -> dict[str, str]:
