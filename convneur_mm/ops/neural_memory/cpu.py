@@ -50,7 +50,7 @@ def _warn_once() -> None:
     if not _has_warned:
         _has_warned = True
         warnings.warn('the neural memory runs in PyTorch, two to three times as slowly as its C++ kernels for a CPU: '
-                      f'{missing}. With a C++ compiler, mend with: {install_command()}', stacklevel=2)
+                      f'{missing}. With a C++ compiler, mend with: {install_command()}', stacklevel=3)
 
 
 def install_command() -> str:
