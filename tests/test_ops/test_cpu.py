@@ -216,8 +216,7 @@ def test_no_warning_while_compiling(without_kernels):
     assert seen == [False]
     cpu._has_warned = False
     tensors = inputs(1, 2, 40, torch.float32)
-    operator = torch.compile(lambda *tensors: neural_memory(*tensors[:5], UpdateGenerators(*tensors[5:]), chunk_size=16),
-                             backend='eager')
+    operator = torch.compile(lambda *x: neural_memory(*x[:5], UpdateGenerators(*x[5:]), chunk_size=16), backend='eager')
     assert not warnings_of(operator, *tensors)
 
 
