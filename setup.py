@@ -1,6 +1,7 @@
 """Packaging. The wheel carries ``configs/`` and ``tools/`` under ``convneur_mm/.mim``, where ``mim`` looks for them.
 
-Where torch is installed already (``pip install --no-build-isolation``) the memory's CPU kernels are compiled for it.
+Where torch is installed already (``pip install --no-build-isolation``) the memory's CPU kernels are compiled for it. In
+pip's build isolation there is no torch, so the package is pure Python then and needs no compiler.
 """
 import re
 import shutil
@@ -66,7 +67,7 @@ setup(
     license_files=['LICENSE'],
     packages=find_packages(include=['convneur_mm', 'convneur_mm.*']),
     include_package_data=False,
-    python_requires='>=3.10,<3.13',
+    python_requires='>=3.10,<3.14',
     # Empty on purpose: the two families of OpenMMLab packages share import names, and pip would install one
     # beside the other. requirements/ holds the pinned stack, and the import of convneur_mm checks it.
     install_requires=[],
@@ -77,5 +78,6 @@ setup(
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
     ],
 )

@@ -1,4 +1,7 @@
-"""ConvNeur for OpenMMLab: importing this package registers the backbone for mmdet, mmseg and mmpretrain alike."""
+"""ConvNeur for OpenMMLab: importing this package registers the backbone for mmdet, mmseg and mmpretrain alike.
+
+None of the three need be installed: models and operators work with torch, torchvision and mmengine alone.
+"""
 from .stack import check_stack
 
 check_stack()

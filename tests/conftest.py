@@ -1,4 +1,10 @@
-"""What tests of several folders share."""
+"""What tests of several folders share.
+
+In an environment without any of mmcv, mmdet, mmseg and mmpretrain the tests of the models and operators run too. There
+a test marked ``needs('timm')``, say, is skipped where timm is missing, and one marked ``needs('kernels')`` where the
+C++ kernels are not compiled. As soon as one of the four packages is installed nothing is skipped for want of another.
+"""
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +14,28 @@ import pytest
 from convneur_mm.ops.neural_memory import cpu
 
 ROOT = Path(__file__).parents[1]
+IS_CORE = not any(importlib.util.find_spec(name) for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'))
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', "needs(name, ...): packages a test needs beside the core; 'kernels' for those "
+                                       'of the memory in C++')
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers('needs'):
+        for name in mark.args:
+            need(name)
+
+
+def need(name: str) -> None:
+    """Skips the test in the core environment if a package is missing; elsewhere that is an error."""
+    missing = cpu.missing if name == 'kernels' else not importlib.util.find_spec(name)
+    if missing:
+        reason = 'kernels not compiled' if name == 'kernels' else f'{name} not installed'
+        if IS_CORE:
+            pytest.skip(reason)
+        pytest.fail(f'{reason}: tools/setup_env.sh', pytrace=False)
 
 
 @pytest.fixture(scope='session')
@@ -23,7 +51,8 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.fixture(params=['cpp', 'pytorch'], scope='module')
 def both_codes(request):
     """Runs a module's tests with the compiled kernels, and then with what serves other devices and sizes."""
-    assert cpu.kernels is not None, 'the kernels are not compiled: tools/setup_env.sh'
+    if request.param == 'cpp':
+        need('kernels')
     with pytest.MonkeyPatch.context() as patch:
         if request.param == 'pytorch':
             patch.setattr(cpu, 'kernels', None)

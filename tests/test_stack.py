@@ -1,81 +1,276 @@
-"""The import check: every broken environment is named, with the command that mends it."""
+"""The import check: every environment that does not fit is named, with commands that mend it."""
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import convneur_mm
 from convneur_mm import stack
-from convneur_mm.stack import PRIMARY_PINS, StackError, check_operators, check_versions
+from convneur_mm.engine import launch
+from convneur_mm.stack import CORE, PRIMARY, UPSTREAM, Family, StackError, check_operators, check_versions, require
 
 ROOT = Path(__file__).parents[1]
-GOOD = dict(pin.split('==') for pin in PRIMARY_PINS)
-UPSTREAM = {'torch': '2.1.2', 'torchvision': '0.16.2', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0',
-            'mmsegmentation': '1.2.2', 'mmpretrain': '1.2.0'}
+ALL = tuple(PRIMARY.packages)
+OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+BOTH = pytest.mark.parametrize('family', [PRIMARY, UPSTREAM], ids=['primary', 'upstream'])
+COMPILE = ['MMCV_WITH_OPS=1', 'pip', 'install', '--no-cache-dir', '--no-build-isolation', '--force-reinstall',
+           '--no-deps']
 
 
-def test_good_stacks_pass():
-    check_versions(GOOD)
-    check_versions(UPSTREAM)
-    check_versions({**GOOD, 'torch': '2.12.1+cpu', 'torchvision': '0.27.1+cpu'})
+def installed(family: Family, *names: str, **changes: str | None) -> dict[str, str]:
+    """Versions as after an installation of all packages, or of those named; None takes one away."""
+    versions = {name: re.search(r'[=<](\d[.\d]*)', family.packages[name].requirement + '=5.0')[1]
+                for name in names or ALL}
+    versions.update(changes)
+    return {family.packages[name].distribution: version for name, version in versions.items() if version}
+
+
+def remedy(match: str, versions: dict[str, str], needed=CORE, python=(3, 11), check=check_versions) -> list[list[str]]:
+    """Checks versions; the arguments of each command that the error names."""
+    with pytest.raises(StackError, match=match) as error:
+        check(versions, needed, python=python)
+    message = str(error.value)
+    assert '\n' not in message
+    return [shlex.split(command) for command in re.split('[Mm]end with: ', message)[1].split(' && ')]
+
+
+def assert_installs(commands: list[list[str]], family: Family, names: set[str]) -> None:
+    """The commands install these packages of this family and nothing else, in an order that works.
+
+    torch comes first, then mmcv is compiled against it, then the rest with mmcv's own requirements: any other order
+    fails, or builds mmcv without operators.
+    """
+    expected = []
+    if names & {'torch', 'torchvision'}:
+        expected.append(['pip', 'install', *requirements(family, names & {'torch', 'torchvision'}), *family.limits])
+    compiled = names & set(OPENMMLAB[1:])
+    if compiled:
+        expected.append(['pip', 'install', *family.build_tools])
+    if 'mmcv' in names:
+        expected.append([*COMPILE, *requirements(family, {'mmcv'})])
+    rest = requirements(family, names - {'torch', 'torchvision'})
+    if rest:
+        rest += [limit for limit in family.limits if limit not in rest]
+        expected.append(['pip', 'install', *(['--no-build-isolation'] if compiled else []), *rest])
+    assert commands == expected
+
+
+def requirements(family: Family, names: set[str]) -> list[str]:
+    return [requirement for name in ALL if name in names for requirement in family.packages[name].requirement.split()]
+
+
+@BOTH
+def test_good_stacks_pass(family):
+    check_versions(installed(family))
+    check_versions(installed(family), needed=ALL)
+    check_versions(installed(family, *CORE))
+    check_versions({**installed(family), 'torch': '2.12.1+cpu', 'torchvision': '0.27.1+cpu'})
 
 
 def test_this_environment_passes():
     stack.check_stack()
 
 
-def test_pins_are_those_of_the_requirements():
-    text = (ROOT / 'requirements' / 'primary.txt').read_text()
-    assert sorted(re.findall(r'^((?:torch|onedl)\S*==\S+)$', text, re.M)) == sorted(PRIMARY_PINS)
+@pytest.mark.parametrize('file, family', [('primary', PRIMARY), ('openmmlab', UPSTREAM)])
+def test_versions_are_those_of_the_requirement_files(file, family):
+    listed = [line.split('#')[0].strip() for line in (ROOT / 'requirements' / f'{file}.txt').read_text().splitlines()]
+    named = {requirement for package in family.packages.values() for requirement in package.requirement.split()}
+    assert {line for line in listed if '==' in line} == {requirement for requirement in named if '==' in requirement}
+    assert {*family.limits, family.build_tools[0]} <= {*listed}
+    tools = (ROOT / 'requirements' / 'build.txt').read_text().split('\n')
+    assert set(family.build_tools[1:]) <= set(tools)
+    assert set(listed) - {''} >= named - {'opencv-python'}
 
 
-@pytest.mark.parametrize('name', sorted(GOOD))
-def test_missing_package(name):
-    versions = {k: v for k, v in GOOD.items() if k != name}
-    with pytest.raises(StackError, match=f'needs {name}.* not installed here') as error:
-        check_versions(versions)
-    assert f'{name}=={GOOD[name]}' in str(error.value).split('Mend with: ')[1]
+def test_core_requirements():
+    """They repeat no version, and take those of the whole stack."""
+    lines = [line.split('#')[0].strip() for line in (ROOT / 'requirements' / 'core.txt').read_text().splitlines()]
+    assert lines[1] == '-c primary.txt'
+    assert set(lines[2:]) == {PRIMARY.packages[name].distribution for name in CORE}
+
+
+@BOTH
+@pytest.mark.parametrize('name', CORE)
+def test_missing_core_package(family, name):
+    commands = remedy(f'convneur_mm needs {family.packages[name].distribution}.* not installed here',
+                      installed(family, **{name: None}))
+    assert_installs(commands, family, {name})
+
+
+@BOTH
+@pytest.mark.parametrize('name', OPENMMLAB[1:])
+def test_missing_package_of_the_whole_stack(family, name):
+    """The models do without it, and name it where something needs it."""
+    versions = installed(family, **{name: None})
+    check_versions(versions)
+    commands = remedy(f'needs {family.packages[name].distribution}.* not installed here', versions, needed=ALL)
+    assert_installs(commands, family, {name})
+
+
+@BOTH
+def test_missing_torch_and_torchvision(family):
+    assert_installs(remedy('needs torch, torchvision, not', installed(family, torch=None, torchvision=None)), family,
+                    {'torch', 'torchvision'})
+
+
+@BOTH
+def test_missing_all_beside_the_core(family):
+    assert_installs(remedy('mmcv', installed(family, *CORE), needed=ALL), family, set(OPENMMLAB[1:]))
 
 
 def test_nothing_installed():
-    with pytest.raises(StackError) as error:
-        check_versions({})
-    command = str(error.value).split('Mend with: ')[1]
-    # torch first, then mmcv compiled against it, then the rest: any other order fails or builds without operators.
-    positions = [command.index(p) for p in ('torch==', 'MMCV_WITH_OPS=1', 'onedl-mmcv==', 'onedl-mmdetection==')]
-    assert positions == sorted(positions)
-    assert all(pin in command for pin in PRIMARY_PINS)
+    assert_installs(remedy('needs torch, torchvision', {}), PRIMARY, set(CORE))
+    assert_installs(remedy('needs torch, torchvision', {}, needed=ALL), PRIMARY, set(ALL))
 
 
-@pytest.mark.parametrize('name, version', [('onedl-mmcv', '2.2.0'), ('onedl-mmengine', '0.11.0'),
-                                           ('onedl-mmpretrain', '1.4.0')])
-def test_wrong_version(name, version):
-    with pytest.raises(StackError, match=f'{name} {version} .*does not fit: expected at least') as error:
-        check_versions({**GOOD, name: version})
-    assert f'{name}=={GOOD[name]}' in str(error.value)
+@BOTH
+@pytest.mark.parametrize('name, version', [('mmcv', '2.9.0'), ('mmengine', '0.11.0'), ('mmdet', '2.28.2'),
+                                           ('mmseg', '0.30.0'), ('mmpretrain', '1.4.0')])
+def test_wrong_version(family, name, version):
+    distribution = family.packages[name].distribution
+    commands = remedy(f'{distribution} {version} .*does not fit: expected at least',
+                      installed(family, **{name: version}))
+    assert_installs(commands, family, {name})
 
 
-def test_mixed_families():
-    with pytest.raises(StackError, match='two families') as error:
-        check_versions({**GOOD, 'mmcv': '2.1.0', 'mmengine': '0.10.7'})
-    command = str(error.value).split('Mend with: ')[1]
-    assert command.startswith('pip uninstall -y mmengine mmcv onedl-mmengine')
-    assert all(pin in command for pin in PRIMARY_PINS)
+@BOTH
+@pytest.mark.parametrize('torch, vision', [('2.13.0+cpu', '0.28.0'), ('2.13.0', '0.27.1'), ('2.1.2', '0.27.1'),
+                                           ('2.12.1', '0.16.2'), ('pinned+cpu', 'pinned')])
+@pytest.mark.parametrize('with_mmcv', [True, False], ids=['mmcv', 'core'])
+def test_torchvision_of_another_torch(family, torch, vision, with_mmcv):
+    pins = installed(family)
+    torch, vision = torch.replace('pinned', pins['torch']), vision.replace('pinned', pins['torchvision'])
+    versions = installed(family, *(ALL if with_mmcv else CORE), torch=torch, torchvision=vision)
+    commands = remedy(re.escape(f'torchvision {vision} was not built for torch {torch}'), versions)
+    # pip takes 2.12.1+cpu for 2.12.1, and would leave it there.
+    assert commands[0] == ['pip', 'uninstall', '-y', 'torch', 'torchvision']
+    # mmcv was compiled for the torch that was there.
+    changes = torch.split('+')[0] != pins['torch']
+    assert_installs(commands[1:], family, {'torch', 'torchvision', *(['mmcv'] if with_mmcv and changes else [])})
 
 
-@pytest.mark.parametrize('torch, vision', [('2.13.0+cpu', '0.28.0'), ('2.13.0', '0.27.1'), ('2.12.1+cpu', '0.27.1')])
-def test_torchvision_of_another_torch(torch, vision):
-    with pytest.raises(StackError, match=re.escape(f'torchvision {vision} was not built for torch {torch}')):
-        check_versions({**GOOD, 'torch': torch, 'torchvision': vision})
+@pytest.mark.parametrize('versions', [
+    {**installed(PRIMARY), **installed(UPSTREAM, 'mmcv', 'mmengine')},
+    {**installed(UPSTREAM), **installed(PRIMARY, 'mmengine')},
+    {**installed(PRIMARY, *CORE), **installed(UPSTREAM, 'mmengine')}], ids=['forks', 'upstream', 'core'])
+def test_mixed_families(versions):
+    """All of both goes, as their files lie in the same folders; what there was of either comes back."""
+    there = [(family, name) for family in (UPSTREAM, PRIMARY) for name in OPENMMLAB
+             if family.packages[name].distribution in versions]
+    uninstall, *commands = remedy('two families', versions)
+    assert uninstall == ['pip', 'uninstall', '-y', *(family.packages[name].distribution for family, name in there)]
+    assert_installs(commands, PRIMARY, {*CORE, *(name for _, name in there)})
 
 
-def test_operators_that_do_not_load():
+@pytest.mark.parametrize('changes, match, before', [
+    (dict(torch=None, torchvision=None), 'needs torch', []),
+    (dict(mmcv='2.2.0'), 'does not fit', []),
+    (dict(torchvision='0.27.1'), 'was not built for', ['pip', 'uninstall', '-y', 'torch', 'torchvision'])])
+def test_upstream_packages_on_a_python_that_torch_2_1_has_no_wheels_for(changes, match, before):
+    versions = installed(UPSTREAM, *CORE, 'mmcv', **changes)
+    needed = (*CORE, 'mmcv')
+    uninstall, *commands = remedy(match + '.*need Python 3.11 or older', versions, needed, python=(3, 13))
+    assert uninstall == ['pip', 'uninstall', '-y', 'mmengine', 'mmcv']
+    if before:
+        assert commands.pop(0) == before
+    torch = {'torch', 'torchvision'} & set(changes)
+    assert_installs(commands, PRIMARY, {'mmengine', 'mmcv', *(['torch', 'torchvision'] if torch else [])})
+
+
+@pytest.mark.parametrize('python', [(3, 10), (3, 13)])
+def test_advice_for_the_primary_stack_is_that_of_any_python(python):
+    assert_installs(remedy('needs', installed(PRIMARY, torch=None), python=python), PRIMARY, {'torch'})
+
+
+@BOTH
+def test_operators_that_do_not_load(family):
     def load(name):
         if name == 'mmcv._ext':
             raise ImportError('undefined symbol: _ZN3c106detail')
 
-    with pytest.raises(StackError, match='undefined symbol.*for another torch.*MMCV_WITH_OPS=1'):
-        check_operators(load)
+    def check(versions, needed, python):
+        check_operators(versions, load, python=python)
+
+    commands = remedy('undefined symbol.*for another torch', installed(family), check=check)
+    assert_installs(commands, family, {'mmcv'})
+
+
+@pytest.mark.parametrize('error, expected', [
+    (ImportError("cannot import name 'x' from partially initialized module 'mmdet'\n(most likely due to a circular "
+                 'import)'), r'mmdet\.models is installed, but importing it fails with ImportError: .*circular import'),
+    (AssertionError('MMCV==9 is used but incompatible'), 'AssertionError: MMCV==9 is used but incompatible'),
+    (ImportError('libGL.so.1: cannot open shared object file'), 'libGL.so.1.*apt-get install libgl1 libglib2.0-0'),
+])
+def test_a_package_that_does_not_import_is_named(error, expected):
+    def load(name):
+        raise error
+
+    with pytest.raises(StackError, match=expected) as raised:
+        stack.import_module('mmdet.models', load)
+    assert '\n' not in str(raised.value)
+
+
+@pytest.fixture
+def without_mmdet(monkeypatch):
+    """An environment that holds all but mmdet."""
+    monkeypatch.setattr(stack, 'installed_versions', lambda: installed(PRIMARY, mmdet=None))
+    monkeypatch.setattr('mmengine.config.config.is_installed', lambda package: package != 'mmdet')
+    require.cache_clear()
+    yield
+    require.cache_clear()
+
+
+def test_required_module(monkeypatch):
+    """mmcv is needed by all that are required, and checked with its operators."""
+    calls = []
+    monkeypatch.setattr(stack, 'installed_versions', lambda: installed(PRIMARY))
+    monkeypatch.setattr(stack, 'check_operators', calls.append)
+    module = SimpleNamespace()
+    monkeypatch.setattr(stack, 'import_module', lambda name: calls.append(name) or module)
+    require.cache_clear()
+    assert require('mmseg.utils') is module and calls == [installed(PRIMARY), 'mmseg.utils']
+    require.cache_clear()
+
+
+def test_required_module_that_is_not_installed(without_mmdet):
+    message = (r'^mmdet\.models needs onedl-mmdetection \(mmdet\), not installed here\. Mend with: pip install .* && '
+               'pip install --no-build-isolation onedl-mmdetection==')
+    with pytest.raises(StackError, match=message):
+        require('mmdet.models')
+
+
+@pytest.mark.parametrize('text', ["_base_ = 'mmdet::_base_/default_runtime.py'", "default_scope = 'mmdet'"])
+def test_a_config_for_a_package_that_is_not_installed(without_mmdet, tmp_path, text):
+    """MMEngine would end in the KeyError of a registry, or name no command."""
+    config = tmp_path / 'config.py'
+    config.write_text(text)
+    with pytest.raises(launch.LaunchError, match=r'^mmdet\S* needs onedl-mmdetection .* Mend with: '):
+        launch.read_config(str(config), {})
+
+
+def test_a_config_without_an_openmmlab_scope_needs_none(without_mmdet, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("value = 1\ncustom_imports = dict(imports=['json'])")
+    assert launch.read_config(str(config), dict(other=2)).other == 2
+    config.write_text("custom_imports = dict(imports=['no_such_module'])")
+    with pytest.raises(ImportError, match='no_such_module'):
+        launch.read_config(str(config), {})
+
+
+def test_nothing_but_mmengine_is_imported():
+    """By the package, its models and its operators, whatever is installed; mmcv's operators are looked at if it is."""
+    code = """if True:
+        import sys
+        sys.modules.update(dict.fromkeys(('mmdet', 'mmseg', 'mmpretrain', 'mmcv.cnn', 'timm')))  # fails if imported
+        import torch, convneur_mm, convneur_mm.models, convneur_mm.ops, convneur_mm.datasets, convneur_mm.engine.launch
+        model = convneur_mm.models.ConvNeur(arch='m1', drop_path_rate=0.1)
+        sum(x.mean() for x in model(torch.randn(2, 3, 64, 64))).backward()
+    """
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 
 
 def test_version_is_the_package_s():

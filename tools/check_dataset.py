@@ -14,6 +14,7 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
+from convneur_mm.stack import StackError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print('check_dataset: error: a worker process died, most likely for want of memory: try a smaller --workers',
               file=sys.stderr)
         return 2
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StackError) as error:
         print(f'check_dataset: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

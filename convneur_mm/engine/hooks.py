@@ -5,7 +5,6 @@ import os.path as osp
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-import mmcv
 from mmengine import fileio
 from mmengine.dist import utils as dist_utils
 from mmengine.hooks import Hook
@@ -14,6 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.structures import BaseDataElement
 
+from ..stack import require
 from .checkpoint import check_some_match, checkpoint_weights
 
 
@@ -119,6 +119,7 @@ class DrawPredictionsHook(Hook):
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                         outputs: Sequence[BaseDataElement] | None = None) -> None:
         """Draws the images of a batch, whose data samples ``outputs`` name the files."""
+        mmcv = require('mmcv')  # which training and testing by themselves do without
         visualizer, dataset = runner.visualizer, runner.test_loop.dataloader.dataset
         classifies = hasattr(visualizer, 'visualize_cls')
         draw = visualizer.visualize_cls if classifies else visualizer.add_datasample

@@ -14,7 +14,10 @@ import torch.distributed
 from mmengine.config import Config, DictAction
 
 from ..paths import config_root
+from ..stack import StackError, require
 from .checkpoint import UnsafeCheckpointError, fetch_checkpoint, read_checkpoint
+
+SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 class LaunchError(Exception):
@@ -61,8 +64,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         LaunchError: If the config, a data file or a device it names does not exist.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(find_config(args.config))
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(find_config(args.config), args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
@@ -76,6 +78,35 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         set_up_processes(cfg, args.launcher)
     if cfg.get('load_from'):
         cfg.load_from = readable_checkpoint(cfg.load_from, 'load_from', args.allow_pickle)
+    return cfg
+
+
+def read_config(path: str, options: dict) -> Config:
+    """Reads a config with its overrides, and imports the OpenMMLab package that it is for.
+
+    Without that package MMEngine would find none of the names in the config, and say so of the first one alone.
+
+    Args:
+        path (str): Of the config file.
+        options (dict): Overrides, as :meth:`Config.merge_from_dict` takes them.
+
+    Raises:
+        LaunchError: If the package, or one that a base of the config lies in, is not installed or does not import.
+    """
+    try:
+        try:
+            cfg = Config.fromfile(path)
+        except ModuleNotFoundError as error:
+            # Of a base such as 'mmdet::…', or of custom_imports; only the first is ours to name the remedy of.
+            package = str(error).partition(' is not installed')[0]
+            if package in SCOPES:
+                require(package)
+            raise
+        cfg.merge_from_dict(options)
+        if cfg.get('default_scope') in SCOPES:
+            require(f'{cfg.default_scope}.models')
+    except StackError as error:
+        raise LaunchError(str(error)) from None
     return cfg
 
 

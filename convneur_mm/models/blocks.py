@@ -5,9 +5,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor
+from torchvision.ops import StochasticDepth
 
 FUSIONS = ('gate', 'add', 'concat')
 
@@ -88,7 +88,7 @@ class ConvNeurBlock(BaseModule):
         self.global_branch = global_branch
         if global_branch is not None and fusion == 'concat':
             self.fuse = nn.Conv2d(2 * channels, channels, 1)
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path_rate, 'row') if drop_path_rate > 0 else nn.Identity()
 
     def local_features(self, x: Tensor) -> Tensor:
         """F_loc of (N, C, H, W)."""

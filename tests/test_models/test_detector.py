@@ -1,8 +1,6 @@
 """The backbone inside mmdet: RoI features, losses and gradients of the shipped light detector."""
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torchvision.ops import roi_align
@@ -10,13 +8,24 @@ from torchvision.ops import roi_align
 import convneur_mm
 from convneur_mm.models import ConvNeur
 
+pytestmark = pytest.mark.needs('mmdet')
+
 
 @pytest.fixture(scope='module')
 def detector():
+    from mmdet.registry import MODELS
+
     cfg = Config.fromfile(convneur_mm.config('cascade_rcnn_convneur_m1_shapes'))
     init_default_scope('mmdet')
     torch.manual_seed(0)
     return MODELS.build(cfg.model)
+
+
+def inputs(**kwargs):
+    """A batch of two images of different sizes, as the data loader gives it."""
+    from mmdet.testing import demo_mm_inputs
+
+    return demo_mm_inputs(2, [[3, 128, 128], [3, 96, 128]], num_classes=6, **kwargs)
 
 
 def test_roi_features_are_torchvisions(detector):
@@ -49,7 +58,7 @@ def test_channels_last_changes_no_prediction(detector):
     """Whatever memory the backbone works in, the detector sees the same features: boxes, scores, labels and masks."""
     detector.eval()
     torch.manual_seed(0)
-    data = detector.data_preprocessor(demo_mm_inputs(2, [[3, 128, 128], [3, 96, 128]], num_classes=6))
+    data = detector.data_preprocessor(inputs())
     test_cfg = detector.roi_head.test_cfg
     threshold, test_cfg.score_thr = test_cfg.score_thr, 0.0  # random weights are sure of nothing
     results = []
@@ -66,8 +75,7 @@ def test_channels_last_changes_no_prediction(detector):
 
 def test_losses_reach_every_parameter(detector):
     detector.train()
-    data = detector.data_preprocessor(
-        demo_mm_inputs(2, [[3, 128, 128], [3, 96, 128]], num_classes=6, num_items=[6, 6], with_mask=True), True)
+    data = detector.data_preprocessor(inputs(num_items=[6, 6], with_mask=True), True)
     losses, _ = detector.parse_losses(detector(**data, mode='loss'))
     losses.backward()
     assert losses.isfinite()

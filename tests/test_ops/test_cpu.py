@@ -1,7 +1,9 @@
 """The compiled kernels against the same in PyTorch."""
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from convneur_mm.models import NeuralMemory
 from convneur_mm.ops import UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import cpu
+
+needs_kernels = pytest.mark.needs('kernels')
 
 
 def inputs(batch, heads, tokens, dtype, scale=1.0):
@@ -39,13 +44,13 @@ def errors(found, expected):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected)]
 
 
+@needs_kernels
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize('rule', ['sequential', 'parallel'])
 @pytest.mark.parametrize('retrieve', ['previous', 'final'])
 @pytest.mark.parametrize('batch, heads, tokens, chunk_size', [
     (2, 3, 301, 100), (1, 1, 5, 7), (3, 2, 48, 16), (1, 8, 70, 1)])
 def test_equals_pytorch(monkeypatch, dtype, tolerance, rule, retrieve, batch, heads, tokens, chunk_size):
-    assert cpu.kernels is not None
     options = dict(chunk_size=chunk_size, update_rule=rule, retrieve=retrieve, inner_step=0.7, max_write_norm=0.9)
     found = results(inputs(batch, heads, tokens, dtype), **options)
     monkeypatch.setattr(cpu, 'kernels', None)
@@ -54,6 +59,7 @@ def test_equals_pytorch(monkeypatch, dtype, tolerance, rule, retrieve, batch, he
     assert max(errors(found, expected)) < tolerance
 
 
+@needs_kernels
 @pytest.mark.parametrize('capability', ['default', 'avx2'])
 def test_older_processors(capability):
     """The kernels are those of the instructions that PyTorch may use."""
@@ -67,6 +73,7 @@ def test_older_processors(capability):
     assert done.returncode == 0 and ' passed' in done.stdout, done.stdout
 
 
+@needs_kernels
 @pytest.mark.parametrize('scale', [1e-4, 1.0, 3.0, 100.0])
 def test_float32_is_as_exact_as_pytorch(monkeypatch, scale):
     """Also where GELUs hardly bend, or saturate, where the generators' own gradients are beyond float32 for both."""
@@ -81,6 +88,7 @@ def test_float32_is_as_exact_as_pytorch(monkeypatch, scale):
         assert found <= 3 * reference + 1e-6
 
 
+@needs_kernels
 def test_a_nan_stays_one():
     tensors = inputs(1, 2, 40, torch.float32)
     tensors[1].data[0, 1, 3, 5] = float('nan')
@@ -89,6 +97,7 @@ def test_a_nan_stays_one():
     assert all(x.isnan().any() for x in state_and_gradients)
 
 
+@needs_kernels
 def test_threads_do_not_change_the_result():
     threads = torch.get_num_threads()
     try:
@@ -101,6 +110,7 @@ def test_threads_do_not_change_the_result():
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
+@needs_kernels
 def test_only_for_what_it_can_do():
     tokens, rows = torch.empty(1, 2, 16, 5), torch.empty(1, 2, 16, 16)
     assert cpu.usable(tokens, rows)
@@ -112,30 +122,117 @@ def test_only_for_what_it_can_do():
         assert not cpu.usable(tokens, rows)
 
 
-def test_kernels_that_do_not_load_are_left_out(tmp_path):
-    """With a warning, as those of another PyTorch of the same version would be."""
-    folder = Path(cpu.__file__).parent
+@pytest.mark.parametrize('error, missing', [
+    ("ModuleNotFoundError('No module')", f'they were not compiled for PyTorch {torch.__version__}'),
+    ("ImportError('undefined symbol')", 'they were compiled for another PyTorch and do not load (undefined symbol)')])
+def test_kernels_that_do_not_load_are_left_out(error, missing, tmp_path):
+    """With the reason, as those of another PyTorch of the same version would be, and so far without a warning."""
     code = f"""if True:
-        import importlib.util, sys, warnings
+        import importlib.util, warnings
         import {cpu.__package__}
         real = importlib.import_module
         def fail(name, package=None):
             if name.startswith('._cpu_'):
-                raise ImportError('undefined symbol')
+                raise {error}
             return real(name, package)
         importlib.import_module = fail
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter('always')
-            spec = importlib.util.spec_from_file_location('{cpu.__package__}.again', r'{folder / "cpu.py"}')
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            spec = importlib.util.spec_from_file_location('{cpu.__package__}.again', r'{cpu.__file__}')
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        print(module.kernels, found[-1].message)
+        print(module.kernels, module.missing)
     """
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True,
-                         cwd=tmp_path).stdout
-    assert 'None CPU kernels compiled for another PyTorch are left out' in out and 'undefined symbol' in out
+                         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(Path(cpu.__file__).parents[3])}).stdout
+    assert out.splitlines()[-1] == f'None {missing}'
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As if nothing had been compiled, and nobody warned yet."""
+    monkeypatch.setattr(cpu, 'kernels', None)
+    monkeypatch.setattr(cpu, 'missing', 'they were not compiled')
+    monkeypatch.setattr(cpu, '_has_warned', False)
+
+
+def warnings_of(function, *args) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        function(*args)
+    return [str(warning.message) for warning in found if 'neural memory' in str(warning.message)]
+
+
+def test_missing_kernels_are_warned_of_once(without_kernels):
+    """In one line, with the command; by the layer whether or not anything is written, and not again."""
+    message, = warnings_of(NeuralMemory(32), torch.zeros(1, 5, 32))
+    assert '\n' not in message
+    assert re.search(r"they were not compiled\..*mend with: pip install 'setuptools.*' wheel && pip install "
+                     '--no-build-isolation --no-deps ', message)
+    assert not warnings_of(NeuralMemory(32), torch.zeros(1, 400, 32))
+
+
+def test_the_command_names_the_checkout(monkeypatch, tmp_path):
+    """Where there is one; an installed wheel has none."""
+    source = tmp_path / 'check out'
+    module = source / 'convneur_mm' / 'ops' / 'neural_memory' / 'cpu.py'
+    monkeypatch.setattr(cpu, '__file__', str(module))
+    assert cpu.install_command().endswith(' --no-deps path/to/convneur-mm')
+    source.mkdir()
+    (source / 'setup.py').touch()
+    assert cpu.install_command().endswith(f" --no-deps -e '{source}'")
+
+
+@pytest.mark.parametrize('options', [dict(head_dim=8), dict(hidden_dim=4), dict(backend='reference')], ids=str)
+def test_no_warning_where_kernels_would_not_be_used(without_kernels, options):
+    assert not warnings_of(NeuralMemory(32, **options), torch.zeros(1, 400, 32))
+
+
+def test_no_warning_from_tools_that_watch_the_operators(without_kernels):
+    layer, tokens = NeuralMemory(32), torch.zeros(1, 400, 32)
+
+    def count_flops():
+        with FlopCounterMode(display=False):
+            layer(tokens)
+
+    assert not warnings_of(count_flops)
+    assert not warnings_of(layer.to('meta'), tokens.to('meta'))
+    layer = NeuralMemory(32)
+    assert not warnings_of(lambda: torch.jit.trace(layer, tokens, check_trace=False))
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
+def test_no_warning_while_compiling(without_kernels):
+    """Neither for the layer, one opaque operator whose tensors have no numbers then, nor for the bare operator."""
+    x = torch.zeros(1, 40, 32)
+    seen = []
+
+    def backend(graph, example_inputs):
+        seen.append(cpu._has_warned)
+        return graph.forward
+
+    layer = torch.compile(NeuralMemory(32, chunk_size=16), fullgraph=True, backend=backend)
+    assert len(warnings_of(layer, x)) == 1  # once it runs
+    assert seen == [False]
+    cpu._has_warned = False
+    tensors = inputs(1, 2, 40, torch.float32)
+    operator = torch.compile(lambda *x: neural_memory(*x[:5], UpdateGenerators(*x[5:]), chunk_size=16), backend='eager')
+    assert not warnings_of(operator, *tensors)
+
+
+def test_no_warning_where_a_test_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setattr(cpu, 'kernels', None)
+    monkeypatch.setattr(cpu, 'missing', '')
+    monkeypatch.setattr(cpu, '_has_warned', False)
+    assert not warnings_of(NeuralMemory(32), torch.zeros(1, 400, 32))
+
+
+@needs_kernels
+def test_sizes_are_those_that_were_compiled():
+    assert (cpu.HEAD_DIM, cpu.HIDDEN_DIM) == (cpu.kernels.HEAD_DIM, cpu.kernels.HIDDEN_DIM)
+
+
+@needs_kernels
 @pytest.mark.parametrize('change, message', [
     (dict(k=torch.empty(1, 2, 8, 20)), 'expected tokens'),
     (dict(v=torch.empty(1, 2, 16, 19)), 'expected 20 keys and as many values'),

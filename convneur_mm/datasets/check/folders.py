@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ...stack import require
 from ..shapes import checked_int
 from .images import checked_workers, decode_image, existing_folder, files_under, in_parallel, unreadable
 from .report import ClassCount, Fault, Report
@@ -40,10 +41,12 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
         FileNotFoundError: ``image_dir`` or ``label_dir`` does not exist.
         NotADirectoryError: One of them is no folder.
         ValueError: ``workers`` or ``num_classes`` is not an integer in its range.
+        StackError: ``num_classes`` is 150 and mmseg, which knows their names, is not installed.
     """
     start = time.perf_counter()
     workers, num_classes = checked_workers(workers), checked_int('num_classes', num_classes, 1, 254)
     image_dir, label_dir = existing_folder(image_dir), existing_folder(label_dir)
+    names = ['other', *_ade20k_names(num_classes)]
     report = Report(f'ADE20K data set {image_dir}')
     images = {path.removesuffix(image_suffix) for path in files_under(image_dir) if path.endswith(image_suffix)}
     labels = {path.removesuffix(label_suffix) for path in files_under(label_dir) if path.endswith(label_suffix)}
@@ -66,7 +69,7 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
         pixels += histogram
         with_class += histogram > 0
     report.counts = [ClassCount(name, int(with_class[value]), pixels=int(pixels[value]))
-                     for value, name in enumerate(['other', *_ade20k_names(num_classes)])]
+                     for value, name in enumerate(names)]
     report.images = len(images)
     report.seconds = time.perf_counter() - start
     return report
@@ -122,8 +125,8 @@ def check_imagenet(folder: str | os.PathLike[str], workers: int | None = None) -
 def _ade20k_names(num_classes: int) -> Sequence[str]:
     if num_classes != 150:
         return [f'class {value}' for value in range(1, num_classes + 1)]
-    from mmseg.utils import ade_classes  # Here, since it takes the better part of a second and the others need it not.
-    return [name.strip() for name in ade_classes()]
+    # Here, since it takes the better part of a second and the other checks do without mmseg.
+    return [name.strip() for name in require('mmseg.utils').ade_classes()]
 
 
 def _check_class_image(task: tuple[str, str]) -> tuple[str, list[Fault]]:

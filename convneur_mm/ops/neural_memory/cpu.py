@@ -3,13 +3,15 @@
 One head works on a chunk of 196 tokens in a few microseconds, about what PyTorch needs to launch one of its operators.
 In ``csrc``, a head's numbers stay in registers and the first cache until a chunk is done. Installing the package
 compiles it for the torch that is there; where no compiler is, where sizes are others, or where somebody watches the
-operators (compilers, FLOP counters, tensors of other kinds), chunked.py does the work itself.
+operators (compilers, FLOP counters, tensors of other kinds), chunked.py does the work itself. Where only the compiled
+code is missing, the first call that it would take warns of it.
 """
 from __future__ import annotations
 
 import importlib
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +21,44 @@ from .types import UpdateGenerators, is_compiling
 
 # Compiled code fits one version of torch; its name, which setup.py gives it, says which.
 MODULE = '_cpu_' + re.sub(r'\W', '_', torch.__version__.split('+')[0])
+# The sizes that csrc is compiled for.
+HEAD_DIM, HIDDEN_DIM = 16, 8
+kernels: Any = None
+missing = ''  # why there are no kernels, if there are none
 try:
-    kernels: Any = importlib.import_module(f'.{MODULE}', __package__)
+    kernels = importlib.import_module(f'.{MODULE}', __package__)
 except ModuleNotFoundError:
-    kernels = None
+    missing = f'they were not compiled for PyTorch {torch.__version__}'
 except ImportError as error:
-    kernels = None
-    warnings.warn(f'CPU kernels compiled for another PyTorch are left out; install convneur-mm again: {error}',
-                  stacklevel=2)
+    missing = f'they were compiled for another PyTorch and do not load ({error})'
+_has_warned = False
 
 
 def usable(tokens: Tensor, rows: Tensor | None = None) -> bool:
     """Whether there are kernels for tokens (B, h, d, N) and, if they matter, rows of weights (…, 2e, d)."""
-    return (kernels is not None and type(tokens) is Tensor and tokens.device.type == 'cpu'
-            and tokens.dtype in (torch.float32, torch.float64) and tokens.size(-2) == kernels.HEAD_DIM
-            and (rows is None or rows.size(-2) == 2 * kernels.HIDDEN_DIM) and not _is_watched())
+    if not (type(tokens) is Tensor and tokens.device.type == 'cpu'
+            and tokens.dtype in (torch.float32, torch.float64) and tokens.size(-2) == HEAD_DIM
+            and (rows is None or rows.size(-2) == 2 * HIDDEN_DIM) and not _is_watched()):
+        return False
+    if missing and rows is not None:
+        _warn_once()
+    return kernels is not None
+
+
+def _warn_once() -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn('the neural memory runs in PyTorch, two to three times as slowly as its C++ kernels for a CPU: '
+                      f'{missing}. With a C++ compiler, mend with: {install_command()}', stacklevel=3)
+
+
+def install_command() -> str:
+    """The command that compiles the kernels for the torch that is installed."""
+    checkout = Path(__file__).resolve().parents[3]
+    # The source is there in a checkout, and not where a wheel was installed.
+    source = f"-e '{checkout}'" if (checkout / 'setup.py').is_file() else 'path/to/convneur-mm'
+    return f"pip install 'setuptools>=77,<82' wheel && pip install --no-build-isolation --no-deps {source}"
 
 
 def _is_watched() -> bool:
