@@ -14,13 +14,17 @@ r"""Time and memory of the neural memory layer beside its peers: one shape, or a
 Every layer maps tokens (B, N, Cm) to tokens (B, N, Cm), norm and projections included. Peers that are not installed
 are left out with a line that says how to get them.
 """
-from __future__ import annotations
-
 import argparse
 import importlib
 import math
+import os.path as osp
 import sys
 from collections.abc import Callable, Sequence
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
 
 import _benchmark as bench
 import torch
@@ -257,7 +261,8 @@ class Run:
         """The layers in ``names`` side by side on ``tokens`` tokens."""
         args = self.args
         x = torch.randn(args.batch, tokens, args.channels, device=self.device, dtype=bench.weight_dtype(self.dtype))
-        for name in (names := [*names]):
+        names = [*names]
+        for name in names:
             if name in QUADRATIC and tokens > args.max_quadratic_tokens:
                 self.skip(name, f'more than --max-quadratic-tokens {args.max_quadratic_tokens}', tokens=tokens)
                 names = [other for other in names if other != name]
