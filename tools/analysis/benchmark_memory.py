@@ -341,7 +341,8 @@ class Run:
                       mode=mode)
             return False
         nbytes = extrapolate([(n, m.peak_memory or 0) for n, m in points.items()], tokens)
-        if nbytes > 0.9 * (free := bench.available_memory(self.device)):
+        free = bench.available_memory(self.device)
+        if nbytes > 0.9 * free:
             self.skip(name, f'would take {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free', tokens=tokens,
                       mode=mode)
             return False
@@ -376,7 +377,8 @@ def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
 def plot_sweep(path: str, rows: Sequence[dict]) -> None:
     """Median time and peak memory over N in logarithmic axes; forward dashed, forward+backward solid."""
     figure, axes = bench.new_figure(2)
-    for i, name in enumerate(names := list(dict.fromkeys(row['name'] for row in rows))):
+    names = list(dict.fromkeys(row['name'] for row in rows))
+    for i, name in enumerate(names):
         for mode in MODES:
             of_case = [row for row in rows if row['name'] == name and row['mode'] == mode]
             for axis, key, scale in ((axes[0], 'median_s', 1), (axes[1], 'peak_memory_bytes', 2**-20)):
