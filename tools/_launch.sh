@@ -1,22 +1,29 @@
 #!/usr/bin/env bash
-# Starts a tool through torchrun: _launch.sh PROCESSES TOOL [arguments]. Called by dist_train.sh and dist_test.sh.
+# Starts a tool through torchrun: _launch.sh PROCESSES TOOL [arguments]. Called by dist_train.sh and dist_test.sh, whose
+# headers describe the variables.
 set -euo pipefail
-tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-processes=$1
-case "$processes" in *[!0-9]* | '' | 0) echo "error: GPUS must be a positive number, got '$processes'" >&2; exit 2;; esac
+tools=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+source "$tools/_checks.sh"
 
-source "$tools/_python.sh"
-nnodes=${NNODES:-1}
-if [ "$nnodes" = 1 ] && [ -z "${PORT:-}" ]; then
-  # One machine: any free port does, so two runs beside each other do not collide.
-  rendezvous=(--standalone)
+processes=$1
+nodes=${NNODES:-1}
+check_number GPUS "$processes" 1
+check_number NNODES "$nodes" 1
+[ -z "${PORT:-}" ] || check_number PORT "$PORT" 1 65535
+if [ "$nodes" -gt 1 ]; then
+  # With defaults each machine would take itself for the first one and wait for the others.
+  [ -n "${NODE_RANK:-}" ] || die "NNODES=$nodes needs NODE_RANK: 0 on the first machine, then counting"
+  [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: the address of the machine of NODE_RANK 0"
+fi
+check_number NODE_RANK "${NODE_RANK:-0}" 0 $((nodes - 1))
+
+if [ "$nodes" = 1 ] && [ -z "${PORT:-}" ]; then
+  # One machine: any free port does, so two runs beside each other do not collide. By default the processes would look
+  # for each other under the host's full name, which may not resolve.
+  rendezvous=(--standalone --local-addr=127.0.0.1)
 else
-  rendezvous=(--node_rank="${NODE_RANK:-0}" --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
+  rendezvous=(--node-rank="${NODE_RANK:-0}" --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}")
 fi
-if [ -z "${OMP_NUM_THREADS:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  # On CPUs the processes share the cores; torchrun alone would give each process one.
-  cores=$(getconf _NPROCESSORS_ONLN)
-  export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
-fi
-exec "$python" -m torch.distributed.run --nnodes="$nnodes" --nproc_per_node="$processes" "${rendezvous[@]}" \
-  "$tools/$2" "${@:3}" --launcher pytorch
+source "$tools/_python.sh"
+exec "$python" "$tools/_torchrun.py" --nnodes="$nodes" --nproc-per-node="$processes" "${rendezvous[@]}" \
+  --monitor-interval=0.1 "$tools/$2" "${@:3}" --launcher pytorch

@@ -7,11 +7,13 @@
 
 The exit code is 0 if there are no faults, 1 if there are, and 2 if the check cannot be made.
 """
-from __future__ import annotations
-
 import argparse
 import sys
 from concurrent.futures.process import BrokenProcessPool
+
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
 
 from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
 from convneur_mm.stack import StackError

@@ -3,6 +3,8 @@
 #
 #   tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of tools/test.py]
 #
-# NNODES, NODE_RANK, MASTER_ADDR, PORT and PYTHON: as for tools/dist_train.sh.
+# NNODES, NODE_RANK, MASTER_ADDR, PORT, PYTHON, OMP_NUM_THREADS: as for tools/dist_train.sh.
 [ $# -ge 3 ] || { echo "usage: $0 CONFIG CHECKPOINT GPUS [arguments of tools/test.py]" >&2; exit 2; }
-exec "$(dirname "${BASH_SOURCE[0]}")/_launch.sh" "$3" test.py "$1" "$2" "${@:4}"
+config=$1 checkpoint=$2 gpus=$3
+shift 3
+exec bash "$(dirname "$(readlink -f "$0")")/_launch.sh" "$gpus" test.py "$config" "$checkpoint" "$@"

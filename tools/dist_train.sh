@@ -3,7 +3,15 @@
 #
 #   tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
 #
-# Several machines: NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 PORT=29500 tools/dist_train.sh … on each, NODE_RANK counting.
-# PYTHON=… names the interpreter (default: the active environment's, else .venv's).
+# NNODES=2            machines (default 1). The same command runs on each of them, with
+# NODE_RANK=0         its number, counting from 0,
+# MASTER_ADDR=10.0.0.1  the address of machine 0,
+# PORT=29500          and a free port of machine 0 (default 29500; with one machine, any free port)
+# PYTHON=PATH         interpreter (default: the active environment's, then .venv's, then that of the PATH; the first that
+#                     has torch and mmengine is taken, and a line says so if that is another than PYTHON's)
+# OMP_NUM_THREADS=N   threads of each process on CPUs (default: the cores shared out among the processes)
+# OMP_WAIT_POLICY=ACTIVE  threads that wait for others keep their cores busy, on a machine with no other job
 [ $# -ge 2 ] || { echo "usage: $0 CONFIG GPUS [arguments of tools/train.py]" >&2; exit 2; }
-exec "$(dirname "${BASH_SOURCE[0]}")/_launch.sh" "$2" train.py "$1" "${@:3}"
+config=$1 gpus=$2
+shift 2
+exec bash "$(dirname "$(readlink -f "$0")")/_launch.sh" "$gpus" train.py "$config" "$@"

@@ -8,14 +8,16 @@
 
 A folder that already holds the same set is left alone.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
 
 import cv2
 import numpy as np

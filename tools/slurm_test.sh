@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint under Slurm, one process per GPU.
+# Evaluates a checkpoint under Slurm, one process on each GPU, or on CPUs.
 #
-#   [GPUS=4] [GPUS_PER_NODE=4] [CPUS_PER_TASK=5] [SRUN_ARGS=…] tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments]
+#   tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]
+#
+# GPUS, GPUS_PER_NODE, TASKS, CPUS_PER_TASK, PORT, SRUN_ARGS, PYTHON: as for tools/slurm_train.sh.
 [ $# -ge 4 ] || { echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]" >&2; exit 2; }
-exec "$(dirname "${BASH_SOURCE[0]}")/_slurm.sh" "$1" "$2" test.py "$3" "$4" "${@:5}"
+partition=$1 job=$2 config=$3 checkpoint=$4
+shift 4
+exec bash "$(dirname "$(readlink -f "$0")")/_slurm.sh" "$partition" "$job" test.py "$config" "$checkpoint" "$@"

@@ -8,6 +8,10 @@ On several GPUs, or several CPU processes: ``tools/dist_test.sh CONFIG CHECKPOIN
 import argparse
 import os
 
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
+
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner

@@ -7,6 +7,10 @@ On several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
 """
 import argparse
 
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
+
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 

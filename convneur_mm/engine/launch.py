@@ -4,9 +4,14 @@ from __future__ import annotations
 import argparse
 import os
 import os.path as osp
+import re
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from urllib.parse import urlparse
 
 import torch
@@ -41,13 +46,23 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; a :class:`LaunchError` ends it with one line instead of a traceback for each process."""
+    """Runs ``main``; a :class:`LaunchError` ends it with one line from each machine instead of tracebacks."""
     try:
         main()
     except LaunchError as error:
-        if os.environ.get('RANK', '0') == '0':
-            print(f'error: {error}', file=sys.stderr, flush=True)
+        if int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0):
+            # Most likely the first process of this machine fails in the same way: its launcher then ends this one
+            # before it repeats the message.
+            time.sleep(1)
+        print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _node_name(env: Mapping[str, str]) -> str:
+    """'node 1 (its host name): ' of a run on several machines, by torchrun's or Slurm's variables; '' on one."""
+    torchrun = 'GROUP_WORLD_SIZE' in env
+    count, node = ('GROUP_WORLD_SIZE', 'GROUP_RANK') if torchrun else ('SLURM_NNODES', 'SLURM_NODEID')
+    return f'node {env[node]} ({socket.gethostname()}): ' if int(env.get(count, 1)) > 1 else ''
 
 
 def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
@@ -63,6 +78,11 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     Raises:
         LaunchError: If the config, a data file or a device it names does not exist.
     """
+    if args.launcher == 'slurm':
+        os.environ.update(slurm_variables(os.environ))
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise LaunchError('--launcher pytorch is for processes that torchrun starts, and RANK is not set here: use '
+                          'tools/dist_train.sh or dist_test.sh')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(find_config(args.config), args.cfg_options)
     cfg.launcher = args.launcher
@@ -75,7 +95,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     if not torch.cuda.is_available():
         without_sync_bn(cfg.model)
     if args.launcher != 'none':
-        set_up_processes(cfg, args.launcher)
+        set_up_processes(cfg)
     if cfg.get('load_from'):
         cfg.load_from = readable_checkpoint(cfg.load_from, 'load_from', args.allow_pickle)
     return cfg
@@ -190,30 +210,95 @@ def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
             yield f'{key}.{name}', osp.join(root, value).rstrip('/')
 
 
-def set_up_processes(cfg: Config, launcher: str) -> None:
+def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of torch.distributed for a process that srun started.
+
+    MMEngine's own set-up keeps MASTER_ADDR and MASTER_PORT, and sets the others to the same values.
+
+    Args:
+        env (Mapping[str, str]): The environment. MASTER_ADDR and MASTER_PORT in it are kept.
+
+    Returns:
+        dict[str, str]: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        LaunchError: If srun did not start this process, or the address of the first node cannot be found out.
+    """
+    for name in ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NODELIST', 'SLURM_JOB_ID'):
+        if name not in env:
+            raise LaunchError(f'--launcher slurm is for processes that srun starts, and {name} is not set here: use '
+                              'tools/slurm_train.sh or slurm_test.sh, or without Slurm tools/dist_train.sh or '
+                              'dist_test.sh')
+    job, step = int(env['SLURM_JOB_ID']), int(env.get('SLURM_STEP_ID', 0))
+    return dict(
+        RANK=env['SLURM_PROCID'], WORLD_SIZE=env['SLURM_NTASKS'], LOCAL_RANK=env['SLURM_LOCALID'],
+        MASTER_ADDR=env.get('MASTER_ADDR') or _first_slurm_node(env),
+        # Jobs and their steps may share a node, so each has a port of its own, below those Linux gives to clients.
+        MASTER_PORT=env.get('MASTER_PORT') or str(12000 + (job + 1009 * step) % 20000))
+
+
+def _first_slurm_node(env: Mapping[str, str]) -> str:
+    nodes = env.get('SLURM_STEP_NODELIST') or env['SLURM_NODELIST']
+    if not shutil.which('scontrol'):
+        raise LaunchError(f'scontrol, which names the first of the nodes {nodes}, was not found: set MASTER_ADDR to '
+                          'that node\'s address')
+    done = subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True)
+    if done.returncode or not done.stdout.split():
+        raise LaunchError(f'scontrol does not name the first of the nodes {nodes} ({done.stderr.strip()}): set '
+                          'MASTER_ADDR to that node\'s address')
+    return done.stdout.split()[0]
+
+
+def set_up_processes(cfg: Config) -> None:
     """Joins the process group over gloo where there is no GPU; with GPUs, MMEngine does it over NCCL.
 
     MMEngine's own set-up asks for a CUDA device whatever the backend, and its DDP wrapper names one; both leave an
-    existing process group and an explicit ``model_wrapper_cfg`` alone.
+    existing process group and an explicit ``model_wrapper_cfg`` alone. The launcher's variables (RANK, WORLD_SIZE, …)
+    are read from the environment.
 
     Raises:
-        LaunchError: If there are more processes than GPUs on this machine.
+        LaunchError: If there are more processes than GPUs on this machine, or not all processes join.
     """
     if torch.cuda.is_available():
-        processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', int(os.environ['LOCAL_RANK']) + 1))
         if processes > torch.cuda.device_count():
             raise LaunchError(f'{processes} processes were asked for, but {torch.cuda.device_count()} GPUs are visible')
         return
-    if launcher == 'slurm':
-        nodes = subprocess.run(['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']],
-                               check=True, capture_output=True, text=True).stdout.split()
-        os.environ.update(RANK=os.environ['SLURM_PROCID'], WORLD_SIZE=os.environ['SLURM_NTASKS'],
-                          LOCAL_RANK=os.environ['SLURM_LOCALID'])
-        os.environ.setdefault('MASTER_ADDR', nodes[0])
-        os.environ.setdefault('MASTER_PORT', '29500')
-    torch.distributed.init_process_group('gloo')
+    processes = int(os.environ['WORLD_SIZE'])
+    if os.environ['RANK'] == '0':
+        print(f'note: {why_no_gpu()}; {processes} CPU process{"es" * (processes > 1)} over gloo instead',
+              file=sys.stderr, flush=True)
+    seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+    try:
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
+    except (RuntimeError, OSError) as error:
+        raise LaunchError(f'the {processes} processes did not all join within {seconds} s '
+                          f'({str(error).splitlines()[0]}); see what the others printed, on every machine') from None
     cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
     if not cfg.get('model_wrapper_cfg'):
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False))
+
+
+def why_no_gpu() -> str:
+    """Why torch finds no usable CUDA device, and what helps."""
+    if not torch.backends.cuda.is_built():
+        return f'torch {torch.__version__} is a build without CUDA'
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    else:
+        reason = 'torch.cuda.is_available() is false'
+    if reason.startswith('Found no NVIDIA driver'):
+        return 'there is no NVIDIA driver here'
+    too_old = re.search(r'driver on your system is too old \(found version (\d+)\)', reason)
+    if not too_old:
+        return f'no usable CUDA device: {reason}'
+    driver = int(too_old[1])
+    upstream_fits = driver >= 12000 and not torch.version.cuda.startswith('12.')
+    other = 'tools/setup_env.sh --stack openmmlab, for CUDA 12, or ' if upstream_fits else ''
+    return (f'no usable CUDA device: the NVIDIA driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, torch '
+            f'{torch.__version__} for CUDA {torch.version.cuda}: install a newer driver, or make an environment with '
+            f'another torch ({other}tools/setup_env.sh with TORCH_INDEX_URL)')

@@ -1,7 +1,9 @@
-"""Two gloo processes through tools/dist_train.sh and dist_test.sh, from another folder, without any flag."""
+"""Several gloo processes through tools/dist_train.sh and dist_test.sh, from another folder, without any flag."""
 import json
 import os
 import pickle
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +40,37 @@ class SaveEveryRank(Hook):
 """
 
 
-def run(*command, cwd, **env):
+# The machine's full name does not resolve, as on many a laptop.
+UNRESOLVED = """
+import socket
+socket.getfqdn = lambda name='': 'nowhere.invalid'
+"""
+SIZE = ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'val_dataloader.dataset.pipeline.1.scale=(64,64)',
+        'test_dataloader.dataset.pipeline.1.scale=(64,64)']
+
+
+def start(*command, cwd, **env):
     path = os.pathsep.join([str(cwd), *filter(None, [os.environ.get('PYTHONPATH')])])
-    return subprocess.run([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT,
-                          env={**os.environ, 'PYTHONPATH': path, 'PYTHON': sys.executable, **env})
+    return subprocess.Popen([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT,
+                            env={**os.environ, 'PYTHONPATH': path, 'PYTHON': sys.executable, **env})
+
+
+def run(*command, cwd, **env):
+    with start(*command, cwd=cwd, **env) as process:
+        output, _ = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def assert_equal_weights(paths):
+    """Of ranks that trained together, for two iterations; returns the weights."""
+    first, *others = (torch.load(path) for path in paths)
+    for other in others:
+        assert first['iters'] == other['iters'] == 2  # 8 images, 2 processes of 2
+        assert first['weights'].keys() == other['weights'].keys()
+        for name, value in first['weights'].items():
+            assert torch.equal(value, other['weights'][name]), name
+    return first['weights']
 
 
 @pytest.fixture(scope='module')
@@ -51,30 +79,31 @@ def trained(tmp_path_factory):
     make_shapes_coco(folder / 'data' / 'shapes', num_train=8, num_val=5, image_size=64)
     (folder / 'child.py').write_text(CONFIG)
     (folder / 'save_every_rank.py').write_text(HOOK)
-    size = ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'val_dataloader.dataset.pipeline.1.scale=(64,64)',
-            'test_dataloader.dataset.pipeline.1.scale=(64,64)']
-    done = run(ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', 'work', '--cfg-options', *size,
+    (folder / 'sitecustomize.py').write_text(UNRESOLVED)
+    done = run(ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', 'work', '--cfg-options', *SIZE,
                cwd=folder)
     assert done.returncode == 0, done.stdout[-4000:]
-    return folder, size, done.stdout
+    return folder, SIZE, done.stdout
 
 
 def test_both_ranks_end_with_equal_weights(trained):
     folder, _, _ = trained
-    ranks = [torch.load(folder / 'work' / f'rank{i}.pth') for i in range(2)]
-    assert ranks[0]['iters'] == ranks[1]['iters'] == 2  # 8 images, 2 processes of 2
-    assert ranks[0]['weights'].keys() == ranks[1]['weights'].keys()
-    for name, value in ranks[0]['weights'].items():
-        assert torch.equal(value, ranks[1]['weights'][name]), name
+    weights = assert_equal_weights([folder / 'work' / f'rank{i}.pth' for i in range(2)])
     moved = torch.load(folder / 'work' / 'epoch_1.pth', weights_only=False)['state_dict']
     assert torch.equal(moved['backbone.stages.0.0.depthwise_conv.weight'],
-                       ranks[0]['weights']['backbone.stages.0.0.depthwise_conv.weight'])
+                       weights['backbone.stages.0.0.depthwise_conv.weight'])
 
 
 def test_no_warning_of_unused_parameters_or_launchers(trained):
     _, _, output = trained
     assert 'find_unused_parameters' not in output.replace('find_unused_parameters=False', '')
     assert 'torch.distributed.launch' not in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_processes_on_cpus_are_named_once(trained):
+    _, _, output = trained
+    assert len(re.findall('^note: .*; 2 CPU processes over gloo instead$', output, re.MULTILINE)) == 1
 
 
 def test_two_processes_test_as_one(trained):
@@ -120,3 +149,43 @@ def test_resume_goes_on(trained):
     assert done.returncode == 0, done.stdout[-4000:]
     assert 'resumed epoch: 1, iter: 2' in done.stdout
     assert (folder / 'work' / 'epoch_2.pth').exists()
+
+
+def start_nodes(folders, *args):
+    """A launch in each of the folders, as if each were a machine, of one process; returns (exit code, output) of each.
+    """
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    nodes = [start(ROOT / 'tools' / 'dist_train.sh', 'child.py', 1, '--work-dir', f'node{i}', *args, cwd=folder,
+                   NNODES=str(len(folders)), NODE_RANK=str(i), MASTER_ADDR='127.0.0.1', PORT=port, OMP_NUM_THREADS='1')
+             for i, folder in enumerate(folders)]
+    try:
+        outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    return [(node.returncode, output) for node, output in zip(nodes, outputs)]
+
+
+def test_two_nodes_end_with_equal_weights(trained):
+    folder, _, _ = trained
+    nodes = start_nodes([folder, folder], '--cfg-options', *SIZE)
+    assert [code for code, _ in nodes] == [0, 0], nodes[0][1][-3000:] + nodes[1][1][-3000:]
+    assert_equal_weights([folder / f'node{i}' / f'rank{i}.pth' for i in range(2)])
+
+
+def test_data_missing_on_the_second_node(trained, tmp_path):
+    """It says so, and the first one, which has its data, does not wait for ever."""
+    folder, _, _ = trained
+    for name in ('child.py', 'save_every_rank.py', 'sitecustomize.py'):
+        (tmp_path / name).write_text((folder / name).read_text())
+    (code, output), (other_code, other_output) = start_nodes(
+        [folder, tmp_path], '--cfg-options', 'env_cfg.dist_cfg.timeout=10', *SIZE)
+    assert code == other_code == 2
+    host = re.escape(socket.gethostname())
+    missing = 'train_dataloader.dataset.ann_file: data/shapes/annotations/instances_train.json does not exist'
+    assert re.search(rf'^error: node 1 \({host}\): {re.escape(missing)}', other_output, re.MULTILINE)
+    assert re.search(rf'^error: node 0 \({host}\): the 2 processes did not all join within 10 s \(', output,
+                     re.MULTILINE)
+    assert 'Traceback' not in output + other_output

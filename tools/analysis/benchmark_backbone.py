@@ -10,12 +10,16 @@ r"""Time and memory of ConvNeur beside other backbones, or of its memories withi
 
 Every backbone maps images to the feature maps of its last four stages. Names other than ours are timm's.
 """
-from __future__ import annotations
-
 import argparse
 import copy
+import os.path as osp
 import sys
 from collections.abc import Sequence
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
 
 import _benchmark as bench
 import torch

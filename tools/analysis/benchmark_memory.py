@@ -14,13 +14,17 @@ r"""Time and memory of the neural memory layer beside its peers: one shape, or a
 Every layer maps tokens (B, N, Cm) to tokens (B, N, Cm), norm and projections included. Peers that are not installed
 are left out with a line that says how to get them.
 """
-from __future__ import annotations
-
 import argparse
 import importlib
 import math
+import os.path as osp
 import sys
 from collections.abc import Callable, Sequence
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
 
 import _benchmark as bench
 import torch
@@ -257,7 +261,8 @@ class Run:
         """The layers in ``names`` side by side on ``tokens`` tokens."""
         args = self.args
         x = torch.randn(args.batch, tokens, args.channels, device=self.device, dtype=bench.weight_dtype(self.dtype))
-        for name in (names := [*names]):
+        names = [*names]
+        for name in names:
             if name in QUADRATIC and tokens > args.max_quadratic_tokens:
                 self.skip(name, f'more than --max-quadratic-tokens {args.max_quadratic_tokens}', tokens=tokens)
                 names = [other for other in names if other != name]
@@ -336,7 +341,8 @@ class Run:
                       mode=mode)
             return False
         nbytes = extrapolate([(n, m.peak_memory or 0) for n, m in points.items()], tokens)
-        if nbytes > 0.9 * (free := bench.available_memory(self.device)):
+        free = bench.available_memory(self.device)
+        if nbytes > 0.9 * free:
             self.skip(name, f'would take {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free', tokens=tokens,
                       mode=mode)
             return False
@@ -371,7 +377,8 @@ def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
 def plot_sweep(path: str, rows: Sequence[dict]) -> None:
     """Median time and peak memory over N in logarithmic axes; forward dashed, forward+backward solid."""
     figure, axes = bench.new_figure(2)
-    for i, name in enumerate(names := list(dict.fromkeys(row['name'] for row in rows))):
+    names = list(dict.fromkeys(row['name'] for row in rows))
+    for i, name in enumerate(names):
         for mode in MODES:
             of_case = [row for row in rows if row['name'] == name and row['mode'] == mode]
             for axis, key, scale in ((axes[0], 'median_s', 1), (axes[1], 'peak_memory_bytes', 2**-20)):
