@@ -7,10 +7,12 @@ On several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
 """
 import argparse
 
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+if __name__ == '__main__':
+    from _known_warnings import hide
+    hide()
 
 from convneur_mm.engine import launch
+from convneur_mm.engine.start_summary import build_runner
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +41,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else launch.readable_checkpoint(
             args.resume, '--resume', args.allow_pickle)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     runner.train()
 
 
