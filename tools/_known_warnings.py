@@ -11,6 +11,8 @@ MESSAGES = (
     r'torch\.meshgrid: in an upcoming release',
     # mmengine; the summary of the start says how many threads there are.
     r'Setting (OMP|MKL)_NUM_THREADS environment variable for each process',
+    # DDP: a depthwise convolution's gradient lies in another order than its weight.
+    'Grad strides do not match bucket view strides',
     # mmdet: an optional metric, and a tensor copied in the mask head.
     'faster_coco_eval is not installed',
     'To copy construct from a tensor',

@@ -34,12 +34,14 @@ from .checkpoint import checkpoint_weights
 
 # What MMEngine logs before the first step, which the summary replaces on the console. Besides, any longer INFO record.
 REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
-            'Load checkpoint from', 'The model and loaded state dict do not match exactly')
+            'Load checkpoint from')
 # Warnings about the insides of MMEngine and mmseg, which nobody who trains a model can do anything about.
 POINTLESS = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias', 'The prefix is not set in metric')
-# Lines that pycocotools and mmdet print for each annotation file, in each process.
+# Lines that pycocotools, MMEngine and the forks' data sets print, in each process.
 PRINTED = re.compile(r'loading annotations into memory\.\.\.|Done \(t=[\d.]+s\)|creating index\.\.\.|index created!|'
-                     r'Could not import OneDL\. Skipping OneDL datasets\.')
+                     r'Loads checkpoint by \w+ backend from path: .*|Could not import OneDL.*')
+# Printed with the names of all weights, where a Runner loads a checkpoint; the summary counts them.
+MISMATCH = re.compile(r'The model and loaded state dict do not match exactly.*', re.DOTALL)
 
 
 class ConsoleFilter(logging.Filter):
@@ -61,7 +63,7 @@ class ConsoleFilter(logging.Filter):
 
 
 class QuietRunner(Runner):
-    """A Runner whose console handler has a :class:`ConsoleFilter`, unless ``log_level`` is 'DEBUG'."""
+    """A Runner whose console has a :class:`ConsoleFilter`, unless ``log_level`` is 'DEBUG'."""
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         """See :meth:`Runner.build_logger`; right after it, the Runner logs the environment and the config."""
@@ -71,6 +73,11 @@ class QuietRunner(Runner):
                 handler.addFilter(ConsoleFilter())
         return logger
 
+    def load_checkpoint(self, *args, **kwargs) -> dict:
+        """See :meth:`Runner.load_checkpoint`."""
+        with quiet_prints(MISMATCH):
+            return super().load_checkpoint(*args, **kwargs)
+
 
 def build_runner(cfg: Config) -> Runner:
     """The Runner of a config: a :class:`QuietRunner`, or whatever its ``runner_type`` names, which logs as it does."""
@@ -78,20 +85,20 @@ def build_runner(cfg: Config) -> Runner:
 
 
 class _WithoutLines:
-    """A text stream that drops the lines matching PRINTED, if they are printed on their own."""
+    """A text stream that drops what matches ``pattern``, if it is all that one call of print() prints."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, pattern: re.Pattern) -> None:
         self._stream = stream
+        self._pattern = pattern
         self._dropped = False
 
     def write(self, text: str) -> int:
-        # print() writes the end of a line by itself.
-        drop = text == '\n' if self._dropped else False
-        self._dropped = bool(PRINTED.fullmatch(text.rstrip('\n')))
-        if not (drop or self._dropped):
-            self._stream.write(text)
-        elif text.endswith('\n'):
+        if self._dropped and text == '\n':  # print() writes the end of a line by itself
             self._dropped = False
+            return len(text)
+        self._dropped = bool(self._pattern.fullmatch(text))
+        if not self._dropped:
+            self._stream.write(text)
         return len(text)
 
     def __getattr__(self, name: str):
@@ -99,9 +106,9 @@ class _WithoutLines:
 
 
 @contextmanager
-def quiet_prints() -> Iterator[None]:
-    """Keeps the lines off standard output that pycocotools and mmdet print for each data set in each process."""
-    with redirect_stdout(_WithoutLines(sys.stdout)):
+def quiet_prints(pattern: re.Pattern = PRINTED) -> Iterator[None]:
+    """Keeps prints that match ``pattern`` off standard output; by default what each process prints for each file."""
+    with redirect_stdout(_WithoutLines(sys.stdout, pattern)):
         yield
 
 
@@ -123,8 +130,15 @@ class StartSummaryHook(Hook):
         self._chunks: _ChunkCounter | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Counts which weights of the model are in ``checkpoint``."""
-        self._loaded = _coverage(_unwrapped(runner).state_dict(), checkpoint_weights(checkpoint))
+        """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
+        own, found = _unwrapped(runner).state_dict(), checkpoint_weights(checkpoint)
+        missing = [name for name in own if name not in found or own[name].shape != found[name].shape]
+        unused = [name for name in found if name not in own]
+        self._loaded = f'{len(own) - len(missing)} of {len(own)}'
+        for names, what in ((missing, 'not in it, or of another shape'), (unused, 'in it, but not in the model')):
+            if names:
+                self._loaded += f'; {len(names)} {what}: {names[0]}{", …" if len(names) > 1 else ""}'
+                runner.logger.info('\n    '.join([f'{len(names)} weights, {what}:', *names]))
 
     def before_train(self, runner: Runner) -> None:
         """Logs the summary of a training."""
@@ -170,10 +184,8 @@ class StartSummaryHook(Hook):
     def _at_first_batch(self, runner: Runner) -> None:
         if self._chunks is not None:
             return
-        for handler in runner.logger.handlers:
-            for console_filter in handler.filters:
-                if isinstance(console_filter, ConsoleFilter):
-                    console_filter.starting = False
+        for console_filter in _console_filters(runner.logger):
+            console_filter.starting = False
         watch = runner.rank == 0 and not runner.cfg.get('compile')  # a compiler would compile the hooks too
         self._chunks = _ChunkCounter(_unwrapped(runner) if watch else nn.Module(), runner.logger)
 
@@ -246,13 +258,17 @@ def chunk_lines(groups: dict[str, list[NeuralMemory]], tokens: dict[NeuralMemory
             if not written and num_tokens > 1:
                 limits[name] = num_tokens - 1
     if any(line.endswith('never written') for _, line in lines):
-        remedy = ', '.join(f'at most {limit} for {name}' for name, limit in limits.items())
+        remedy = ', '.join(f'{limit} for {name}' for name, limit in limits.items())
         lines.append(('note', 'a memory is written after each chunk but the last: with a single chunk only its learned '
                       'initial state is read.'))
         if remedy:
-            lines.append(('', f'To have it written, set a smaller memory_cfg.chunk_size ({remedy}) or use larger '
-                          'images.'))
+            lines.append(('', f'To have it written, set a smaller memory_cfg.chunk_size (at most {remedy}) or use '
+                          'larger images.'))
     return lines
+
+
+def _console_filters(logger: logging.Logger) -> list[ConsoleFilter]:
+    return [f for handler in logger.handlers for f in handler.filters if isinstance(f, ConsoleFilter)]
 
 
 def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -> None:
@@ -285,12 +301,12 @@ def _memory(model: nn.Module, compiled: bool) -> list[tuple[str, str]]:
     lines = []
     for (size, step, rule, retrieve), count in Counter(
             (m.chunk_size, m.inner_step, m.update_rule, m.retrieve) for m in memories).items():
-        lines.append(('memory', f'{count} of chunk size {size}, inner step {step:g}, update rule \'{rule}\', '
-                      f'retrieve \'{retrieve}\''))
+        lines.append(('memory', f'{_count(count, "memory", "memories")}: chunk size {size} tokens, inner step '
+                      f'{step:g}, update rule \'{rule}\', retrieve \'{retrieve}\''))
         if not step:
             lines.append(('note', 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'))
     for path, remedy in dict.fromkeys(memory_path(memory, compiled) for memory in memories):
-        lines.append(('computed', path))
+        lines.append(('computed', f'by {path}'))
         if remedy:
             lines.append(('note', remedy))
     return lines
@@ -305,9 +321,9 @@ def memory_path(memory: NeuralMemory, compiled: bool = False) -> tuple[str, str 
     """
     weight = memory.query.weight
     backend = resolve_backend(memory.backend)
-    where = f'on {weight.device.type}, parameters in {str(weight.dtype).removeprefix("torch.")}'
+    where = f'on {weight.device.type}, {str(weight.dtype).removeprefix("torch.")} parameters'
     if backend == 'reference':
-        return (f'reference implementation, autograd within autograd, {where}',
+        return (f'the reference implementation, autograd within autograd, {where}',
                 'memory_cfg.backend or CONVNEUR_MEMORY_BACKEND asks for \'reference\', which is slow; \'auto\' is not')
     if backend == 'triton':
         return f'Triton kernels {where}', None
@@ -328,22 +344,10 @@ def memory_path(memory: NeuralMemory, compiled: bool = False) -> tuple[str, str 
     if reason:
         return f'PyTorch operators {where}', reason
     kernels = f'C++ kernels ({cpu.kernels.instruction_set()}) {where}'
-    capability = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, 'cpu') else ''
-    if cpu.kernels.instruction_set() == 'baseline' and capability in ('AVX2', 'AVX512'):
-        return kernels, (f'this processor has {capability}, which only g++ compiles the kernels for: install convneur_mm '
-                         'again with CXX=g++')
+    if cpu.kernels.instruction_set() == 'baseline' and re.search('CPU capability usage: AVX', torch.__config__.show()):
+        return kernels, ('PyTorch uses AVX on this processor, the kernels do not, as only g++ compiles them for it: '
+                         'install convneur_mm again with CXX=g++')
     return kernels, half or None
-
-
-def _coverage(own: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """How many weights a checkpoint brings for a model, and which it does not."""
-    missing = [name for name in own if name not in found or own[name].shape != found[name].shape]
-    unused = [name for name in found if name not in own]
-    text = f'{len(own) - len(missing)} of {len(own)}'
-    for names, what in ((missing, 'not in it, or of another shape'), (unused, 'in it, but not in the model')):
-        if names:
-            text += f'; {len(names)} {what}: {names[0]}{", …" if len(names) > 1 else ""}'
-    return text
 
 
 def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple[str, str]]:
@@ -363,8 +367,7 @@ def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple
             pretrained.append(f'{name or "all"} from {init_cfg["checkpoint"]}')
     if pretrained:
         return [('weights', f'pretrained: {", ".join(pretrained)}; others random'), *lines]
-    return [('weights', 'RANDOM, no checkpoint is loaded; to start from one: --cfg-options load_from=PATH, or its '
-             'backbone alone: model.backbone.init_cfg'), *lines]
+    return [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH'), *lines]
 
 
 def _data(runner: Runner, mode: str) -> str:
@@ -391,7 +394,7 @@ def _data(runner: Runner, mode: str) -> str:
 def _batches(runner: Runner, mode: str, loader: DataLoader) -> str:
     size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     total = size * runner.world_size
-    text = f'{_count(size, "image")} x {_count(runner.world_size, "process", "es")} = {total} a step'
+    text = f'{_count(size, "image")} x {_count(runner.world_size, "process", "processes")} = {total} a step'
     if mode == 'test':
         return f'{text}, {_count(len(loader), "step")}'
     accumulated = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
@@ -410,7 +413,7 @@ def _device(runner: Runner, model: nn.Module, loader: DataLoader) -> str:
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     name = f'{torch.cuda.get_device_name(device)} GPU' if device.type == 'cuda' else device.type.upper()
     precision = 'mixed precision' if isinstance(runner.optim_wrapper, AmpOptimWrapper) else 'no mixed precision'
-    processes = _count(runner.world_size, 'process', 'es')
+    processes = _count(runner.world_size, 'process', 'processes')
     threads, workers = _count(torch.get_num_threads(), 'thread'), _count(loader.num_workers, 'data worker')
     return f'{name}, {processes}, each with {threads} and {workers}; {precision}'
 
@@ -430,8 +433,8 @@ def _results(runner: Runner, mode: str) -> str:
     return text
 
 
-def _count(number: int, noun: str, plural: str = 's') -> str:
-    return f'{number} {noun}{plural if number != 1 else ""}'
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f'{number} {noun if number == 1 else plural or noun + "s"}'
 
 
 def _interval(number: int, by_epoch: bool) -> str:
