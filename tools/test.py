@@ -11,12 +11,13 @@ import os
 if __name__ == '__main__':
     from _environment import prepare
     prepare()
+    from _known_warnings import hide
+    hide()
 
 from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from convneur_mm.engine import launch
+from convneur_mm.engine.start_summary import build_runner
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def main() -> None:
         cfg.custom_hooks.append(drawing_hook(cfg, args))
     if args.out and segments:
         save_label_pictures(cfg, args.out)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     if args.out and not segments:
         runner.test_evaluator.metrics.append(result_dumper(cfg, args.out))
     runner.test()

@@ -10,11 +10,11 @@ import argparse
 if __name__ == '__main__':
     from _environment import prepare
     prepare()
-
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+    from _known_warnings import hide
+    hide()
 
 from convneur_mm.engine import launch
+from convneur_mm.engine.start_summary import build_runner
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else launch.readable_checkpoint(
             args.resume, '--resume', args.allow_pickle)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     runner.train()
 
 

@@ -21,6 +21,7 @@ from mmengine.config import Config, DictAction
 from ..paths import config_root
 from ..stack import StackError, require
 from .checkpoint import UnsafeCheckpointError, fetch_checkpoint, read_checkpoint
+from .start_summary import quiet_prints
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -48,7 +49,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def run(main: Callable[[], None]) -> None:
     """Runs ``main``; a :class:`LaunchError` ends it with one line from each machine instead of tracebacks."""
     try:
-        main()
+        with quiet_prints():
+            main()
     except LaunchError as error:
         if int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0):
             # Most likely the first process of this machine fails in the same way: its launcher then ends this one
@@ -92,8 +94,13 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     hooks = cfg.get('custom_hooks') or []
     checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook')]
     cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
-    if not torch.cuda.is_available():
-        without_sync_bn(cfg.model)
+    notes = []
+    if not torch.cuda.is_available() and without_sync_bn(cfg.model):
+        notes.append('BN replaces SyncBN, which needs a GPU: with several processes, each normalises by its own images '
+                     'alone; to share statistics, train on GPUs')
+    # A config that an earlier run wrote to its work dir has this hook, with that run's notes.
+    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'StartSummaryHook']
+    cfg.custom_hooks.append(dict(type='StartSummaryHook', notes=notes))
     if args.launcher != 'none':
         set_up_processes(cfg)
     if cfg.get('load_from'):
@@ -165,13 +172,15 @@ def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str
     return path
 
 
-def without_sync_bn(cfg: dict | list) -> None:
-    """Replaces SyncBN by BN, in place: it exists on GPUs only."""
+def without_sync_bn(cfg: dict | list) -> bool:
+    """Replaces SyncBN by BN, in place: it exists on GPUs only. Returns whether there was any."""
+    found = isinstance(cfg, dict) and cfg.get('type') == 'SyncBN'
+    if found:
+        cfg['type'] = 'BN'
     for value in cfg.values() if isinstance(cfg, dict) else cfg:
         if isinstance(value, (dict, list)):
-            without_sync_bn(value)
-    if isinstance(cfg, dict) and cfg.get('type') == 'SyncBN':
-        cfg['type'] = 'BN'
+            found = without_sync_bn(value) or found
+    return found
 
 
 def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:

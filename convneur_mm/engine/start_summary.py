@@ -1,0 +1,448 @@
+"""The start of a run on the screen: a summary of what runs, instead of the whole config and a line per parameter.
+
+MMEngine writes its config, the environment, its table of hooks and the options of each parameter both to the log file
+and to the console. Here the file keeps all of it, the console does not: it gets what :class:`StartSummaryHook` says.
+Nothing of this happens unless a run is started through :mod:`.launch`, as the tools do.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import os.path as osp
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import HOOKS, RUNNERS
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..models import ConvNeur, NeuralMemory
+from ..ops.neural_memory import cpu, written_tokens
+from ..ops.neural_memory.op import resolve_backend
+from .checkpoint import checkpoint_weights
+
+# What MMEngine logs before the first step, which the summary replaces on the console. Besides, any longer INFO record.
+REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
+            'Load checkpoint from')
+# Warnings about the insides of MMEngine and mmseg, which nobody who trains a model can do anything about.
+POINTLESS = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias', 'The prefix is not set in metric')
+# Lines that pycocotools, MMEngine and the forks' data sets print, in each process.
+PRINTED = re.compile(r'loading annotations into memory\.\.\.|Done \(t=[\d.]+s\)|creating index\.\.\.|index created!|'
+                     r'Loads checkpoint by \w+ backend from path: .*|Could not import OneDL.*')
+# Printed with the names of all weights, where a Runner loads a checkpoint; the summary counts them.
+MISMATCH = re.compile(r'The model and loaded state dict do not match exactly.*', re.DOTALL)
+
+
+class ConsoleFilter(logging.Filter):
+    """Keeps off the console what the summary replaces, until the first batch, and pointless warnings for good.
+
+    Attributes:
+        starting (bool): Whether the first batch is still to come.
+    """
+
+    starting = True
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the console shows ``record``."""
+        message = record.getMessage()
+        if message.startswith(POINTLESS):
+            return False
+        long = record.levelno <= logging.INFO and '\n' in message and not hasattr(record, 'start_summary')
+        return not (self.starting and (long or message.startswith(REPLACED)))
+
+
+class QuietRunner(Runner):
+    """A Runner whose console has a :class:`ConsoleFilter`, unless ``log_level`` is 'DEBUG'."""
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """See :meth:`Runner.build_logger`; right after it, the Runner logs the environment and the config."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler) and handler.level >= logging.INFO:
+                handler.addFilter(ConsoleFilter())
+        return logger
+
+    def load_checkpoint(self, *args, **kwargs) -> dict:
+        """See :meth:`Runner.load_checkpoint`."""
+        with quiet_prints(MISMATCH):
+            return super().load_checkpoint(*args, **kwargs)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The Runner of a config: a :class:`QuietRunner`, or whatever its ``runner_type`` names, which logs as it does."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
+
+
+class _WithoutLines:
+    """A text stream that drops what matches ``pattern``, if it is all that one call of print() prints."""
+
+    def __init__(self, stream: TextIO, pattern: re.Pattern) -> None:
+        self._stream = stream
+        self._pattern = pattern
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        if self._dropped and text == '\n':  # print() writes the end of a line by itself
+            self._dropped = False
+            return len(text)
+        self._dropped = bool(self._pattern.fullmatch(text))
+        if not self._dropped:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def quiet_prints(pattern: re.Pattern = PRINTED) -> Iterator[None]:
+    """Keeps prints that match ``pattern`` off standard output; by default what each process prints for each file."""
+    with redirect_stdout(_WithoutLines(sys.stdout, pattern)):
+        yield
+
+
+@HOOKS.register_module()
+class StartSummaryHook(Hook):
+    """Says before training or a test what runs, with which weights and data, on what, and where the results go.
+
+    At the first batch it adds into how many chunks the memories cut it.
+
+    Args:
+        notes (Sequence[str]): What else the summary says, such as what was changed in the config. Defaults to ().
+    """
+
+    priority = 'LOWEST'  # after the hooks that resume, and change the model
+
+    def __init__(self, notes: Sequence[str] = ()) -> None:
+        self.notes = list(notes)
+        self._loaded: str | None = None
+        self._chunks: _ChunkCounter | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
+        own, found = _unwrapped(runner).state_dict(), checkpoint_weights(checkpoint)
+        missing = [name for name in own if name not in found or own[name].shape != found[name].shape]
+        unused = [name for name in found if name not in own]
+        self._loaded = f'{len(own) - len(missing)} of {len(own)}'
+        for names, what in ((missing, 'not in it, or of another shape'), (unused, 'in it, but not in the model')):
+            if names:
+                self._loaded += f'; {len(names)} {what}: {names[0]}{", …" if len(names) > 1 else ""}'
+                runner.logger.info('\n    '.join([f'{len(names)} weights, {what}:', *names]))
+
+    def before_train(self, runner: Runner) -> None:
+        """Logs the summary of a training."""
+        self._log_summary(runner, 'train', runner.train_dataloader)
+
+    def before_test(self, runner: Runner) -> None:
+        """Logs the summary of a test."""
+        self._log_summary(runner, 'test', runner.test_dataloader)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """Ends the quiet start, and looks at what the memories get of the first batch."""
+        self._at_first_batch(runner)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                         outputs: dict | None = None) -> None:
+        """Logs the chunks if some memory had no part in the first step, so that it was not done before."""
+        self._chunks.finish()
+
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """See :meth:`before_train_iter`."""
+        self._at_first_batch(runner)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                        outputs: Sequence | None = None) -> None:
+        """See :meth:`after_train_iter`."""
+        self._chunks.finish()
+
+    def _log_summary(self, runner: Runner, mode: str, loader: DataLoader) -> None:
+        model = _unwrapped(runner)
+        lines = [
+            ('model', _model(model)),
+            *_memory(model, bool(runner.cfg.get('compile'))),
+            *_weights(runner, model, self._loaded),
+            ('data', _data(runner, mode)),
+            ('batches', _batches(runner, mode, loader)),
+            ('device', _device(runner, model, loader)),
+            *(('note', note) for note in self.notes),
+            ('results', _results(runner, mode)),
+        ]
+        title = 'training starts' if mode == 'train' else 'test starts'
+        _log(runner.logger, f'{title}; config, environment and hooks are in the log file', lines)
+
+    def _at_first_batch(self, runner: Runner) -> None:
+        if self._chunks is not None:
+            return
+        for console_filter in _console_filters(runner.logger):
+            console_filter.starting = False
+        watch = runner.rank == 0 and not runner.cfg.get('compile')  # a compiler would compile the hooks too
+        self._chunks = _ChunkCounter(_unwrapped(runner) if watch else nn.Module(), runner.logger)
+
+
+class _ChunkCounter:
+    """Logs into how many chunks the memories of ``model`` cut their first input, as soon as all of them had one."""
+
+    def __init__(self, model: nn.Module, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._groups = memory_groups(model)
+        self._tokens: dict[NeuralMemory, int] = {}
+        self._images: dict[ConvNeur, tuple[int, ...]] = {}
+        self._missing = {memory for memories in self._groups.values() for memory in memories}
+        self._handles = [memory.register_forward_pre_hook(self._see_tokens) for memory in self._missing]
+        self._handles += [m.register_forward_pre_hook(self._see_image) for m in model.modules()
+                          if isinstance(m, ConvNeur)]
+
+    def _see_image(self, backbone: ConvNeur, args: tuple[Tensor, ...]) -> None:
+        self._images.setdefault(backbone, tuple(args[0].shape[2:]))
+
+    def _see_tokens(self, memory: NeuralMemory, args: tuple[Tensor, ...]) -> None:
+        self._tokens.setdefault(memory, args[0].size(1))
+        self._missing.discard(memory)
+        if not self._missing:
+            self.finish()
+
+    def finish(self) -> None:
+        """Logs what was seen, the first time it is called."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._tokens:
+            sizes = ' and '.join(dict.fromkeys(f'{h} x {w} pixels (height x width)' for h, w in self._images.values()))
+            _log(self._logger, f'chunks of the memories at the first batch{sizes and ", " + sizes}',
+                 chunk_lines(self._groups, self._tokens))
+        self._tokens = {}
+
+
+def memory_groups(model: nn.Module) -> dict[str, list[NeuralMemory]]:
+    """The memories of a model by where they are: the stages of its ConvNeur backbones, other ones by their names."""
+    backbones = {name: module for name, module in model.named_modules() if isinstance(module, ConvNeur)}
+    groups = {}
+    for name, backbone in backbones.items():
+        for i, stage in enumerate(backbone.stages, 1):
+            memories = [module for module in stage.modules() if isinstance(module, NeuralMemory)]
+            if memories:
+                groups[f'stage {i}' if len(backbones) == 1 else f'{name} stage {i}'] = memories
+    grouped = {memory for memories in groups.values() for memory in memories}
+    groups.update((name, [module]) for name, module in model.named_modules()
+                  if isinstance(module, NeuralMemory) and module not in grouped)
+    return groups
+
+
+def chunk_lines(groups: dict[str, list[NeuralMemory]], tokens: dict[NeuralMemory, int]) -> list[tuple[str, str]]:
+    """A line for each group: tokens, chunks, and whether a memory is never written, with a note on what to do then.
+
+    Args:
+        groups (dict[str, list[NeuralMemory]]): See :func:`memory_groups`.
+        tokens (dict[NeuralMemory, int]): Tokens that each memory got.
+    """
+    lines, limits = [], {}
+    for name, memories in groups.items():
+        for (num_tokens, chunk_size, written), count in Counter(
+                (tokens[m], m.chunk_size, bool(written_tokens(tokens[m], m.chunk_size, m.retrieve)))
+                for m in memories if m in tokens).items():
+            chunks = math.ceil(num_tokens / chunk_size)
+            lines.append((name, f'{num_tokens:6d} tokens {chunks:5d} chunk{"s" if chunks > 1 else " "}'
+                          + (f'  in each of {count} memories' if count > 1 else '')
+                          + ('' if written else '  the memory is never written')))
+            if not written and num_tokens > 1:
+                limits[name] = num_tokens - 1
+    if any(line.endswith('never written') for _, line in lines):
+        remedy = ', '.join(f'{limit} for {name}' for name, limit in limits.items())
+        lines.append(('note', 'a memory is written after each chunk but the last: with a single chunk only its learned '
+                      'initial state is read.'))
+        if remedy:
+            lines.append(('', f'To have it written, set a smaller memory_cfg.chunk_size (at most {remedy}) or use '
+                          'larger images.'))
+    return lines
+
+
+def _console_filters(logger: logging.Logger) -> list[ConsoleFilter]:
+    return [f for handler in logger.handlers for f in handler.filters if isinstance(f, ConsoleFilter)]
+
+
+def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in lines)
+    text = '\n'.join(f'    {label:{width}s}  {line}' for label, line in lines)
+    logger.info(f'{title}\n{text}', extra=dict(start_summary=True))
+
+
+def _unwrapped(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _model(model: nn.Module) -> str:
+    backbones = [module for module in model.modules() if isinstance(module, ConvNeur)]
+    arches = ' and '.join(f'ConvNeur-{b.arch}' if isinstance(b.arch, str) else
+                          f'ConvNeur (depths {b.depths}, channels {b.channels})' for b in backbones)
+    parameters = list(model.parameters())
+    total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (
+        parameters, [p for p in parameters if p.requires_grad]))
+    return (f'{type(model).__name__} with {arches or "no ConvNeur"}; {total:.2f} M parameters, '
+            f'{trained:.2f} M of them trainable')
+
+
+def _memory(model: nn.Module, compiled: bool) -> list[tuple[str, str]]:
+    """Options of the memories and what computes them, one line for all memories that agree."""
+    groups = memory_groups(model)
+    memories = [memory for memories in groups.values() for memory in memories]
+    if not memories:
+        return [('memory', 'none')]
+    lines = []
+    for (size, step, rule, retrieve), count in Counter(
+            (m.chunk_size, m.inner_step, m.update_rule, m.retrieve) for m in memories).items():
+        lines.append(('memory', f'{_count(count, "memory", "memories")}: chunk size {size} tokens, inner step '
+                      f'{step:g}, update rule \'{rule}\', retrieve \'{retrieve}\''))
+        if not step:
+            lines.append(('note', 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'))
+    for path, remedy in dict.fromkeys(memory_path(memory, compiled) for memory in memories):
+        lines.append(('computed', f'by {path}'))
+        if remedy:
+            lines.append(('note', remedy))
+    return lines
+
+
+def memory_path(memory: NeuralMemory, compiled: bool = False) -> tuple[str, str | None]:
+    """What computes a memory where its parameters are, and if there is something faster, why not that and the remedy.
+
+    Args:
+        memory (NeuralMemory): With its parameters on the device, in the dtype, in which it will run.
+        compiled (bool): Whether the model is compiled. Defaults to False.
+    """
+    weight = memory.query.weight
+    backend = resolve_backend(memory.backend)
+    where = f'on {weight.device.type}, {str(weight.dtype).removeprefix("torch.")} parameters'
+    if backend == 'reference':
+        return (f'the reference implementation, autograd within autograd, {where}',
+                'memory_cfg.backend or CONVNEUR_MEMORY_BACKEND asks for \'reference\', which is slow; \'auto\' is not')
+    if backend == 'triton':
+        return f'Triton kernels {where}', None
+    half = weight.dtype not in (torch.float32, torch.float64) and (
+        'parameters in half precision keep the memory from its fast path; leave them in float32 and use --amp')
+    if weight.device.type != 'cpu':
+        return f'PyTorch operators {where}', half or None
+    sizes = memory.w1.shape[1:]
+    reason = None
+    if cpu.kernels is None:
+        reason = (f'the C++ kernels, which are faster, are not compiled for torch {torch.__version__}; with a C++ '
+                  'compiler: pip install --no-build-isolation --no-deps PATH_OF_CONVNEUR_MM')
+    elif sizes != (cpu.kernels.HEAD_DIM, cpu.kernels.HIDDEN_DIM):
+        reason = (f'the C++ kernels, which are faster, take memory_cfg.head_dim={cpu.kernels.HEAD_DIM} and '
+                  f'hidden_dim={cpu.kernels.HIDDEN_DIM}, got {sizes[0]} and {sizes[1]}')
+    elif compiled:
+        reason = 'torch.compile replaces the C++ kernels; without it a CPU is faster'
+    if reason:
+        return f'PyTorch operators {where}', reason
+    kernels = f'C++ kernels ({cpu.kernels.instruction_set()}) {where}'
+    if cpu.kernels.instruction_set() == 'baseline' and re.search('CPU capability usage: AVX', torch.__config__.show()):
+        return kernels, ('PyTorch uses AVX on this processor, the kernels do not, as only g++ compiles them for it: '
+                         'install convneur_mm again with CXX=g++')
+    return kernels, half or None
+
+
+def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple[str, str]]:
+    if loaded:
+        source = _short(runner._load_from or find_latest_checkpoint(runner.work_dir) or 'a checkpoint')
+        if not runner._resume:
+            return [('weights', f'from {source}: {loaded}')]
+        return [('weights', f'resumed from {source} at epoch {runner.epoch}, iteration {runner.iter}: {loaded}')]
+    lines = []
+    if runner._resume:
+        lines.append(('note', f'nothing to resume: no checkpoint in {_short(runner.work_dir)}; is it the work dir of '
+                      'the earlier run?'))
+    pretrained = []
+    for name, module in model.named_modules():
+        init_cfg = getattr(module, 'pretrained', None) or getattr(module, 'init_cfg', None)
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained' and init_cfg.get('checkpoint'):
+            pretrained.append(f'{name or "all"} from {init_cfg["checkpoint"]}')
+    if pretrained:
+        return [('weights', f'pretrained: {", ".join(pretrained)}; others random'), *lines]
+    return [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH'), *lines]
+
+
+def _data(runner: Runner, mode: str) -> str:
+    if mode == 'test':
+        loaders = {'test': runner.test_dataloader}
+    else:
+        loaders = {'train': runner.train_dataloader}
+        if isinstance(runner._val_loop, BaseLoop):
+            loaders['val'] = runner.val_dataloader
+    sizes, classes = [], {}
+    for split, loader in loaders.items():
+        dataset = loader.dataset
+        sizes.append(f'{split} {len(dataset) if hasattr(dataset, "__len__") else "unknown number of"} images')
+        names = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        if names:
+            classes.setdefault(tuple(names), []).append(split)
+    for names, splits in classes.items():
+        shown = ', '.join(names[:6]) + (', …' if len(names) > 6 else '')
+        where = f' in {" and ".join(splits)}' if len(classes) > 1 else ''
+        sizes.append(f'{len(names)} classes{where}: {shown}')
+    return '; '.join(sizes)
+
+
+def _batches(runner: Runner, mode: str, loader: DataLoader) -> str:
+    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
+    total = size * runner.world_size
+    text = f'{_count(size, "image")} x {_count(runner.world_size, "process", "processes")} = {total} a step'
+    if mode == 'test':
+        return f'{text}, {_count(len(loader), "step")}'
+    accumulated = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    if accumulated > 1:
+        text += f', {accumulated} steps an update'
+    loop = runner.train_loop
+    by_iter = isinstance(loop, IterBasedTrainLoop)
+    text += f'; {loop.max_iters} iterations' if by_iter else (
+        f'; {_count(loop.max_epochs, "epoch")} of {_count(len(loader), "step")}')
+    if isinstance(runner._val_loop, BaseLoop):
+        text += f'; validation every {_interval(loop.val_interval, not by_iter)}'
+    return text
+
+
+def _device(runner: Runner, model: nn.Module, loader: DataLoader) -> str:
+    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    name = f'{torch.cuda.get_device_name(device)} GPU' if device.type == 'cuda' else device.type.upper()
+    precision = 'mixed precision' if isinstance(runner.optim_wrapper, AmpOptimWrapper) else 'no mixed precision'
+    processes = _count(runner.world_size, 'process', 'processes')
+    threads, workers = _count(torch.get_num_threads(), 'thread'), _count(loader.num_workers, 'data worker')
+    return f'{name}, {processes}, each with {threads} and {workers}; {precision}'
+
+
+def _results(runner: Runner, mode: str) -> str:
+    text = f'{_short(runner.work_dir)}; log {_short(runner.logger.log_file)}'
+    if mode == 'test':
+        return text
+    saving = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+    if saving is None or saving.interval <= 0:
+        return f'{text}; NO checkpoint is saved'
+    text += f'; checkpoint every {_interval(saving.interval, saving.by_epoch)}'
+    if saving.max_keep_ckpts > 0:
+        text += f', the last {saving.max_keep_ckpts} kept'
+    if saving.save_best:
+        text += f', and the best ({saving.save_best})'
+    return text
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f'{number} {noun if number == 1 else plural or noun + "s"}'
+
+
+def _interval(number: int, by_epoch: bool) -> str:
+    noun = 'epoch' if by_epoch else 'iteration'
+    return noun if number == 1 else f'{number} {noun}s'
+
+
+def _short(path: str) -> str:
+    """``path`` relative to the current folder if it is below that."""
+    relative = osp.relpath(path)
+    return path if relative.startswith('..') else relative

@@ -1,0 +1,426 @@
+"""The start of a run on the console: short, complete, and nothing missing in the log file."""
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import init_default_scope
+from torch import nn
+from torch.utils.data import DataLoader
+
+from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
+from convneur_mm.engine import start_summary
+from convneur_mm.engine.launch import without_sync_bn
+from convneur_mm.engine.start_summary import QuietRunner, chunk_lines, memory_groups, memory_path, quiet_prints
+from convneur_mm.models import ConvNeur, NeuralMemory
+from convneur_mm.ops.neural_memory import cpu
+
+ROOT = Path(__file__).parents[2]
+MAX_LINES, MAX_WIDTH = 40, 160
+TINY = dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32], mem_channels=16)
+LOADERS = """
+train_dataloader = dict(batch_size=2, num_workers=1)
+val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+"""
+DETECTION = f"""
+_base_ = __import__('convneur_mm').config('cascade_rcnn_convneur_m1_shapes')
+{LOADERS}
+train_cfg = dict(max_epochs=1, val_begin=2)
+"""
+SEGMENTATION = f"""
+_base_ = __import__('convneur_mm').config('semantic_fpn_convneur_m1_shapes')
+model = dict(backbone=dict(_delete_=True, type='ConvNeur', arch={TINY}, memory_cfg=dict(chunk_size=3, inner_step=0.5)),
+             neck=dict(in_channels=[8, 16, 24, 32]))
+{LOADERS}
+train_cfg = dict(max_iters=2, val_begin=3)
+default_hooks = dict(logger=dict(interval=1))
+"""
+CLASSIFICATION = f"""
+_base_ = __import__('convneur_mm').config('convneur_m1_shapes')
+model = dict(
+    backbone=dict(_delete_=True, type='ConvNeur', arch={TINY}, out_indices=3, gap_before_final_norm=True),
+    head=dict(in_channels=32))
+{LOADERS}
+"""
+
+
+def run(*command, cwd):
+    """What the command prints, with all that comes before its first step or result apart."""
+    done = subprocess.run([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={
+                              **os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [
+                                  str(ROOT), os.environ.get('PYTHONPATH')])),
+                              'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stdout[-4000:]
+    lines = re.sub(r'\x1b\[\d+m', '', done.stdout).splitlines()
+    first_step = next(i for i, line in enumerate(lines) if re.search(r'(Epoch|Iter)\((train|test)\)', line))
+    return lines[:first_step], lines[first_step:]
+
+
+def log_text(folder):
+    path, = folder.glob('*/*.log')
+    return path.read_text()
+
+
+def fact(lines, label):
+    """The lines with a label, and those below that go on."""
+    return '\n'.join(line for line in lines if line.startswith(f'    {label} '))
+
+
+@pytest.fixture(scope='module')
+def detection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('detection')
+    make_shapes_coco(folder / 'data' / 'shapes', num_train=4, num_val=3, image_size=64)
+    (folder / 'config.py').write_text(DETECTION)
+    sizes = ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'val_dataloader.dataset.pipeline.1.scale=(64,64)']
+    start, rest = run(sys.executable, ROOT / 'tools' / 'train.py', 'config.py', '--work-dir', 'work', '--cfg-options',
+                      *sizes, 'default_hooks.logger.interval=1', cwd=folder)
+    return start, rest, log_text(folder / 'work')
+
+
+@pytest.fixture(scope='module')
+def segmentation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('segmentation')
+    make_shapes_ade20k(folder / 'data' / 'shapes_ade20k', num_train=5, num_val=2, image_size=96)
+    (folder / 'config.py').write_text(SEGMENTATION)
+    start, rest = run(ROOT / 'tools' / 'dist_train.sh', 'config.py', 2, '--work-dir', 'work', cwd=folder)
+    return start, rest, log_text(folder / 'work')
+
+
+@pytest.fixture(scope='module')
+def classification(tmp_path_factory):
+    """A test of a checkpoint that lacks two weights, has one of another shape and three of no use."""
+    folder = tmp_path_factory.mktemp('classification')
+    make_shapes_imagenet(folder / 'data' / 'shapes_imagenet', num_train=6, num_val=6, image_size=64)
+    (folder / 'config.py').write_text(CLASSIFICATION)
+    from mmpretrain.registry import MODELS
+    cfg = Config.fromfile(folder / 'config.py')
+    init_default_scope('mmpretrain')
+    weights = MODELS.build(cfg.model).state_dict()
+    del weights['head.fc.weight'], weights['head.fc.bias']
+    weights['backbone.norm3.weight'] = torch.ones(5)
+    weights.update({f'neck.{i}': torch.zeros(1) for i in range(3)})
+    torch.save(dict(state_dict=weights, meta={}), folder / 'weights.pth')
+    start, rest = run(sys.executable, ROOT / 'tools' / 'test.py', 'config.py', 'weights.pth', '--work-dir', 'work',
+                      cwd=folder)
+    return start, rest, log_text(folder / 'work')
+
+
+@pytest.fixture(params=['detection', 'segmentation', 'classification'])
+def any_run(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_the_start_fits_a_screen(any_run):
+    start, _, _ = any_run
+    text = '\n'.join(start)
+    assert 5 < len(start) <= MAX_LINES, text
+    assert max(map(len, start)) <= MAX_WIDTH, text
+
+
+def test_config_environment_and_hooks_are_in_the_log_file_alone(any_run):
+    start, rest, log = any_run
+    for shown in ('\n'.join(start), '\n'.join(rest)):
+        for text in ('dataloader = dict(', 'System environment', 'before_train_iter:', 'paramwise_options'):
+            assert text not in shown
+    for text in ('test_dataloader = dict(', 'System environment', 'before_train_iter:'):
+        assert text in log
+
+
+def test_parameters_are_in_the_log_file(detection, segmentation):
+    for _, _, log in (detection, segmentation):
+        assert 'Name of parameter - Initialization information' in log
+    assert 'paramwise_options -- backbone.stages.0.0' in segmentation[2]
+
+
+def test_the_console_says_nothing_that_the_log_file_does_not(any_run):
+    start, _, log = any_run
+    for line in start:
+        assert re.sub(r'^\d\d/\d\d ', '', line) in log
+
+
+def test_no_warnings_or_prints_of_other_packages(any_run):
+    start, rest, _ = any_run
+    for text in ('Warning', 'annotations into memory', 'creating index', 'OneDL', 'FileClient', 'HardDiskBackend',
+                 'by local backend'):
+        assert not [line for line in start + rest if text in line]
+
+
+def test_a_training_says_what_it_is(detection):
+    start, rest, _ = detection
+    assert 'training starts; config, environment and hooks are in the log file' in start[0]
+    assert re.search(r'CascadeRCNN with ConvNeur-m1; \d\.\d\d M parameters, \d\.\d\d M of them trainable',
+                     fact(start, 'model'))
+    assert fact(start, 'memory').endswith(
+        '4 memories: chunk size 196 tokens, inner step 1, update rule \'sequential\', retrieve \'previous\'')
+    code = 'PyTorch operators' if cpu.kernels is None else f'C++ kernels ({cpu.kernels.instruction_set()})'
+    assert fact(start, 'computed').endswith(f'by {code} on cpu, float32 parameters')
+    assert 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH' in fact(
+        start, 'weights')
+    assert fact(start, 'data').endswith(
+        'train 4 images; val 3 images; 6 classes: disk, square, triangle, star, ring, cross')
+    assert fact(start, 'batches').endswith(
+        '2 images x 1 process = 2 a step; 1 epoch of 2 steps; validation every epoch')
+    assert 'CPU, 1 process, each with 1 thread and 1 data worker; no mixed precision' in fact(start, 'device')
+    assert re.search(r'work; log work/(\w+)/\1\.log; checkpoint every epoch, the last 1 kept$', fact(start, 'results'))
+    assert len([line for line in rest if 'Epoch(train)' in line]) == 2
+
+
+def test_memories_that_are_never_written_are_named(detection):
+    start, _, _ = detection
+    assert any('first batch, 64 x 64 pixels' in line for line in start)
+    assert re.search(r'stage 1 +256 tokens +2 chunks$', fact(start, 'stage 1'))
+    for stage, tokens in ((2, 64), (3, 16), (4, 4)):
+        assert re.search(rf'{tokens} tokens +1 chunk   the memory is never written', fact(start, f'stage {stage}'))
+    assert any('memory_cfg.chunk_size (at most 63 for stage 2, 15 for stage 3, 3 for stage 4)' in line
+               for line in start)
+
+
+def test_two_processes_say_everything_once(segmentation):
+    start, rest, _ = segmentation
+    assert len([line for line in start if 'training starts' in line]) == 1
+    assert 'EncoderDecoder with ConvNeur (depths [1, 1, 1, 1], channels [8, 16, 24, 32])' in fact(start, 'model')
+    assert 'chunk size 3 tokens, inner step 0.5' in fact(start, 'memory')
+    assert '7 classes: background, disk, square, triangle, star, ring, …' in fact(start, 'data')
+    assert '2 images x 2 processes = 4 a step; 2 iterations; validation every' in fact(start, 'batches')
+    assert 'CPU, 2 processes, each with 1 thread' in fact(start, 'device')
+    assert 'checkpoint every 925 iterations' in fact(start, 'results')
+    assert fact(start, 'note').count('BN replaces SyncBN, which needs a GPU') == 1
+    assert len([line for line in rest if 'Iter(train)' in line]) == 2
+
+
+def test_memories_that_are_written_bring_no_note(segmentation):
+    start, _, _ = segmentation
+    for stage, tokens, chunks in ((1, 576, 192), (2, 144, 48), (3, 36, 12), (4, 9, 3)):
+        assert re.search(rf' {tokens} tokens +{chunks} chunks$', fact(start, f'stage {stage}'))
+    assert not [line for line in start if 'never written' in line or 'single chunk' in line]
+
+
+def test_a_test_says_how_much_of_the_checkpoint_fits(classification):
+    start, rest, log = classification
+    assert any('test starts' in line for line in start)
+    total = re.search(r'weights +from weights\.pth: (\d+) of (\d+); 3 not in it, or of another shape: \S+, …; '
+                      r'3 in it, but not in the model: neck\.0, …$', fact(start, 'weights'))
+    assert int(total[1]) + 3 == int(total[2]) > 50
+    assert not [line for line in start + rest if 'do not match' in line or 'size mismatch' in line]
+    for name in ('backbone.norm3.weight', 'head.fc.weight', 'head.fc.bias', 'neck.0', 'neck.1', 'neck.2'):
+        assert f'\n    {name}\n' in log
+    assert fact(start, 'data').endswith('test 6 images; 6 classes: cross, disk, ring, square, star, triangle')
+    assert '1 image x 1 process = 1 a step, 6 steps' in fact(start, 'batches')
+    assert 'checkpoint' not in fact(start, 'results')
+    assert any(line.startswith('    stage 4') for line in start)
+
+
+class Toy(BaseModel):
+    """Squared features of whatever backbone, as a loss."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        return dict(loss=sum(y.square().mean() for y in self.backbone(inputs)))
+
+
+def toy_runner(folder, backbone, **kwargs):
+    data = DataLoader([dict(inputs=torch.rand(3, 32, 64)) for _ in range(4)], batch_size=2)
+    name = f'toy_{len(list(folder.parent.glob("*/*")))}_{os.urandom(4).hex()}'
+    return QuietRunner(
+        Toy(backbone), str(folder), train_dataloader=data, train_cfg=dict(by_epoch=False, max_iters=2),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)), custom_hooks=[dict(type='StartSummaryHook')],
+        experiment_name=name, default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False)),
+        **kwargs)
+
+
+def test_resumed_weights(tmp_path, capsys):
+    toy_runner(tmp_path, ConvNeur(TINY)).train()
+    assert 'weights   RANDOM' in capsys.readouterr().out
+    runner = toy_runner(tmp_path, ConvNeur(TINY), resume=True)
+    runner._train_loop['max_iters'] = 3
+    runner.train()
+    total = len(runner.model.state_dict())
+    assert (f'resumed from {tmp_path}/iter_2.pth at epoch 0, iteration 2: {total} of {total}\n'
+            in capsys.readouterr().out)
+
+
+def test_nothing_to_resume_is_said(tmp_path, capsys):
+    toy_runner(tmp_path, ConvNeur(TINY), resume=True).train()
+    out = capsys.readouterr().out
+    assert f'nothing to resume: no checkpoint in {tmp_path}; is it the work dir of the earlier run?' in out
+    assert 'RANDOM' in out
+
+
+def test_pretrained_parts_are_named(tmp_path, capsys):
+    torch.save(ConvNeur(TINY).state_dict(), tmp_path / 'backbone.pth')
+    toy_runner(tmp_path / 'work', ConvNeur(TINY, init_cfg=dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'backbone.pth')))).train()
+    out = capsys.readouterr().out
+    assert f'pretrained: backbone from {tmp_path}/backbone.pth; others random' in out
+    assert re.search(r'loaded (\d+) of \1 backbone weights', out)
+
+
+def test_a_model_without_memories(tmp_path, capsys):
+    toy_runner(tmp_path, nn.Sequential(nn.Conv2d(3, 4, 3))).train()
+    out = capsys.readouterr().out
+    assert 'Toy with no ConvNeur; 0.00 M parameters' in out
+    assert re.search(' memory +none\n', out)
+    assert 'chunks' not in out
+
+
+def test_console_is_as_ever_after_the_first_batch(tmp_path, capsys):
+    runner = toy_runner(tmp_path, nn.Sequential(nn.Conv2d(3, 4, 3)))
+    runner.logger.info('before\nhidden')
+    runner.logger.info('before, one line')
+    runner.logger.warning('a warning\nof two lines')
+    runner.train()
+    runner.logger.info('after\nshown')
+    out = capsys.readouterr().out
+    assert 'hidden' not in out
+    for text in ('before, one line', 'a warning\nof two lines', 'after\nshown'):
+        assert text in out
+    assert 'before\nhidden' in log_text(tmp_path)
+
+
+def test_log_level_debug_shows_everything(tmp_path, capsys):
+    toy_runner(tmp_path, nn.Sequential(nn.Conv2d(3, 4, 3)), log_level='DEBUG')
+    assert 'System environment' in capsys.readouterr().out
+
+
+def test_chunks_are_not_watched_where_the_model_is_compiled(tmp_path):
+    """A forward hook would be compiled with the model, or keep it from being compiled."""
+    runner = toy_runner(tmp_path, ConvNeur(TINY))
+    runner.train_loop  # noqa: B018
+    hook = next(hook for hook in runner.hooks if isinstance(hook, start_summary.StartSummaryHook))
+    runner.cfg['compile'] = True
+    hook.before_train_iter(runner, 0)
+    assert not any(module._forward_pre_hooks for module in runner.model.modules())
+    hook._chunks, runner.cfg['compile'] = None, False
+    hook.before_train_iter(runner, 0)
+    assert sum(bool(module._forward_pre_hooks) for module in runner.model.modules()) == 5
+
+
+def test_memories_are_found_in_any_model():
+    one = nn.ModuleDict(dict(backbone=ConvNeur(dict(TINY, depths=[1, 2, 1, 1]), placement='block')))
+    assert {name: len(memories) for name, memories in memory_groups(one).items()} == {
+        'stage 1': 1, 'stage 2': 2, 'stage 3': 1, 'stage 4': 1}
+    two = nn.ModuleDict(dict(rgb=ConvNeur(TINY, out_indices=0), depth=ConvNeur(TINY, out_indices=1),
+                             head=NeuralMemory(16), plain=ConvNeur(TINY, placement='none')))
+    assert list(memory_groups(two)) == ['rgb stage 1', 'depth stage 1', 'depth stage 2', 'head']
+    assert memory_groups(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize('tokens, options, written', [
+    (10, dict(chunk_size=9), True),
+    (10, dict(chunk_size=10), False),
+    (10, dict(chunk_size=10, retrieve='final'), True),
+])
+def test_chunks_of_a_memory(tokens, options, written):
+    memories = [NeuralMemory(16, **options) for _ in range(2)]
+    lines = chunk_lines({'stage 9': memories}, dict.fromkeys(memories, tokens))
+    assert lines[0][0] == 'stage 9'
+    assert '10 tokens' in lines[0][1]
+    assert 'in each of 2 memories' in lines[0][1]
+    assert ('never written' in lines[0][1]) is not written
+    assert len(lines) == (1 if written else 3)
+    assert written or '(at most 9 for stage 9)' in lines[2][1]
+
+
+def test_a_single_token_cannot_be_cut():
+    memory = NeuralMemory(16)
+    lines = chunk_lines({'stage 4': [memory]}, {memory: 1})
+    assert 'never written' in lines[0][1]
+    assert 'at most' not in ' '.join(text for _, text in lines)
+
+
+KERNELS = SimpleNamespace(HEAD_DIM=16, HIDDEN_DIM=8, instruction_set=lambda: 'avx2')
+
+
+@pytest.mark.parametrize('kernels, options, dtype, path, remedy', [
+    (KERNELS, dict(), torch.float32, 'C++ kernels (avx2) on cpu, float32', None),
+    (KERNELS, dict(), torch.bfloat16, 'C++ kernels (avx2) on cpu, bfloat16', 'leave them in float32'),
+    (KERNELS, dict(head_dim=8), torch.float32, 'PyTorch operators', 'head_dim=16 and hidden_dim=8, got 8 and 8'),
+    (None, dict(), torch.float32, 'PyTorch operators', 'pip install --no-build-isolation --no-deps'),
+    (KERNELS, dict(backend='reference'), torch.float32, 'the reference implementation', "'auto' is not"),
+    (KERNELS, dict(backend='triton'), torch.float32, 'Triton kernels', None),
+])
+def test_the_memorys_path(kernels, options, dtype, path, remedy, monkeypatch):
+    monkeypatch.setattr(cpu, 'kernels', kernels)
+    monkeypatch.delenv('CONVNEUR_MEMORY_BACKEND', raising=False)
+    described, reason = memory_path(NeuralMemory(16, **options).to(dtype))
+    assert described.startswith(path)
+    assert reason is None if remedy is None else remedy in reason
+
+
+def test_the_memorys_path_elsewhere(monkeypatch):
+    monkeypatch.delenv('CONVNEUR_MEMORY_BACKEND', raising=False)
+    assert memory_path(NeuralMemory(16).to('meta')) == ('PyTorch operators on meta, float32 parameters', None)
+    assert 'float32' in memory_path(NeuralMemory(16).half().to('meta'))[1]
+    monkeypatch.setattr(cpu, 'kernels', KERNELS)
+    assert 'torch.compile' in memory_path(NeuralMemory(16), compiled=True)[1]
+    monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'reference')
+    assert 'CONVNEUR_MEMORY_BACKEND' in memory_path(NeuralMemory(16))[1]
+
+
+def test_kernels_without_wide_instructions_are_named(monkeypatch):
+    monkeypatch.setattr(cpu, 'kernels', SimpleNamespace(**{**vars(KERNELS), 'instruction_set': lambda: 'baseline'}))
+    monkeypatch.setattr(torch.__config__, 'show', lambda: 'CPU capability usage: AVX2')
+    assert 'CXX=g++' in memory_path(NeuralMemory(16))[1]
+    monkeypatch.setattr(torch.__config__, 'show', lambda: 'CPU capability usage: DEFAULT')
+    assert memory_path(NeuralMemory(16))[1] is None
+
+
+def test_the_named_path_is_the_one_taken(monkeypatch):
+    """The summary may not call that C++ what PyTorch computes, or the other way round."""
+    if cpu.kernels is None:
+        pytest.fail('the kernels are not compiled: tools/setup_env.sh')
+    calls = []
+    real = cpu.write_all
+    monkeypatch.setattr(cpu, 'write_all', lambda *args: calls.append(1) or real(*args))
+    for options in (dict(), dict(head_dim=8), dict(backend='reference')):
+        memory = NeuralMemory(16, chunk_size=4, **options)
+        calls.clear()
+        memory(torch.rand(1, 9, 16))
+        assert bool(calls) is memory_path(memory)[0].startswith('C++'), options
+
+
+def test_printed_chatter_is_dropped(capsys):
+    with quiet_prints():
+        print('loading annotations into memory...')
+        print('Done (t=0.25s)')
+        print('creating index...')
+        print('index created!')
+        print('mine: creating index...')
+        print()
+        print('a', 'b', end=' ')
+        print('c')
+        sys.stdout.flush()
+    assert capsys.readouterr().out == 'mine: creating index...\n\na b c\n'
+
+
+def test_known_warnings_alone_are_hidden(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import _known_warnings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        _known_warnings.hide()
+        warnings.warn('torch.meshgrid: in an upcoming release, it will be required to pass the indexing argument.',
+                      stacklevel=1)
+        warnings.warn('Setting OMP_NUM_THREADS environment variable for each process to be 1', stacklevel=1)
+        warnings.warn_explicit('old', FutureWarning, 'x.py', 1, module='mmengine.optim.amp')
+        assert caught == []
+        warnings.warn_explicit('old', FutureWarning, 'x.py', 1, module='mine.mmengine')
+        warnings.warn_explicit('the data is wrong', UserWarning, 'x.py', 1, module='mmengine.optim.amp')
+        assert len(caught) == 2
+
+
+def test_sync_bn_is_reported():
+    assert without_sync_bn(dict(head=dict(norm_cfg=dict(type='SyncBN')), necks=[dict(type='BN')]))
+    assert not without_sync_bn(dict(head=dict(norm_cfg=dict(type='BN')), necks=[dict(type='FPN')]))
