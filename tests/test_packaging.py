@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from convneur_mm.ops.neural_memory import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +25,7 @@ def test_wheel_holds_configs_and_tools(wheel):
     assert not any(name.startswith('tests') for name in names)
 
 
+@pytest.mark.needs('kernels')
 def test_wheel_holds_the_compiled_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith(f'convneur_mm/ops/neural_memory/{cpu.MODULE}.') for name in names)
@@ -54,6 +57,7 @@ def test_wheel_names_no_openmmlab_requirement(wheel):
     assert 'Requires-Dist' not in metadata
 
 
+@pytest.mark.needs('mmdet')  # a base of the config is mmdet's
 def test_unpacked_wheel_works_elsewhere(wheel, tmp_path):
     """In another folder, with the wheel's files ahead of the checkout's."""
     site, project = tmp_path / 'site', tmp_path / 'project'

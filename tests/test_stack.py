@@ -266,7 +266,7 @@ def test_nothing_but_mmengine_is_imported():
     code = """if True:
         import sys
         sys.modules.update(dict.fromkeys(('mmdet', 'mmseg', 'mmpretrain', 'mmcv.cnn', 'timm')))  # fails if imported
-        import torch, convneur_mm, convneur_mm.models, convneur_mm.ops, convneur_mm.datasets, convneur_mm.engine.launch
+        import torch, convneur_mm, convneur_mm.models, convneur_mm.ops, convneur_mm.engine.launch
         model = convneur_mm.models.ConvNeur(arch='m1', drop_path_rate=0.1)
         sum(x.mean() for x in model(torch.randn(2, 3, 64, 64))).backward()
     """
