@@ -135,10 +135,13 @@ class StartSummaryHook(Hook):
         missing = [name for name in own if name not in found or own[name].shape != found[name].shape]
         unused = [name for name in found if name not in own]
         self._loaded = f'{len(own) - len(missing)} of {len(own)}'
-        for names, what in ((missing, 'not in it, or of another shape'), (unused, 'in it, but not in the model')):
+        for names, short, what in (
+                (missing, 'not in it, or of another shape',
+                 'weights of the model that the checkpoint lacks, or has in another shape:'),
+                (unused, 'in it, but not in the model', 'weights of the checkpoint that the model does not have:')):
             if names:
-                self._loaded += f'; {len(names)} {what}: {names[0]}{", …" if len(names) > 1 else ""}'
-                runner.logger.info('\n    '.join([f'{len(names)} weights, {what}:', *names]))
+                self._loaded += f'; {len(names)} {short}: {names[0]}{", …" if len(names) > 1 else ""}'
+                runner.logger.info('\n    '.join([what, *names]))
 
     def before_train(self, runner: Runner) -> None:
         """Logs the summary of a training."""
@@ -177,6 +180,7 @@ class StartSummaryHook(Hook):
             ('device', _device(runner, model, loader)),
             *(('note', note) for note in self.notes),
             ('results', _results(runner, mode)),
+            ('log', _short(runner.logger.log_file)),
         ]
         title = 'training starts' if mode == 'train' else 'test starts'
         _log(runner.logger, f'{title}; config, environment and hooks are in the log file', lines)
@@ -419,7 +423,7 @@ def _device(runner: Runner, model: nn.Module, loader: DataLoader) -> str:
 
 
 def _results(runner: Runner, mode: str) -> str:
-    text = f'{_short(runner.work_dir)}; log {_short(runner.logger.log_file)}'
+    text = _short(runner.work_dir)
     if mode == 'test':
         return text
     saving = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
