@@ -15,7 +15,7 @@ from mmengine.config import Config, DictAction
 
 from ..paths import config_root
 from .checkpoint import UnsafeCheckpointError, fetch_checkpoint, read_checkpoint
-from .start_summary import quiet_prints
+from .quiet_console import quiet_prints
 
 
 class LaunchError(Exception):
