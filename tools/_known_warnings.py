@@ -8,6 +8,7 @@ import warnings
 MESSAGES = (
     'pkg_resources is deprecated',
     'Deprecated call to `pkg_resources',
+    'TypedStorage is deprecated',
     r'torch\.meshgrid: in an upcoming release',
     # mmengine; the summary of the start says how many threads there are.
     r'Setting (OMP|MKL)_NUM_THREADS environment variable for each process',

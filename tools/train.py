@@ -14,7 +14,7 @@ if __name__ == '__main__':
     hide()
 
 from convneur_mm.engine import launch
-from convneur_mm.engine.start_summary import build_runner
+from convneur_mm.engine.quiet_console import build_runner
 
 
 def parse_args() -> argparse.Namespace:

@@ -21,7 +21,7 @@ from mmengine.config import Config, DictAction
 from ..paths import config_root
 from ..stack import StackError, require
 from .checkpoint import UnsafeCheckpointError, fetch_checkpoint, read_checkpoint
-from .start_summary import quiet_prints
+from .quiet_console import quiet_prints
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 

@@ -1,28 +1,18 @@
-"""The start of a run on the screen: a summary of what runs, instead of the whole config and a line per parameter.
-
-MMEngine writes its config, the environment, its table of hooks and the options of each parameter both to the log file
-and to the console. Here the file keeps all of it, the console does not: it gets what :class:`StartSummaryHook` says.
-Nothing of this happens unless a run is started through :mod:`.launch`, as the tools do.
-"""
+"""What a run says at its start: what runs, with which weights and data, on what, and where the results go."""
 from __future__ import annotations
 
 import logging
 import math
 import os.path as osp
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import TextIO
+from collections.abc import Sequence
 
 import torch
-from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import HOOKS, RUNNERS
+from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,85 +21,7 @@ from ..models import ConvNeur, NeuralMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
 from .checkpoint import checkpoint_weights
-
-# What MMEngine logs before the first step, which the summary replaces on the console. Besides, any longer INFO record.
-REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
-            'Load checkpoint from')
-# Warnings about the insides of MMEngine and mmseg, which nobody who trains a model can do anything about.
-POINTLESS = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias', 'The prefix is not set in metric')
-# Lines that pycocotools, MMEngine and the forks' data sets print, in each process.
-PRINTED = re.compile(r'loading annotations into memory\.\.\.|Done \(t=[\d.]+s\)|creating index\.\.\.|index created!|'
-                     r'Loads checkpoint by \w+ backend from path: .*|Could not import OneDL.*')
-# Printed with the names of all weights, where a Runner loads a checkpoint; the summary counts them.
-MISMATCH = re.compile(r'The model and loaded state dict do not match exactly.*', re.DOTALL)
-
-
-class ConsoleFilter(logging.Filter):
-    """Keeps off the console what the summary replaces, until the first batch, and pointless warnings for good.
-
-    Attributes:
-        starting (bool): Whether the first batch is still to come.
-    """
-
-    starting = True
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the console shows ``record``."""
-        message = record.getMessage()
-        if message.startswith(POINTLESS):
-            return False
-        long = record.levelno <= logging.INFO and '\n' in message and not hasattr(record, 'start_summary')
-        return not (self.starting and (long or message.startswith(REPLACED)))
-
-
-class QuietRunner(Runner):
-    """A Runner whose console has a :class:`ConsoleFilter`, unless ``log_level`` is 'DEBUG'."""
-
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        """See :meth:`Runner.build_logger`; right after it, the Runner logs the environment and the config."""
-        logger = super().build_logger(*args, **kwargs)
-        for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler) and handler.level >= logging.INFO:
-                handler.addFilter(ConsoleFilter())
-        return logger
-
-    def load_checkpoint(self, *args, **kwargs) -> dict:
-        """See :meth:`Runner.load_checkpoint`."""
-        with quiet_prints(MISMATCH):
-            return super().load_checkpoint(*args, **kwargs)
-
-
-def build_runner(cfg: Config) -> Runner:
-    """The Runner of a config: a :class:`QuietRunner`, or whatever its ``runner_type`` names, which logs as it does."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
-
-
-class _WithoutLines:
-    """A text stream that drops what matches ``pattern``, if it is all that one call of print() prints."""
-
-    def __init__(self, stream: TextIO, pattern: re.Pattern) -> None:
-        self._stream = stream
-        self._pattern = pattern
-        self._dropped = False
-
-    def write(self, text: str) -> int:
-        if self._dropped and text == '\n':  # print() writes the end of a line by itself
-            self._dropped = False
-            return len(text)
-        self._dropped = bool(self._pattern.fullmatch(text))
-        if not self._dropped:
-            self._stream.write(text)
-        return len(text)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def quiet_prints(pattern: re.Pattern = PRINTED) -> Iterator[None]:
-    """Keeps prints that match ``pattern`` off standard output; by default what each process prints for each file."""
-    with redirect_stdout(_WithoutLines(sys.stdout, pattern)):
-        yield
+from .quiet_console import ON_CONSOLE, end_of_start
 
 
 @HOOKS.register_module()
@@ -132,13 +44,18 @@ class StartSummaryHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
         own, found = _unwrapped(runner).state_dict(), checkpoint_weights(checkpoint)
-        missing = [name for name in own if name not in found or own[name].shape != found[name].shape]
+        # Modules may keep other things than tensors in a state dict.
+        missing = [name for name, value in own.items() if name not in found
+                   or getattr(value, 'shape', None) != getattr(found[name], 'shape', None)]
         unused = [name for name in found if name not in own]
         self._loaded = f'{len(own) - len(missing)} of {len(own)}'
-        for names, what in ((missing, 'not in it, or of another shape'), (unused, 'in it, but not in the model')):
+        for names, short, what in (
+                (missing, 'not in it, or of another shape',
+                 'weights of the model that the checkpoint lacks, or has in another shape:'),
+                (unused, 'in it, but not in the model', 'weights of the checkpoint that the model does not have:')):
             if names:
-                self._loaded += f'; {len(names)} {what}: {names[0]}{", …" if len(names) > 1 else ""}'
-                runner.logger.info('\n    '.join([f'{len(names)} weights, {what}:', *names]))
+                self._loaded += f'; {len(names)} {short}: {names[0]}{", …" if len(names) > 1 else ""}'
+                runner.logger.info('\n    '.join([what, *names]))
 
     def before_train(self, runner: Runner) -> None:
         """Logs the summary of a training."""
@@ -177,6 +94,7 @@ class StartSummaryHook(Hook):
             ('device', _device(runner, model, loader)),
             *(('note', note) for note in self.notes),
             ('results', _results(runner, mode)),
+            ('log', _short(runner.logger.log_file)),
         ]
         title = 'training starts' if mode == 'train' else 'test starts'
         _log(runner.logger, f'{title}; config, environment and hooks are in the log file', lines)
@@ -184,8 +102,7 @@ class StartSummaryHook(Hook):
     def _at_first_batch(self, runner: Runner) -> None:
         if self._chunks is not None:
             return
-        for console_filter in _console_filters(runner.logger):
-            console_filter.starting = False
+        end_of_start(runner.logger)
         watch = runner.rank == 0 and not runner.cfg.get('compile')  # a compiler would compile the hooks too
         self._chunks = _ChunkCounter(_unwrapped(runner) if watch else nn.Module(), runner.logger)
 
@@ -267,14 +184,10 @@ def chunk_lines(groups: dict[str, list[NeuralMemory]], tokens: dict[NeuralMemory
     return lines
 
 
-def _console_filters(logger: logging.Logger) -> list[ConsoleFilter]:
-    return [f for handler in logger.handlers for f in handler.filters if isinstance(f, ConsoleFilter)]
-
-
 def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in lines)
     text = '\n'.join(f'    {label:{width}s}  {line}' for label, line in lines)
-    logger.info(f'{title}\n{text}', extra=dict(start_summary=True))
+    logger.info(f'{title}\n{text}', extra=ON_CONSOLE)
 
 
 def _unwrapped(runner: Runner) -> nn.Module:
@@ -419,7 +332,7 @@ def _device(runner: Runner, model: nn.Module, loader: DataLoader) -> str:
 
 
 def _results(runner: Runner, mode: str) -> str:
-    text = f'{_short(runner.work_dir)}; log {_short(runner.logger.log_file)}'
+    text = _short(runner.work_dir)
     if mode == 'test':
         return text
     saving = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
