@@ -12,7 +12,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from convneur_mm.engine import launch
+from convneur_mm.engine import launch, safe_loading
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +29,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    with safe_loading(args.allow_pickle):
+        test(args)
+
+
+def test(args: argparse.Namespace) -> None:
+    """Tests as the command line says."""
     cfg = launch.load_config(args, splits=('test',))
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out:

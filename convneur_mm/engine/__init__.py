@@ -1,3 +1,4 @@
+from .checkpoint import safe_loading
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
 
-__all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook']
+__all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'safe_loading']
