@@ -249,7 +249,8 @@ def _checkpoint_loader(allow_pickle: bool) -> classmethod:
         _check_structure(checkpoint, filename)
         if not allow_pickle:
             _drop_instructions(checkpoint, filename)
-        return checkpoint
+        # MMEngine's hooks look for the weights there alone.
+        return checkpoint if 'state_dict' in checkpoint else dict(state_dict=_weights(checkpoint))
 
     return classmethod(load)
 

@@ -30,6 +30,7 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmengine.visualization import Visualizer
+from safetensors import torch as safetensors
 from torch.utils.data import Dataset
 
 import convneur_mm
@@ -67,7 +68,7 @@ class CheckpointTestModel(BaseModel):
 
     def forward(self, inputs, mode='tensor'):
         out = self.head(self.layer(inputs))
-        return dict(loss=out.square().mean()) if mode == 'loss' else []
+        return dict(loss=out.square().mean()) if mode == 'loss' else [{}]
 
 
 class CheckpointTestHead(BaseModule):
@@ -432,15 +433,18 @@ class TestSoundCheckpoints:
 
     def test_are_tested(self, trained, run):
         assert run('test', trained / 'epoch_2.pth') is None
-        assert pickle.loads(Path('predictions.pkl').read_bytes()) == []
+        assert pickle.loads(Path('predictions.pkl').read_bytes()) == [{}, {}]
 
-    @pytest.mark.parametrize('name', ['weights.safetensors', 'weights.pth'])
-    def test_may_be_safetensors(self, run, name):
-        """Known by its contents, too."""
-        from safetensors.torch import save_file
+    @pytest.mark.parametrize('name, save', [
+        ('weights.safetensors', safetensors.save_file),
+        ('weights.pth', safetensors.save_file),  # known by its contents, too
+        ('flat.pth', torch.save),
+        ('timm.pth', lambda weights, name: torch.save(dict(model=weights), name)),
+    ])
+    def test_may_hold_weights_alone(self, run, name, save):
+        """MMEngine's EMAHook asks for a 'state_dict'."""
         weights = {key: torch.full_like(value, 0.5) for key, value in CheckpointTestModel().state_dict().items()}
-        save_file(weights, name)
-        assert sorted(flat(read_checkpoint(name))) == sorted(flat(weights))
+        save(weights, name)
         for allow in [], ['--allow-pickle']:
             assert run('test', name, *allow) is None
             assert run('train', *allow, '--cfg-options', f'load_from={name}', 'optim_wrapper.optimizer.lr=0.') is None
@@ -449,8 +453,7 @@ class TestSoundCheckpoints:
         assert 'cannot be resumed from, as it holds weights but no state of training' in run('train', '--resume', name)
 
     def test_safetensors_are_missed_by_name(self, tmp_path, monkeypatch):
-        from safetensors.torch import save_file
-        save_file({'w': torch.ones(1)}, tmp_path / 'x.safetensors')
+        safetensors.save_file({'w': torch.ones(1)}, tmp_path / 'x.safetensors')
         monkeypatch.setitem(sys.modules, 'safetensors', None)
         with pytest.raises(CheckpointError, match=r'x\.safetensors is a safetensors file.*: pip install safetensors$'):
             read_checkpoint(str(tmp_path / 'x.safetensors'))
