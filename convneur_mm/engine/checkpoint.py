@@ -1,6 +1,8 @@
 """Reading checkpoints safely, and loading weights with a clear word about what did not fit."""
 from __future__ import annotations
 
+import functools
+import io
 import os
 import os.path as osp
 import tarfile
@@ -177,13 +179,18 @@ def _load_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def _one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
+    text = _printable(str(error)) or type(error).__name__
     return text if len(text) <= 200 else f'{text[:200]} …'
+
+
+def _printable(text: str) -> str:
+    """Text that may come from a file, without line breaks and the control characters a terminal would obey."""
+    return ''.join(character if character.isprintable() else '?' for character in ' '.join(text.split()))
 
 
 @contextmanager
 def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
-    """Within it, no data file that this process loads can run code, whichever library loads it.
+    """Within it, no data file that a user names can run code, whichever library of this process loads it.
 
     This holds for everything that goes through ``torch.load``, MMEngine's checkpoint loader, ``mmengine.load`` or
     ``numpy.load``: weights that a config names (``load_from``, ``resume``, ``init_cfg``), those of the inferencers of
@@ -202,14 +209,17 @@ def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
         CheckpointError: At the load of a file that is no checkpoint.
     """
     def load(f: str | os.PathLike | BinaryIO, map_location: Any = None, *args: object, **kwargs: object) -> Any:
-        """``torch.load``, onto the CPU by default; how safely is not for its caller to say."""
-        return _load_file(f, map_location or 'cpu', allow_pickle)
+        """``torch.load``, of files onto the CPU by default; how safely is not for its caller to say."""
+        if map_location is None and isinstance(f, (str, os.PathLike)):
+            map_location = 'cpu'
+        return _load_file(f, map_location, allow_pickle)
 
     with ExitStack() as stack:
         token = _PICKLE_ALLOWED.set(allow_pickle)
         stack.callback(_PICKLE_ALLOWED.reset, token)
         for owner in (torch, torch.serialization):
             stack.enter_context(_replaced(owner, 'load', load))
+        stack.enter_context(_replaced(torch.storage, '_load_from_bytes', _storage_from_bytes))
         stack.enter_context(_replaced(CheckpointLoader, 'load_checkpoint', _checkpoint_loader(allow_pickle)))
         if not allow_pickle:
             stack.enter_context(_replaced(Config, 'fromstring', _config_from_string()))
@@ -219,6 +229,13 @@ def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
             file_handlers.update(pkl=_NoPickleHandler(), pickle=_NoPickleHandler(), yml=_SafeYamlHandler(),
                                  yaml=_SafeYamlHandler())
         yield
+
+
+@functools.wraps(torch.storage._load_from_bytes)  # other processes know it by that name
+def _storage_from_bytes(data: bytes) -> Any:
+    # Processes exchange results in pickles, tensors within them by this function. Whoever may send one may run code
+    # anyway, and a slower reader would be felt: there are several for each image. No restricted pickle gets here.
+    return torch_load(io.BytesIO(data), weights_only=False)
 
 
 @contextmanager
@@ -275,7 +292,7 @@ def _drop_instructions(checkpoint: dict, filename: str) -> None:
                                      and osp.dirname(osp.realpath(path)) == folder):
             del info[name]
             MMLogger.get_current_instance().warning(
-                f'{filename} calls {path} the best checkpoint; as it is not beside it, it will not be deleted when a '
+                f'{filename} calls {path!r} the best checkpoint; as it is not beside it, it will not be deleted when a '
                 'better one is saved')
     if not all(isinstance(number, int) for number in info.get('keep_ckpt_ids', ())):
         raise UnsafeCheckpointError(f'{filename} was not loaded: keep_ckpt_ids must be numbers, got '
@@ -378,5 +395,5 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
 
 
 def _some(names: list[str], count: int = 4) -> str:
-    shown = ', '.join(names[:count])
+    shown = _printable(', '.join(names[:count]))
     return f'{shown}, … ({len(names)} in all)' if len(names) > count else shown or 'nothing'

@@ -34,6 +34,7 @@ from safetensors import torch as safetensors
 from torch.utils.data import Dataset
 
 import convneur_mm
+from convneur_mm.engine import checkpoint as checkpoint_module
 from convneur_mm.engine import safe_loading
 from convneur_mm.engine.checkpoint import CheckpointError, UnsafeCheckpointError, load_pretrained, read_checkpoint
 from convneur_mm.engine.launch import LaunchError, check_no_pickled_data, latest_checkpoint, readable_checkpoint
@@ -544,6 +545,25 @@ def test_what_is_no_checkpoint_is_named_in_one_line(kind, tmp_path, run):
     assert 'x.pth is no checkpoint' in run('test', 'x.pth', '--allow-pickle')
 
 
+def test_archives_of_the_oldest_format_are_not_unpacked(tmp_path):
+    """torch.load would extract members, which may be links or special files, before it reads the first one."""
+    empty = pickle.dumps(0, 2)
+    (tmp_path / 'x.pth').write_bytes(in_tar(storages=empty + pickle.dumps([], 2), tensors=empty, pickle=b'\x80\x02}.'))
+    assert torch.load(tmp_path / 'x.pth', weights_only=False) == {}
+    with pytest.raises(UnsafeCheckpointError, match='x.pth was not loaded, because it is a tar archive'):
+        read_checkpoint(str(tmp_path / 'x.pth'))
+
+
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path):
+    path = str(tmp_path / 'x.pth')
+    torch.save({'two\nlines \x1b[2J': torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match=r"none of the model's weights.*two lines \?\[2J$"):
+        load_pretrained(nn.Linear(1, 1), path)
+    Path(path).write_bytes(in_zip(b'\x80\x04' + text('os\n') + text('\x1b[2J') + b'\x93.'))
+    with pytest.raises(CheckpointError, match=r'it asks for os \.\?\[2J; if'):
+        read_checkpoint(path)
+
+
 def test_pickles_are_not_taken_for_damaged(tmp_path):
     torch.save(dict(state_dict={}, args=functools.partial(int)), tmp_path / 'x.pth')
     with pytest.raises(LaunchError, match=r'^checkpoint: .*x.pth was not loaded, because it needs pickle.*asks for '
@@ -721,6 +741,19 @@ class TestSafeLoading:
                 assert np.load is before[2] or not allow
                 _ = 1 / 0
             assert state() == before
+
+    @pytest.mark.parametrize('allow', [False, True])
+    def test_leaves_what_processes_exchange_to_torch(self, allow, monkeypatch):
+        """Pickled results hold tensors, for each of which pickle calls torch.load."""
+        def not_called(*args):
+            raise AssertionError('the slow reader was used')
+
+        monkeypatch.setattr(checkpoint_module, '_load_file', not_called)
+        with safe_loading(allow):
+            sent = pickle.dumps(dict(score=torch.arange(3.0)))
+            assert b'torch.storage' in sent
+            assert pickle.loads(sent)['score'].tolist() == [0, 1, 2]
+        assert pickle.loads(sent)['score'].tolist() == [0, 1, 2]
 
     def test_of_an_allowing_process_holds_for_the_backbone(self, tmp_path):
         """Its own argument is for one file."""

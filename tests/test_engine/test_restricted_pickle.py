@@ -106,7 +106,7 @@ def test_the_pieces_of_the_hostile_pickles_are_sound():
      'HistoryBuffer in an unexpected place'),
     (name('torch._utils', '_rebuild_parameter') + BUFFER + b'\x89' + ORDERED + b'\x87R',
      'HistoryBuffer in an unexpected place'),
-])
+], ids=lambda value: value if isinstance(value, str) else '')
 def test_anything_else_is_refused(opcodes, asked_for):
     with pytest.raises(ForbiddenPickleError, match=asked_for):
         read(opcodes)
