@@ -16,7 +16,7 @@ if __name__ == '__main__':
 
 from mmengine.evaluator import DumpResults
 
-from convneur_mm.engine import launch
+from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.quiet_console import build_runner
 
 
@@ -34,6 +34,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    with safe_loading(args.allow_pickle):
+        test(args)
+
+
+def test(args: argparse.Namespace) -> None:
+    """Tests as the command line says."""
     cfg = launch.load_config(args, splits=('test',))
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out:

@@ -13,7 +13,7 @@ if __name__ == '__main__':
     from _known_warnings import hide
     hide()
 
-from convneur_mm.engine import launch
+from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.quiet_console import build_runner
 
 
@@ -23,12 +23,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by the actual over the recipe\'s batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from this checkpoint, or from the latest of the work dir if none is named')
+                        help='go on from this checkpoint, or from the newest intact one of the work dir if none is '
+                        'named')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    with safe_loading(args.allow_pickle):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains as the command line says."""
     if args.amp and not launch.torch.cuda.is_available():
         raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible')
     cfg = launch.load_config(args, splits=('train', 'val'))
@@ -41,8 +48,10 @@ def main() -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else launch.readable_checkpoint(
-            args.resume, '--resume', args.allow_pickle)
+        if args.resume == 'auto':
+            cfg.load_from = launch.latest_checkpoint(cfg.work_dir, args.allow_pickle)
+        else:
+            cfg.load_from = launch.readable_checkpoint(args.resume, '--resume', args.allow_pickle)
     runner = build_runner(cfg)
     runner.train()
 

@@ -14,19 +14,31 @@ from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.structures import BaseDataElement
 
 from ..stack import require
-from .checkpoint import check_some_match, checkpoint_weights
+from .checkpoint import CheckpointError, check_some_match, checkpoint_weights
 
 
 @HOOKS.register_module()
 class CheckpointKeysHook(Hook):
-    """Stops a run whose checkpoint has none of the model's weights; MMEngine would go on with random ones."""
+    """Stops a run whose checkpoint has none of the model's weights; MMEngine would go on with random ones.
+
+    And one that is to be resumed from a checkpoint of weights alone.
+    """
 
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares the names in ``checkpoint`` with the model's before they are loaded."""
+        """Compares the names in ``checkpoint`` with the model's before they are loaded.
+
+        Raises:
+            CheckpointError: If none of them is the same, or the state of training is missing where it is needed.
+        """
+        name = runner._load_from or 'the checkpoint'
+        if runner._resume and not (isinstance(checkpoint.get('message_hub'), dict)
+                                   and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
+            raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
+                                  'it as load_from instead')
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        check_some_match(model.state_dict(), checkpoint_weights(checkpoint), runner._load_from or 'the checkpoint')
+        check_some_match(model.state_dict(), checkpoint_weights(checkpoint), name)
 
 
 @HOOKS.register_module()

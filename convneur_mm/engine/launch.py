@@ -12,15 +12,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
 
 from ..paths import config_root
 from ..stack import StackError, require
-from .checkpoint import UnsafeCheckpointError, fetch_checkpoint, read_checkpoint
+from .checkpoint import (
+    ALLOW,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+    fetch_checkpoint,
+    is_mmengine_name,
+    read_checkpoint,
+)
 from .quiet_console import quiet_prints
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -40,18 +50,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         'written key="[a,b]", without blanks')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
     parser.add_argument('--allow-pickle', action='store_true',
-                        help='load checkpoints that hold more than weights; they can run any code')
+                        help='load checkpoints and pickled or YAML data files that hold more than tensors and plain '
+                        'values, which can run any code; without it they are refused. Configs are Python programs, and '
+                        'run in either case')
     # Launchers spell it either way; the value is read from the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; a :class:`LaunchError` ends it with one line from each machine instead of tracebacks."""
+    """Runs ``main``; a launch or checkpoint error ends it with one line from each machine instead of tracebacks."""
     try:
         with quiet_prints():
             main()
-    except LaunchError as error:
+    except (LaunchError, CheckpointError) as error:
         if int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0):
             # Most likely the first process of this machine fails in the same way: its launcher then ends this one
             # before it repeats the message.
@@ -91,6 +103,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
     check_data_files(cfg, splits)
+    if not args.allow_pickle:
+        check_no_pickled_data(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
     checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook')]
     cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
@@ -149,27 +163,62 @@ def find_config(name: str) -> str:
 
 
 def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str:
-    """Local path of a checkpoint that the Runner can load; MMEngine itself would load any pickle.
+    """Local path of a checkpoint, looked into before any long work; a name that MMEngine resolves stays as it is.
 
     Args:
-        filename (str): Path or URL.
+        filename (str): Path, URL, or a name such as ``torchvision://resnet50``.
         argument (str): The command line's name for it, for messages.
-        allow_pickle (bool): Whether files that hold more than weights are loaded too.
+        allow_pickle (bool): Whether files that hold more than weights are loaded too. They are not looked into, as
+            their code would run twice.
 
     Raises:
-        LaunchError: If there is no such file, or it needs pickle and that is not allowed.
+        LaunchError: If there is no such file, it is no checkpoint, or it needs pickle and that is not allowed.
     """
+    if is_mmengine_name(filename):
+        return filename
     try:
         path = fetch_checkpoint(filename)
         if not allow_pickle:
-            read_checkpoint(path)
-    except FileNotFoundError:
+            read_checkpoint(path, mmap=True)
+    except CheckpointNotFoundError:
         raise LaunchError(f'{argument}: no such file: {filename}') from None
-    except UnsafeCheckpointError as error:
-        raise LaunchError(f'{argument}: {error}, add --allow-pickle.') from None
-    except ValueError as error:
+    except CheckpointError as error:
         raise LaunchError(f'{argument}: {error}') from None
     return path
+
+
+def latest_checkpoint(work_dir: str, allow_pickle: bool) -> str | None:
+    """The newest intact checkpoint of a work dir, or None where there is none; damaged ones are named in the log.
+
+    Args:
+        work_dir (str): Where MMEngine saved ``epoch_*.pth`` or ``iter_*.pth``, and wrote the newest one's path to
+            ``last_checkpoint``.
+        allow_pickle (bool): See :func:`readable_checkpoint`.
+
+    Raises:
+        LaunchError: If the newest one needs pickle and that is not allowed, or each one is damaged.
+    """
+    record = Path(work_dir, 'last_checkpoint')
+    if not record.is_file():
+        return None
+    newest = record.read_text().strip()
+    if osp.isdir(newest):
+        return newest  # saved in parts by MMEngine's other strategies
+    numbers = {str(path): int(match[1]) for path in Path(work_dir).glob('*.pth')
+               if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))}
+    older = [path for path in numbers if osp.realpath(path) != osp.realpath(newest)]
+    error = None
+    for path in [newest, *sorted(older, key=numbers.get, reverse=True)]:
+        try:
+            if not (allow_pickle and osp.isfile(path)):
+                read_checkpoint(path, mmap=True)
+            return path
+        except UnsafeCheckpointError as unsafe:
+            raise LaunchError(f'--resume: {unsafe}') from None
+        except CheckpointError as damaged:
+            error = damaged
+            MMLogger.get_current_instance().warning(f'--resume goes on from an older checkpoint: {damaged}')
+    raise LaunchError(f'--resume: no checkpoint in {work_dir} is intact: {error}')
 
 
 def without_sync_bn(cfg: dict | list) -> bool:
@@ -217,6 +266,32 @@ def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
     for name, value in entries.items():
         if isinstance(value, str) and osp.join(root, value) and not urlparse(osp.join(root, value)).scheme:
             yield f'{key}.{name}', osp.join(root, value).rstrip('/')
+
+
+def check_no_pickled_data(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Checks that the data are not read by unpickling, which could run code that they bring along.
+
+    Raises:
+        LaunchError: Names the key and the file of the first one that would be.
+    """
+    for split in splits:
+        for key, value in _leaves(cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'):
+            if isinstance(value, str) and value.endswith(('.pkl', '.pickle')):
+                raise LaunchError(f'{key}: {value} was not loaded, because unpickling can run any code; {ALLOW}')
+            if key.endswith('.decode_backend') and value == 'pickle':
+                raise LaunchError(f'{key}: the data were not loaded, because unpickling can run any code; {ALLOW}')
+
+
+def _leaves(cfg: object, key: str) -> Iterator[tuple[str, object]]:
+    """(config key, value) of all values within dicts and lists."""
+    if isinstance(cfg, dict):
+        for name, value in cfg.items():
+            yield from _leaves(value, f'{key}.{name}')
+    elif isinstance(cfg, (list, tuple)):
+        for i, value in enumerate(cfg):
+            yield from _leaves(value, f'{key}[{i}]')
+    else:
+        yield key, cfg
 
 
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,302 @@
+"""A stand-in for the pickle module that reads tensors and plain values, and refuses all that could run code.
+
+``torch.load`` takes it as ``pickle_module``. PyTorch's own weights-only reader is no replacement: it accepts whatever
+functions a caller allows (MMEngine's checkpoints would need ``getattr``) and passes them on to
+``_rebuild_from_type_v2``, which calls its argument. Here a file never gets hold of a function of another package: each
+name stands for a function below, which checks what it is given, and no other callable can be called.
+"""
+from __future__ import annotations
+
+import pickle
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor
+
+
+class ForbiddenPickleError(pickle.UnpicklingError):
+    """A pickle asks for something that is not on the list; the message names it."""
+
+
+def _require(value: object, expected: type | tuple[type, ...]) -> None:
+    """Exact types, as a subclass could bring methods of its own."""
+    if type(value) not in (expected if isinstance(expected, tuple) else (expected,)):
+        raise ForbiddenPickleError(f'a {type(value).__name__} in an unexpected place')
+
+
+def _tensor(storage: torch.TypedStorage, offset: int, size: tuple, stride: tuple, requires_grad: bool = False,
+            hooks: object = None, *rest: object) -> Tensor:
+    """A tensor on a storage; ``hooks`` is a relic of old files, and always empty in sound ones."""
+    _require(storage, torch.storage.TypedStorage)
+    if rest and rest[0]:
+        raise ForbiddenPickleError('a conjugated or negated tensor')
+    return torch._utils._rebuild_tensor(storage, offset, size, stride).requires_grad_(requires_grad)
+
+
+def _tensor_of_dtype(storage: torch.TypedStorage, offset: int, size: tuple, stride: tuple, requires_grad: bool,
+                     hooks: object, dtype: torch.dtype, *rest: object) -> Tensor:
+    """A tensor of a type that has no storage class of its own, such as float8."""
+    _require(storage, torch.storage.TypedStorage)
+    _require(dtype, torch.dtype)
+    if rest and rest[0]:
+        raise ForbiddenPickleError('a conjugated or negated tensor')
+    tensor = torch.empty(0, dtype=dtype, device=storage._untyped_storage.device)
+    return tensor.set_(storage._untyped_storage, offset, size, stride).requires_grad_(requires_grad)
+
+
+def _parameter(data: Tensor, requires_grad: bool, *hooks_and_state: object) -> torch.nn.Parameter:
+    _require(data, Tensor)
+    return torch.nn.Parameter(data, requires_grad)
+
+
+def _ordered_dict(pairs: list | tuple = ()) -> OrderedDict:
+    _require(pairs, (list, tuple))
+    return OrderedDict(pairs)
+
+
+def _counter(counts: dict) -> Counter:
+    _require(counts, dict)
+    return Counter(counts)
+
+
+def _set(values: list | tuple = ()) -> set:
+    _require(values, (list, tuple))
+    return set(values)
+
+
+def _bytes() -> bytes:
+    return b''
+
+
+def _latin1(text: str, codec: str) -> bytes:
+    """Bytes, as protocols before 3 write them."""
+    _require(text, str)
+    if codec != 'latin1':
+        raise ForbiddenPickleError(f'the codec {codec!r}')
+    return text.encode('latin1')
+
+
+def _size(values: tuple) -> torch.Size:
+    _require(values, tuple)
+    return torch.Size(values)
+
+
+def _numpy_dtype(name: str, *align_and_copy: object) -> np.dtype:
+    """A numeric dtype: an object array could hold anything, and a structured one disguise bytes as objects."""
+    _require(name, str)
+    dtype = np.dtype(name)
+    if dtype.kind not in 'biufc':
+        raise ForbiddenPickleError(f'a NumPy array of {name!r}')
+    # A copy, for its byte order may be set next, and NumPy's own instances serve the whole process.
+    return np.dtype(dtype, copy=True)
+
+
+def _numpy_array(*initial: object) -> np.ndarray:
+    """An empty array; its contents come with the BUILD that follows."""
+    return np.empty(0, np.int8)
+
+
+def _numpy_scalar(dtype: np.dtype, data: bytes) -> np.generic:
+    _check_numeric(dtype)
+    _require(data, bytes)
+    value, = np.frombuffer(data, dtype)
+    return value
+
+
+def _log_buffer_method(owner: type, name: str) -> str:
+    """Stands in for getattr, with which log buffers name four methods of their own; they have them anyway."""
+    if owner is not HistoryBuffer or name not in ('mean', 'max', 'min', 'current'):
+        raise ForbiddenPickleError(f'getattr({owner!r}, {name!r})')
+    return name
+
+
+def _check_numeric(dtype: object) -> None:
+    if not isinstance(dtype, np.dtype) or dtype.kind not in 'biufc':
+        raise ForbiddenPickleError(f'a NumPy array of {dtype!r}')
+
+
+# What a file may call, by the name it uses. Python 2 wrote __builtin__ for builtins, and NumPy 1 core for _core.
+FUNCTIONS: dict[tuple[str, str], Callable] = {
+    ('torch._utils', '_rebuild_tensor'): _tensor,
+    ('torch._utils', '_rebuild_tensor_v2'): _tensor,
+    ('torch._utils', '_rebuild_tensor_v3'): _tensor_of_dtype,
+    ('torch._utils', '_rebuild_parameter'): _parameter,
+    ('torch._utils', '_rebuild_parameter_with_state'): _parameter,
+    ('torch', 'Size'): _size,
+    ('torch', 'device'): torch.device,
+    ('collections', 'OrderedDict'): _ordered_dict,
+    ('collections', 'Counter'): _counter,
+    ('_codecs', 'encode'): _latin1,
+    ('numpy', 'dtype'): _numpy_dtype,
+    **{(f'numpy.{core}.multiarray', '_reconstruct'): _numpy_array for core in ('core', '_core')},
+    **{(f'numpy.{core}.multiarray', 'scalar'): _numpy_scalar for core in ('core', '_core')},
+    **{(module, name): function for module in ('builtins', '__builtin__') for name, function in (
+        ('set', _set), ('bytes', _bytes), ('slice', slice), ('complex', complex), ('getattr', _log_buffer_method))},
+}
+# What it may name beside that, as an argument.
+CLASSES: dict[tuple[str, str], type] = {
+    ('numpy', 'ndarray'): np.ndarray,
+    ('torch.storage', 'UntypedStorage'): torch.UntypedStorage,
+    ('mmengine.logging.history_buffer', 'HistoryBuffer'): HistoryBuffer,
+}
+
+
+class _Opcodes(dict):
+    """pickle's table of opcode → method, of which those that are not in it are refused."""
+
+    def __missing__(self, opcode: int) -> Callable:
+        raise ForbiddenPickleError(f'the pickle opcode {bytes([opcode])!r}')
+
+
+# The opcodes that make plain values, keep them in the memo, and look up a name with ``find_class``.
+_PLAIN_OPCODES = (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.NONE,
+    pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG,
+    pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING,
+    pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES,
+    pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2,
+    pickle.TUPLE3, pickle.LIST, pickle.EMPTY_LIST, pickle.DICT, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.GET,
+    pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GLOBAL,
+    pickle.STACK_GLOBAL)
+
+
+class Unpickler(pickle._Unpickler):
+    """Python's unpickler with each operation that calls, looks up or changes an object replaced by a checked one."""
+
+    dispatch = _Opcodes({opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _PLAIN_OPCODES})
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name stands for; it never imports anything."""
+        found = FUNCTIONS.get((module, name)) or CLASSES.get((module, name))
+        if found is None and module == 'torch' and isinstance(vars(torch).get(name), torch.dtype):
+            found = vars(torch)[name]
+        if found is None:
+            raise ForbiddenPickleError(f'{module}.{name}')
+        return found
+
+    def load_reduce(self) -> None:
+        """Calls a function with arguments."""
+        arguments, function = self.stack.pop(), self.stack[-1]
+        _require(arguments, tuple)
+        if not any(function is allowed for allowed in FUNCTIONS.values()):
+            raise ForbiddenPickleError(f'a call of {function!r}')
+        self.stack[-1] = function(*arguments)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_newobj(self) -> None:
+        """Makes an instance without calling its ``__init__``."""
+        arguments, cls = self.stack.pop(), self.stack.pop()
+        if cls is not HistoryBuffer or arguments != ():
+            raise ForbiddenPickleError(f'an instance of {cls!r}')
+        self.append(HistoryBuffer.__new__(HistoryBuffer))
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_build(self) -> None:
+        """Sets an object's state."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is OrderedDict:
+            # The version numbers of modules, which ``state_dict()`` hands over in an attribute.
+            if type(state) is not dict or state.keys() != {'_metadata'}:
+                raise ForbiddenPickleError('an OrderedDict with attributes')
+            target._metadata = state['_metadata']
+        elif type(target) is HistoryBuffer:
+            self._build_log_buffer(target, state)
+        elif isinstance(target, np.dtype):
+            # Its byte order; a numeric type has none of the other fields.
+            if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[2:] != (None, None, None, -1, -1,
+                                                                                             0):
+                raise ForbiddenPickleError(f'a NumPy dtype with the state {state!r}')
+            target.__setstate__(state)
+        elif type(target) is np.ndarray:
+            _require(state, tuple)
+            _, _, dtype, _, data = state
+            _check_numeric(dtype)
+            _require(data, bytes)
+            target.__setstate__(state)
+        else:
+            raise ForbiddenPickleError(f'a state for a {type(target).__name__}')
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    @staticmethod
+    def _build_log_buffer(buffer: HistoryBuffer, state: object) -> None:
+        _require(state, dict)
+        # These would go to the class, for all buffers of the process; it has them.
+        state.pop('statistics_methods', None)
+        if state.keys() != {'max_length', '_log_history', '_count_history'}:
+            raise ForbiddenPickleError(f'a HistoryBuffer with the attributes {sorted(map(repr, state))}')
+        _require(state['max_length'], int)
+        _require(state['_log_history'], np.ndarray)
+        _require(state['_count_history'], np.ndarray)
+        buffer.__setstate__(state)
+
+    def load_append(self) -> None:
+        """Appends an item to a list."""
+        item = self.stack.pop()
+        _require(self.stack[-1], list)
+        self.stack[-1].append(item)
+
+    dispatch[pickle.APPEND[0]] = load_append
+
+    def load_appends(self) -> None:
+        """Appends items to a list."""
+        items = self.pop_mark()
+        _require(self.stack[-1], list)
+        self.stack[-1].extend(items)
+
+    dispatch[pickle.APPENDS[0]] = load_appends
+
+    def load_additems(self) -> None:
+        """Adds items to a set."""
+        items = self.pop_mark()
+        _require(self.stack[-1], set)
+        self.stack[-1].update(items)
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_setitem(self) -> None:
+        """Sets one item of a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        _require(self.stack[-1], (dict, OrderedDict))
+        self.stack[-1][key] = value
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        """Sets items of a dict."""
+        items = self.pop_mark()
+        _require(self.stack[-1], (dict, OrderedDict))
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_binpersid(self) -> None:
+        """Asks torch for a storage, which lies in the file outside of the pickle."""
+        reference = self.stack.pop()
+        # The other kind of reference, 'module', names a class whose source torch compares, and writes a patch file.
+        if type(reference) is not tuple or reference[:1] != ('storage',):
+            raise ForbiddenPickleError(f'the persistent id {reference!r}')
+        for part, expected in zip(reference[2:5], (str, str, int)):
+            _require(part, expected)
+        self.append(self.persistent_load(reference))
+
+    dispatch[pickle.BINPERSID[0]] = load_binpersid
+
+
+def load(file: BinaryIO, **kwargs: Any) -> Any:
+    """Reads one object; the module then has what ``torch.load`` asks of a ``pickle_module``.
+
+    Args:
+        file (BinaryIO): An open file.
+        **kwargs: ``encoding``, as for ``pickle.load``.
+
+    Raises:
+        ForbiddenPickleError: If the pickle asks for something that could run code.
+    """
+    return Unpickler(file, **kwargs).load()
