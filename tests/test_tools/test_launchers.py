@@ -1,5 +1,6 @@
 """The launchers and the start of every tool: which Python they take, from where, and what they hand on."""
 import ast
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -106,7 +107,7 @@ def test_a_python_without_pytorch_is_passed_over_with_a_line(checkout, foreign, 
     done = run(checkout / 'tools' / 'dist_train.sh', 'config', 1, **{variable: value})
     own = checkout / '.venv' / 'bin' / 'python'
     assert printed(done)['python'] == str(own)
-    assert done.stderr == f'note: {label}{value} lacks torch and mmengine; using {own}\n'
+    assert done.stderr == f'note: {label}{value} lacks torch, mmengine; using {own}\n'
 
 
 def test_all_that_were_passed_over_are_in_one_line(checkout, foreign):
@@ -114,8 +115,8 @@ def test_all_that_were_passed_over_are_in_one_line(checkout, foreign):
     done = run(checkout / 'tools' / 'dist_train.sh', 'config', 1, PYTHON='python3.0', VIRTUAL_ENV=environment)
     own = checkout / '.venv' / 'bin' / 'python'
     assert printed(done)['python'] == str(own)
-    assert done.stderr == (f'note: PYTHON=python3.0 does not exist; the active environment {environment} lacks torch '
-                           f'and mmengine; using {own}\n')
+    assert done.stderr == (f'note: PYTHON=python3.0 does not exist; the active environment {environment} lacks torch, '
+                           f'mmengine; using {own}\n')
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh'])
@@ -131,7 +132,7 @@ def test_the_paths_python_comes_last(without_venv, fit, foreign, tmp_path):
     programs = path_with(tmp_path / 'programs', python=foreign, python3=fit)
     done = run(without_venv / 'tools' / 'dist_train.sh', 'config', 1, path=f'{programs}:/usr/bin:/bin')
     assert printed(done)['python'] == str(fit)
-    assert done.stderr == f'note: {programs}/python lacks torch and mmengine; using {programs}/python3\n'
+    assert done.stderr == f'note: {programs}/python lacks torch, mmengine; using {programs}/python3\n'
 
 
 def test_no_python_at_all_is_one_line(without_venv, foreign, tmp_path):
@@ -140,7 +141,7 @@ def test_no_python_at_all_is_one_line(without_venv, foreign, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith('error: no Python with torch and mmengine was found (')
-    assert f'{programs}/python lacks torch and mmengine; {programs}/python3 does not run' in done.stderr
+    assert f'{programs}/python lacks torch, mmengine; {programs}/python3 does not run' in done.stderr
     assert str(without_venv / 'tools' / 'setup_env.sh') in done.stderr
 
 
@@ -161,12 +162,12 @@ def test_an_installed_wheel_uses_its_environment(without_venv, foreign, tmp_path
     assert printed(run(tools / 'dist_train.sh', 'config', 1, path=f'{programs}:/usr/bin:/bin'))['python'] == str(fit)
     done = run(foreign, tools / 'train.py')
     assert printed(done)['python'] == str(fit)
-    assert done.stderr == f'note: {foreign} lacks torch and mmengine; using {fit}\n'
+    assert done.stderr == f'note: {foreign} lacks torch, mmengine, convneur_mm; using {fit}\n'
     shutil.rmtree(fit.parent)
     done = run(foreign, tools / 'train.py')
     assert done.returncode == 2
-    assert done.stderr == (f'error: {foreign} lacks torch and mmengine; use the Python of the environment that '
-                           'convneur_mm is installed in\n')
+    assert done.stderr == (f'error: {foreign} lacks torch, mmengine, convneur_mm; use the Python of the environment '
+                           'that convneur_mm is installed in\n')
 
 
 # ---- what tools do when they are called directly
@@ -179,7 +180,7 @@ def test_every_tool_looks_for_pytorch_first(checkout, foreign, tool, tmp_path):
     shutil.copy(ROOT / 'tools' / tool, tmp_path / 'copy' / 'tools' / tool)
     done = run(foreign, tmp_path / 'copy' / 'tools' / tool, '--help')
     own = tmp_path / 'copy' / '.venv' / 'bin' / 'python'
-    assert done.stderr.splitlines()[0] == f'note: {foreign} lacks torch and mmengine; using {own}'
+    assert done.stderr.splitlines()[0] == f'note: {foreign} lacks torch, mmengine; using {own}'
 
 
 @pytest.mark.parametrize('tool', [*TOOLS, Path('_environment.py')], ids=str)
@@ -188,6 +189,15 @@ def test_old_pythons_can_read_every_tool(tool):
     tree = ast.parse((ROOT / 'tools' / tool).read_text(), feature_version=(3, 7))
     # Python 3.6 does not know this one, and ast does not look at it.
     assert not any(isinstance(node, ast.ImportFrom) and node.module == '__future__' for node in ast.walk(tree))
+
+
+def test_an_old_python_will_not_do_although_it_has_the_packages(monkeypatch):
+    spec = importlib.util.spec_from_file_location('environment_of_tools', ROOT / 'tools' / '_environment.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.lacks() == []
+    monkeypatch.setattr(sys, 'version_info', (3, 9, 20))
+    assert module.lacks() == ['Python 3.10']
 
 
 def test_another_python_takes_over_with_all_arguments(checkout, foreign, tmp_path):
@@ -203,7 +213,7 @@ def test_another_python_takes_over_with_all_arguments(checkout, foreign, tmp_pat
 def test_without_any_environment_a_tool_names_the_set_up(without_venv, foreign):
     done = run(foreign, without_venv / 'tools' / 'train.py')
     assert done.returncode == 2
-    assert done.stderr == (f'error: {foreign} lacks torch and mmengine; make an environment with '
+    assert done.stderr == (f'error: {foreign} lacks torch, mmengine; make an environment with '
                            f'{without_venv}/tools/setup_env.sh\n')
 
 
