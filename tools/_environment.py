@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 TOOLS = osp.dirname(osp.realpath(__file__))
 ROOT = osp.dirname(TOOLS)
+INSTALLED = osp.basename(ROOT) == '.mim'  # from a wheel: ENVIRONMENT/lib/python3.x/site-packages/convneur_mm/.mim/tools
 
 
 def prepare():
@@ -22,22 +23,19 @@ def prepare():
     # their cores busy for a while, and beside another job a training step takes many times as long.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     lacking = lacks()
-    if not lacking and missing(['convneur_mm']):
-        if osp.isdir(osp.join(ROOT, 'convneur_mm')):
-            # This checkout is not installed into the interpreter's environment. The variable is for other processes.
-            sys.path.append(ROOT)
-            os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), ROOT]))
-        else:
-            lacking = ['convneur_mm']
     if lacking:
         run_elsewhere(lacking)
+    if missing(['convneur_mm']):
+        # This checkout is not installed into the interpreter's environment. The variable is for other processes.
+        sys.path.append(ROOT)
+        os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), ROOT]))
 
 
 def lacks():
     """What this interpreter lacks of what every tool needs."""
     if sys.version_info < (3, 10):  # noqa: UP036  other Pythons than ours run this
         return ['Python 3.10']
-    return missing(['torch', 'mmengine'])
+    return missing(['torch', 'mmengine'] + ['convneur_mm'] * INSTALLED)
 
 
 def missing(names):
@@ -48,17 +46,16 @@ def missing(names):
 
 def run_elsewhere(lacking):
     """Replaces this process by the same command in an environment that has the packages."""
-    installed = osp.basename(ROOT) == '.mim'
-    if installed:  # ENVIRONMENT/lib/python3.x/site-packages/convneur_mm/.mim/tools
+    if INSTALLED:
         environments = [osp.abspath(osp.join(TOOLS, *['..'] * 6))]
         remedy = 'use the Python of the environment that convneur_mm is installed in'
     else:
         environments = [osp.join(ROOT, '.venv'), osp.join(ROOT, '.venv-openmmlab')]
         remedy = 'make an environment with ' + osp.join(TOOLS, 'setup_env.sh')
-    reason = f'{sys.executable} lacks ' + ' and '.join(lacking)
+    reason = f'{sys.executable} lacks ' + ', '.join(lacking)
     for environment in environments:
         python = osp.join(environment, 'bin', 'python')
-        if osp.realpath(environment) != osp.realpath(sys.prefix) and has_packages(python):
+        if has_packages(python):
             print(f'note: {reason}; using {python}', file=sys.stderr, flush=True)
             # With options of the interpreter itself, such as -u, where this version of Python knows them.
             command = getattr(sys, 'orig_argv', [sys.executable] + sys.argv)
@@ -77,4 +74,4 @@ def has_packages(python):
 
 
 if __name__ == '__main__':
-    print(' and '.join(lacks()))
+    print(', '.join(lacks()))

@@ -1,5 +1,6 @@
 """The launchers and the start of every tool: which Python they take, from where, and what they hand on."""
 import ast
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -21,6 +22,15 @@ if __name__ == '__main__':
 names = 'OMP_WAIT_POLICY', 'PYTHONPATH', 'MASTER_PORT'
 print(json.dumps(dict(python=sys.executable, argv=sys.argv, path=sys.path, unbuffered=sys.stdout.write_through,
                       **{name: os.environ.get(name) for name in names})))
+"""
+
+CONFIG = """
+_base_ = './cascade_rcnn_convneur_m1_shapes.py'
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}/'))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}/'))
+val_evaluator = dict(ann_file='{data}/annotations/instances_val.json')
+train_cfg = dict(max_epochs=1)
 """
 
 
@@ -97,7 +107,7 @@ def test_a_python_without_pytorch_is_passed_over_with_a_line(checkout, foreign, 
     done = run(checkout / 'tools' / 'dist_train.sh', 'config', 1, **{variable: value})
     own = checkout / '.venv' / 'bin' / 'python'
     assert printed(done)['python'] == str(own)
-    assert done.stderr == f'note: {label}{value} lacks torch and mmengine; using {own}\n'
+    assert done.stderr == f'note: {label}{value} lacks torch, mmengine; using {own}\n'
 
 
 def test_all_that_were_passed_over_are_in_one_line(checkout, foreign):
@@ -105,8 +115,8 @@ def test_all_that_were_passed_over_are_in_one_line(checkout, foreign):
     done = run(checkout / 'tools' / 'dist_train.sh', 'config', 1, PYTHON='python3.0', VIRTUAL_ENV=environment)
     own = checkout / '.venv' / 'bin' / 'python'
     assert printed(done)['python'] == str(own)
-    assert done.stderr == (f'note: PYTHON=python3.0 does not exist; the active environment {environment} lacks torch '
-                           f'and mmengine; using {own}\n')
+    assert done.stderr == (f'note: PYTHON=python3.0 does not exist; the active environment {environment} lacks torch, '
+                           f'mmengine; using {own}\n')
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh'])
@@ -122,7 +132,7 @@ def test_the_paths_python_comes_last(without_venv, fit, foreign, tmp_path):
     programs = path_with(tmp_path / 'programs', python=foreign, python3=fit)
     done = run(without_venv / 'tools' / 'dist_train.sh', 'config', 1, path=f'{programs}:/usr/bin:/bin')
     assert printed(done)['python'] == str(fit)
-    assert done.stderr == f'note: {programs}/python lacks torch and mmengine; using {programs}/python3\n'
+    assert done.stderr == f'note: {programs}/python lacks torch, mmengine; using {programs}/python3\n'
 
 
 def test_no_python_at_all_is_one_line(without_venv, foreign, tmp_path):
@@ -131,7 +141,7 @@ def test_no_python_at_all_is_one_line(without_venv, foreign, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith('error: no Python with torch and mmengine was found (')
-    assert f'{programs}/python lacks torch and mmengine; {programs}/python3 does not run' in done.stderr
+    assert f'{programs}/python lacks torch, mmengine; {programs}/python3 does not run' in done.stderr
     assert str(without_venv / 'tools' / 'setup_env.sh') in done.stderr
 
 
@@ -152,12 +162,12 @@ def test_an_installed_wheel_uses_its_environment(without_venv, foreign, tmp_path
     assert printed(run(tools / 'dist_train.sh', 'config', 1, path=f'{programs}:/usr/bin:/bin'))['python'] == str(fit)
     done = run(foreign, tools / 'train.py')
     assert printed(done)['python'] == str(fit)
-    assert done.stderr == f'note: {foreign} lacks torch and mmengine; using {fit}\n'
+    assert done.stderr == f'note: {foreign} lacks torch, mmengine, convneur_mm; using {fit}\n'
     shutil.rmtree(fit.parent)
     done = run(foreign, tools / 'train.py')
     assert done.returncode == 2
-    assert done.stderr == (f'error: {foreign} lacks torch and mmengine; use the Python of the environment that '
-                           'convneur_mm is installed in\n')
+    assert done.stderr == (f'error: {foreign} lacks torch, mmengine, convneur_mm; use the Python of the environment '
+                           'that convneur_mm is installed in\n')
 
 
 # ---- what tools do when they are called directly
@@ -170,7 +180,7 @@ def test_every_tool_looks_for_pytorch_first(checkout, foreign, tool, tmp_path):
     shutil.copy(ROOT / 'tools' / tool, tmp_path / 'copy' / 'tools' / tool)
     done = run(foreign, tmp_path / 'copy' / 'tools' / tool, '--help')
     own = tmp_path / 'copy' / '.venv' / 'bin' / 'python'
-    assert done.stderr.splitlines()[0] == f'note: {foreign} lacks torch and mmengine; using {own}'
+    assert done.stderr.splitlines()[0] == f'note: {foreign} lacks torch, mmengine; using {own}'
 
 
 @pytest.mark.parametrize('tool', [*TOOLS, Path('_environment.py')], ids=str)
@@ -179,6 +189,15 @@ def test_old_pythons_can_read_every_tool(tool):
     tree = ast.parse((ROOT / 'tools' / tool).read_text(), feature_version=(3, 7))
     # Python 3.6 does not know this one, and ast does not look at it.
     assert not any(isinstance(node, ast.ImportFrom) and node.module == '__future__' for node in ast.walk(tree))
+
+
+def test_an_old_python_will_not_do_although_it_has_the_packages(monkeypatch):
+    spec = importlib.util.spec_from_file_location('environment_of_tools', ROOT / 'tools' / '_environment.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.lacks() == []
+    monkeypatch.setattr(sys, 'version_info', (3, 9, 20))
+    assert module.lacks() == ['Python 3.10']
 
 
 def test_another_python_takes_over_with_all_arguments(checkout, foreign, tmp_path):
@@ -194,7 +213,7 @@ def test_another_python_takes_over_with_all_arguments(checkout, foreign, tmp_pat
 def test_without_any_environment_a_tool_names_the_set_up(without_venv, foreign):
     done = run(foreign, without_venv / 'tools' / 'train.py')
     assert done.returncode == 2
-    assert done.stderr == (f'error: {foreign} lacks torch and mmengine; make an environment with '
+    assert done.stderr == (f'error: {foreign} lacks torch, mmengine; make an environment with '
                            f'{without_venv}/tools/setup_env.sh\n')
 
 
@@ -346,18 +365,14 @@ def test_a_copy_trains_whatever_is_active(foreign, tmp_path):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('__pycache__'))
     packages = [path for path in sys.path if path.endswith('-packages')]
     make_environment(root / '.venv', paths=packages)
-    shutil.copy(root / 'configs' / 'cascade_rcnn_convneur_m1_shapes.py', root / 'configs' / 'my config.py')
     env = dict(PYTHON=foreign, VIRTUAL_ENV=foreign.parents[1], HOME=tmp_path)
     done = run(foreign, root / 'tools' / 'make_shapes.py', tmp_path / 'my data', '--num-train', 2, '--num-val', 1,
                '--image-size', 64, **env)
     assert done.returncode == 0, done.stderr
+    (root / 'configs' / 'my config.py').write_text(CONFIG.format(data=tmp_path / 'my data'))
     (tmp_path / 'link').symlink_to(root / 'tools' / 'dist_train.sh')
-    splits = [(f'{split}_dataloader', f'annotations/instances_{split}.json') for split in ('train', 'val')]
-    options = [f'{key}.dataset.data_root={tmp_path}/my data' for key, _ in splits]
-    options += [f'{key}.num_workers=0' for key, _ in splits] + [f'{key}.persistent_workers=False' for key, _ in splits]
     done = run(tmp_path / 'link', root / 'configs' / 'my config.py', 1, '--work-dir', tmp_path / 'my work',
-               '--cfg-options', *options, f'val_evaluator.ann_file={tmp_path}/my data/annotations/instances_val.json',
-               'train_dataloader.batch_size=2', 'train_cfg.max_epochs=1', OMP_NUM_THREADS=1, **env)
+               OMP_NUM_THREADS=1, **env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / 'my work' / 'epoch_1.pth').exists()
-    assert 'coco/bbox_mAP' in done.stdout
+    assert 'coco/bbox_mAP' in done.stdout + done.stderr
