@@ -150,10 +150,12 @@ def _load_opened(file: BinaryIO, name: str, map_location: Any, allow_pickle: boo
     if os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0') not in ('', '0'):
         raise CheckpointError(f'{name} was not loaded: unset TORCH_FORCE_WEIGHTS_ONLY_LOAD, which forces a reader that '
                               'lacks what MMEngine saves; the one used here is no less strict')
-    is_zip = head.startswith(b'PK\x03\x04')
+    pickle_module, is_zip = restricted_pickle, head.startswith(b'PK\x03\x04')
     if is_zip:
         # The same parser and the same test as in torch.load, which would hand these files to torch.jit.load.
-        if 'constants.pkl' in torch._C.PyTorchFileReader(file).get_all_records():
+        archive = torch._C.PyTorchFileReader(file)
+        pickle_module = restricted_pickle.for_archive(archive)
+        if 'constants.pkl' in archive.get_all_records():
             raise UnsafeCheckpointError(f'{name} was not loaded, because it is a TorchScript program; save its '
                                         'state_dict() instead')
     elif tarfile.is_tarfile(file):
@@ -165,7 +167,7 @@ def _load_opened(file: BinaryIO, name: str, map_location: Any, allow_pickle: boo
     file.seek(start)
     # A memory map needs the path.
     options = dict(mmap=True) if mmap and is_zip else {}
-    return torch_load(name if options else file, map_location, pickle_module=restricted_pickle, weights_only=False,
+    return torch_load(name if options else file, map_location, pickle_module=pickle_module, weights_only=False,
                       **options)
 
 

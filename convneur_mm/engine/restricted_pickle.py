@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -167,6 +168,8 @@ _PLAIN_OPCODES = (
 class Unpickler(pickle._Unpickler):
     """Python's unpickler with each operation that calls, looks up or changes an object replaced by a checked one."""
 
+    # Set by :func:`for_archive`.
+    archive: torch._C.PyTorchFileReader | None = None
     dispatch = _Opcodes({opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _PLAIN_OPCODES})
 
     def find_class(self, module: str, name: str) -> Any:
@@ -284,9 +287,25 @@ class Unpickler(pickle._Unpickler):
             raise ForbiddenPickleError(f'the persistent id {reference!r}')
         for part, expected in zip(reference[2:5], (str, str, int)):
             _require(part, expected)
-        self.append(self.persistent_load(reference))
+        storage = self.persistent_load(reference)
+        if self.archive is not None and storage.nbytes() > len(self.archive.get_record(f'data/{reference[2]}')):
+            raise pickle.UnpicklingError(f'the storage {reference[2]} is longer than its record')
+        self.append(storage)
 
     dispatch[pickle.BINPERSID[0]] = load_binpersid
+
+
+def for_archive(archive: torch._C.PyTorchFileReader) -> SimpleNamespace:
+    """What ``torch.load`` takes as ``pickle_module`` for a file of torch's zip format.
+
+    PyTorch 2.1 believes the sizes in the pickle, and would map memory behind a record that is shorter; later ones
+    compare them. The record is read once more for that.
+
+    Args:
+        archive (torch._C.PyTorchFileReader): The open file.
+    """
+    checked = type('Unpickler', (Unpickler,), dict(archive=None if torch.__version__ >= (2, 12) else archive))
+    return SimpleNamespace(__name__=__name__, Unpickler=checked, load=load)
 
 
 def load(file: BinaryIO, **kwargs: Any) -> Any:

@@ -545,6 +545,19 @@ def test_what_is_no_checkpoint_is_named_in_one_line(kind, tmp_path, run):
     assert 'x.pth is no checkpoint' in run('test', 'x.pth', '--allow-pickle')
 
 
+@pytest.mark.parametrize('mmap', [False, True])
+def test_storages_end_where_their_record_does(tmp_path, mmap):
+    """The number of elements stands in the pickle; behind the record lies other memory of the process."""
+    with zipfile.ZipFile(io.BytesIO(saved(dict(w=torch.ones(4))))) as archive, zipfile.ZipFile(
+            tmp_path / 'x.pth', 'w') as changed:
+        for name in archive.namelist():
+            # 4 elements of the storage and 4 of the tensor become 32767.
+            changed.writestr(name, archive.read(name).replace(b'K\x04tq', b'M\xff\x7ftq').replace(
+                b'K\x04\x85', b'M\xff\x7f\x85'))
+    with pytest.raises(CheckpointError, match='x.pth is no checkpoint, or damaged'):
+        read_checkpoint(str(tmp_path / 'x.pth'), mmap=mmap)
+
+
 def test_archives_of_the_oldest_format_are_not_unpacked(tmp_path):
     """torch.load would extract members, which may be links or special files, before it reads the first one."""
     empty = pickle.dumps(0, 2)

@@ -185,8 +185,8 @@ def test_weights_that_share_memory_still_do(tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'uint16'])
 def test_types_without_a_storage_class_load(dtype, tmp_path):
-    if not hasattr(torch, dtype):
-        pytest.skip(f'torch {torch.__version__} has no {dtype}')
+    if not hasattr(torch, 'uint16'):
+        pytest.skip(f'torch {torch.__version__} saves none of these')
     tensor = torch.arange(3.0).to(getattr(torch, dtype))
     torch.save(tensor, tmp_path / 'x.pth')
     loaded = torch.load(tmp_path / 'x.pth', weights_only=False, pickle_module=restricted_pickle)
