@@ -20,4 +20,6 @@ export PYTHON="$venv/bin/python"
 cd "$root"
 "$venv/bin/ruff" check .
 [ "$venv" != "$root/.venv-core" ] || set -- tests/test_models tests/test_ops tests/test_stack.py "$@"
-"$venv/bin/python" -m pytest "$@"
+# A process for each core, up to four: most of a test's time goes into what a single thread does.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+"$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
