@@ -220,7 +220,9 @@ def test_without_any_environment_a_tool_names_the_set_up(without_venv, foreign):
 def test_half_an_environment_is_not_tried_again_and_again(without_venv):
     """An interrupted set-up leaves one without packages."""
     for name in ('.venv', '.venv-openmmlab'):
-        make_environment(without_venv / name, ['torch'])
+        python = make_environment(without_venv / name, ['torch'])
+        site, = python.parents[1].glob('lib/python3*/site-packages')
+        (site / 'mmengine').mkdir()  # what an uninstalled package leaves behind
     done = run(without_venv / '.venv' / 'bin' / 'python', without_venv / 'tools' / 'train.py')
     assert done.returncode == 2
     assert 'lacks mmengine; make an environment with' in done.stderr

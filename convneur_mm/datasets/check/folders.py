@@ -46,7 +46,7 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
     start = time.perf_counter()
     workers, num_classes = checked_workers(workers), checked_int('num_classes', num_classes, 1, 254)
     image_dir, label_dir = existing_folder(image_dir), existing_folder(label_dir)
-    names = ['other', *_ade20k_names(num_classes)]
+    class_names = ['other', *_ade20k_names(num_classes)]
     report = Report(f'ADE20K data set {image_dir}')
     images = {path.removesuffix(image_suffix) for path in files_under(image_dir) if path.endswith(image_suffix)}
     labels = {path.removesuffix(label_suffix) for path in files_under(label_dir) if path.endswith(label_suffix)}
@@ -69,7 +69,7 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
         pixels += histogram
         with_class += histogram > 0
     report.counts = [ClassCount(name, int(with_class[value]), pixels=int(pixels[value]))
-                     for value, name in enumerate(names)]
+                     for value, name in enumerate(class_names)]
     report.images = len(images)
     report.seconds = time.perf_counter() - start
     return report
