@@ -230,6 +230,26 @@ def check_operators(versions: Mapping[str, str], load: Callable[[str], ModuleTyp
                          f'another torch. {_mend(["mmcv"], versions, python)}') from error
 
 
+def check_cuda_operators(versions: Mapping[str, str], load: Callable[[str], ModuleType] = importlib.import_module,
+                         python: tuple[int, int] = sys.version_info[:2]) -> None:
+    """Checks that mmcv's operators were compiled for GPUs if there is one: mmdet's models fail in the first step else.
+
+    An environment that was set up where no GPU is visible, on a login node say, has them for CPUs alone.
+
+    Args:
+        versions (Mapping[str, str]): As :func:`installed_versions` returns them.
+        load (Callable[[str], ModuleType]): See :func:`check_operators`.
+        python (tuple[int, int]): See :func:`check_versions`.
+
+    Raises:
+        StackError: Names the commands that mend it.
+    """
+    if load('torch').cuda.is_available() and load('mmcv.ops').get_compiling_cuda_version() == 'not available':
+        raise StackError('mmcv was compiled without its CUDA operators, which detectors need on this machine\'s GPU. '
+                         'In a checkout, run tools/setup_env.sh here; else '
+                         f'{_mend(["mmcv"], versions, python).replace("Mend", "mend", 1)}')
+
+
 def import_module(name: str, load: Callable[[str], ModuleType] = importlib.import_module) -> ModuleType:
     """Imports a module of a package that is installed.
 

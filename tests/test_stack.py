@@ -11,7 +11,17 @@ import pytest
 import convneur_mm
 from convneur_mm import stack
 from convneur_mm.engine import launch
-from convneur_mm.stack import CORE, PRIMARY, UPSTREAM, Family, StackError, check_operators, check_versions, require
+from convneur_mm.stack import (
+    CORE,
+    PRIMARY,
+    UPSTREAM,
+    Family,
+    StackError,
+    check_cuda_operators,
+    check_operators,
+    check_versions,
+    require,
+)
 
 ROOT = Path(__file__).parents[1]
 ALL = tuple(PRIMARY.packages)
@@ -184,6 +194,20 @@ def test_upstream_packages_on_a_python_that_torch_2_1_has_no_wheels_for(changes,
 @pytest.mark.parametrize('python', [(3, 10), (3, 13)])
 def test_advice_for_the_primary_stack_is_that_of_any_python(python):
     assert_installs(remedy('needs', installed(PRIMARY, torch=None), python=python), PRIMARY, {'torch'})
+
+
+@BOTH
+def test_mmcv_without_cuda_is_named_where_there_is_a_gpu(family):
+    def check_on(gpu, compiled):
+        modules = {'torch': SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: gpu)),
+                   'mmcv.ops': SimpleNamespace(get_compiling_cuda_version=lambda: compiled)}
+        return lambda versions, needed, python: check_cuda_operators(versions, modules.__getitem__, python=python)
+
+    for fits in (check_on(True, '13.0'), check_on(False, 'not available')):
+        fits(installed(family), (), (3, 11))
+    commands = remedy('without its CUDA operators.* tools/setup_env.sh here; else mend', installed(family),
+                      check=check_on(True, 'not available'))
+    assert_installs(commands, family, {'mmcv'})
 
 
 @BOTH

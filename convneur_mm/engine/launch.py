@@ -21,7 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
 from ..paths import config_root
-from ..stack import StackError, require
+from ..stack import StackError, check_cuda_operators, installed_versions, require
 from .checkpoint import (
     ALLOW,
     CheckpointError,
@@ -132,7 +132,8 @@ def read_config(path: str, options: dict) -> Config:
         options (dict): Overrides, as :meth:`Config.merge_from_dict` takes them.
 
     Raises:
-        LaunchError: If the package, or one that a base of the config lies in, is not installed or does not import.
+        LaunchError: If the package, or one that a base of the config lies in, is not installed or does not import, or
+            mmcv lacks the operators a detector needs on this machine's GPU.
     """
     try:
         try:
@@ -146,6 +147,8 @@ def read_config(path: str, options: dict) -> Config:
         cfg.merge_from_dict(options)
         if cfg.get('default_scope') in SCOPES:
             require(f'{cfg.default_scope}.models')
+        if cfg.get('default_scope') == 'mmdet':
+            check_cuda_operators(installed_versions())
     except StackError as error:
         raise LaunchError(str(error)) from None
     return cfg
