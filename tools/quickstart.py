@@ -1,7 +1,5 @@
 #!/usr/bin/env python
 """Generates data, trains, tests and reports; ``tools/quickstart.sh`` makes the environment first and calls this."""
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -12,8 +10,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
+
+from dataclasses import dataclass
 
 import cv2
 import matplotlib
