@@ -1,5 +1,5 @@
-from .checkpoint import safe_loading
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
+from .safe_files import safe_loading
 from .start_summary import StartSummaryHook
 
 __all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'StartSummaryHook', 'safe_loading']

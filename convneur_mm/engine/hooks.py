@@ -14,7 +14,8 @@ from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.structures import BaseDataElement
 
 from ..stack import require
-from .checkpoint import CheckpointError, check_some_match, checkpoint_weights
+from .checkpoint import check_some_match, checkpoint_weights
+from .weights_file import CheckpointError
 
 
 @HOOKS.register_module()

@@ -22,16 +22,9 @@ from mmengine.logging import MMLogger
 
 from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, installed_versions, require
-from .checkpoint import (
-    ALLOW,
-    CheckpointError,
-    CheckpointNotFoundError,
-    UnsafeCheckpointError,
-    fetch_checkpoint,
-    is_mmengine_name,
-    read_checkpoint,
-)
+from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .quiet_console import quiet_prints
+from .weights_file import ALLOW, CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 

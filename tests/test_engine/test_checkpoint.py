@@ -36,8 +36,9 @@ from torch.utils.data import Dataset
 import convneur_mm
 from convneur_mm.engine import checkpoint as checkpoint_module
 from convneur_mm.engine import safe_loading
-from convneur_mm.engine.checkpoint import CheckpointError, UnsafeCheckpointError, load_pretrained, read_checkpoint
+from convneur_mm.engine.checkpoint import load_pretrained, read_checkpoint
 from convneur_mm.engine.launch import LaunchError, check_no_pickled_data, latest_checkpoint, readable_checkpoint
+from convneur_mm.engine.weights_file import CheckpointError, UnsafeCheckpointError
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,189 @@
+"""A switch for a whole process: no data file runs code, whichever library loads it."""
+from __future__ import annotations
+
+import functools
+import io
+import os
+import os.path as osp
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.fileio.handlers import PickleHandler, YamlHandler, file_handlers
+from mmengine.logging import MMLogger
+from mmengine.runner import CheckpointLoader
+from torch.serialization import load as torch_load
+
+from .weights_file import (
+    ALLOW,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+    check_structure,
+    load_file,
+    one_line,
+    weights_of,
+)
+
+# Whether :func:`safe_loading` lets all files of the process run code.
+PICKLE_ALLOWED = ContextVar('pickle_allowed', default=False)
+
+
+@contextmanager
+def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
+    """Within it, no data file that a user names can run code, whichever library of this process loads it.
+
+    This holds for everything that goes through ``torch.load``, MMEngine's checkpoint loader, ``mmengine.load`` or
+    ``numpy.load``: weights that a config names (``load_from``, ``resume``, ``init_cfg``), those of the inferencers of
+    mmdet, mmseg and mmpretrain, pickled and YAML annotation files. Config files are Python programs and do run. It acts
+    on the whole process, its threads and the workers forked from it included. ::
+
+        with convneur_mm.engine.safe_loading():
+            inferencer = DetInferencer(config, checkpoint)
+
+    Args:
+        allow_pickle (bool): Whether files that can run code are loaded too. What else is different within it stays:
+            safetensors files load, and errors are of one line. Defaults to False.
+
+    Raises:
+        UnsafeCheckpointError: At the load of a file that could run code.
+        CheckpointError: At the load of a file that is no checkpoint.
+    """
+    def load(f: str | os.PathLike | BinaryIO, map_location: Any = None, *args: object, **kwargs: object) -> Any:
+        """``torch.load``, of files onto the CPU by default; how safely is not for its caller to say."""
+        if map_location is None and isinstance(f, (str, os.PathLike)):
+            map_location = 'cpu'
+        return load_file(f, map_location, allow_pickle)
+
+    with ExitStack() as stack:
+        token = PICKLE_ALLOWED.set(allow_pickle)
+        stack.callback(PICKLE_ALLOWED.reset, token)
+        for owner in (torch, torch.serialization):
+            stack.enter_context(_replaced(owner, 'load', load))
+        stack.enter_context(_replaced(torch.storage, '_load_from_bytes', _storage_from_bytes))
+        stack.enter_context(_replaced(CheckpointLoader, 'load_checkpoint', _checkpoint_loader(allow_pickle)))
+        if not allow_pickle:
+            stack.enter_context(_replaced(Config, 'fromstring', _config_from_string()))
+            stack.enter_context(_replaced(np, 'load', _numpy_loader(np.load)))
+            previous = dict(file_handlers)
+            stack.callback(file_handlers.update, previous)
+            file_handlers.update(pkl=_NoPickleHandler(), pickle=_NoPickleHandler(), yml=_SafeYamlHandler(),
+                                 yaml=_SafeYamlHandler())
+        yield
+
+
+@functools.wraps(torch.storage._load_from_bytes)  # other processes know it by that name
+def _storage_from_bytes(data: bytes) -> Any:
+    # Processes exchange results in pickles, tensors within them by this function. Whoever may send one may run code
+    # anyway, and a slower reader would be felt: there are several for each image. No restricted pickle gets here.
+    return torch_load(io.BytesIO(data), weights_only=False)
+
+
+@contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    original = vars(owner)[name]  # not getattr, which would bind class methods
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _checkpoint_loader(allow_pickle: bool) -> classmethod:
+    """MMEngine's way to load a checkpoint by any name, with errors of one line and without what it would act upon."""
+    load_checkpoint = vars(CheckpointLoader)['load_checkpoint'].__func__
+
+    def load(cls: type, filename: str, map_location: Any = None, logger: Any = 'current') -> dict:
+        try:
+            checkpoint = load_checkpoint(cls, filename, map_location, logger)
+        except (CheckpointError, torch.cuda.OutOfMemoryError):
+            raise
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f'no such checkpoint: {filename}') from None
+        except Exception as error:  # each scheme has its own ways to fail: no network, no such model, no client
+            reason = f'no model {error}' if isinstance(error, KeyError) else one_line(error)
+            raise CheckpointError(f'{filename} could not be fetched ({reason}); check the name, or download the file '
+                                  'and give its path') from error
+        check_structure(checkpoint, filename)
+        if not allow_pickle:
+            _drop_instructions(checkpoint, filename)
+        # MMEngine's hooks look for the weights there alone.
+        return checkpoint if 'state_dict' in checkpoint else dict(state_dict=weights_of(checkpoint))
+
+    return classmethod(load)
+
+
+def _drop_instructions(checkpoint: dict, filename: str) -> None:
+    """Removes the entries of a checkpoint that MMEngine acts upon when it resumes.
+
+    These are a config, which it would run as Python to compare the number of GPUs that MMCV 1 wrote there, and the
+    paths of former checkpoints, which it deletes, wherever they are, when newer ones are saved.
+    """
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict):
+        dict.pop(meta, 'config', None)
+    hub = checkpoint.get('message_hub')
+    info = hub.get('runtime_info') if isinstance(hub, dict) else None
+    if not isinstance(info, dict):
+        return
+    folder = osp.dirname(osp.realpath(filename))
+    for name in [name for name in info if isinstance(name, str) and name.startswith('best_ckpt')]:
+        path = info[name]
+        if path is not None and not (isinstance(path, str) and path.endswith('.pth')
+                                     and osp.dirname(osp.realpath(path)) == folder):
+            del info[name]
+            MMLogger.get_current_instance().warning(
+                f'{filename} calls {path!r} the best checkpoint; as it is not beside it, it will not be deleted when a '
+                'better one is saved')
+    if not all(isinstance(number, int) for number in info.get('keep_ckpt_ids', ())):
+        raise UnsafeCheckpointError(f'{filename} was not loaded: keep_ckpt_ids must be numbers, got '
+                                    f'{info["keep_ckpt_ids"]!r}; {ALLOW}')
+
+
+def _config_from_string() -> staticmethod:
+    from_string = Config.fromstring
+
+    def refuse_python(cfg_str: str, file_format: str) -> Config:
+        if file_format == '.py':
+            raise UnsafeCheckpointError('the config in a checkpoint was not run, as it is a Python program: name the '
+                                        f'config file too, or, {ALLOW}')
+        return from_string(cfg_str, file_format)
+
+    return staticmethod(refuse_python)
+
+
+def _numpy_loader(numpy_load: Callable) -> Callable:
+    def load(file: Any, mmap_mode: str | None = None, allow_pickle: bool = False, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return numpy_load(file, mmap_mode, False, *args, **kwargs)
+        except ValueError as error:
+            if 'allow_pickle' not in str(error):
+                raise
+            raise UnsafeCheckpointError(f'{file} was not loaded, because it holds pickled objects, which can run any '
+                                        f'code; {ALLOW}') from None
+
+    return load
+
+
+class _NoPickleHandler(PickleHandler):
+    """Still writes pickle files, but reads none."""
+
+    def load_from_fileobj(self, file: BinaryIO, **kwargs: Any) -> Any:
+        raise UnsafeCheckpointError(f'{getattr(file, "name", "a pickle file (.pkl)")} was not loaded, because '
+                                    f'unpickling can run any code; {ALLOW}')
+
+
+class _SafeYamlHandler(YamlHandler):
+    """Reads plain values alone; MMEngine's takes tags such as ``!!python/object/apply``, which call functions."""
+
+    def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_from_fileobj(file, Loader=yaml.SafeLoader)
+        except yaml.constructor.ConstructorError as error:
+            raise UnsafeCheckpointError(f'a YAML file was not loaded, because it asks for more than plain values '
+                                        f'({one_line(error)}); {ALLOW}') from None
