@@ -52,10 +52,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; a launch or checkpoint error ends it with one line from each machine instead of tracebacks."""
+    """Runs ``main``; a launch or checkpoint error ends it with one line from each machine instead of tracebacks.
+
+    The process group it has joined is left afterwards.
+    """
     try:
         with quiet_prints():
             main()
+        if torch.distributed.is_initialized():
+            # A group that is left to the end of the interpreter may abort it, when its threads are still at work.
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except (LaunchError, CheckpointError) as error:
         if int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0):
             # Most likely the first process of this machine fails in the same way: its launcher then ends this one

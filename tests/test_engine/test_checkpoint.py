@@ -34,8 +34,7 @@ from safetensors import torch as safetensors
 from torch.utils.data import Dataset
 
 import convneur_mm
-from convneur_mm.engine import checkpoint as checkpoint_module
-from convneur_mm.engine import safe_loading
+from convneur_mm.engine import safe_files, safe_loading
 from convneur_mm.engine.checkpoint import load_pretrained, read_checkpoint
 from convneur_mm.engine.launch import LaunchError, check_no_pickled_data, latest_checkpoint, readable_checkpoint
 from convneur_mm.engine.weights_file import CheckpointError, UnsafeCheckpointError
@@ -762,7 +761,7 @@ class TestSafeLoading:
         def not_called(*args):
             raise AssertionError('the slow reader was used')
 
-        monkeypatch.setattr(checkpoint_module, '_load_file', not_called)
+        monkeypatch.setattr(safe_files, 'load_file', not_called)
         with safe_loading(allow):
             sent = pickle.dumps(dict(score=torch.arange(3.0)))
             assert b'torch.storage' in sent

@@ -95,6 +95,16 @@ def test_wrapped_and_joined_datasets_are_checked():
     check_data_files(Config(dict(train_dataloader=dict(dataset=remote))), ('train',))
 
 
+def test_the_process_group_is_left_in_the_end(tmp_path):
+    """Left to the end of the interpreter, gloo's threads abort it now and then, after all work is done."""
+    def main():
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+
+    launch.run(main)
+    assert not torch.distributed.is_initialized()
+    launch.run(lambda: None)
+
+
 def test_sync_bn_becomes_bn():
     cfg = dict(head=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)), necks=[dict(norm_cfg=dict(type='SyncBN'))])
     without_sync_bn(cfg)
