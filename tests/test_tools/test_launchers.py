@@ -42,6 +42,10 @@ def make_environment(folder, packages=(), paths=()):
         (site / name).mkdir()
         (site / name / '__init__.py').touch()
     (site / 'paths.pth').write_text('\n'.join(paths))
+    for path in paths:
+        # Through this file setuptools brings distutils, which Python has no more from 3.12 on, and MMEngine imports.
+        for hook in Path(path).glob('distutils-precedence.pth'):
+            shutil.copy(hook, site / 'paths_then_distutils.pth')
     return folder / 'bin' / 'python'
 
 
