@@ -17,6 +17,8 @@ MESSAGES = (
     # mmdet: an optional metric, and a tensor copied in the mask head.
     'faster_coco_eval is not installed',
     'To copy construct from a tensor',
+    # mmseg 1.2 calls a function of its own that it gives up.
+    r'``build_\w+`` would be deprecated soon',
     # mmseg: the losses and the drawing hook say that they are as their configs have them.
     'Default ``avg_non_ignore`` is False',
     'The draw is False, it means that the hook for visualization',

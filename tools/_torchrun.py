@@ -20,6 +20,8 @@ def set_threads(processes: int) -> None:
 
 if __name__ == '__main__':
     set_threads(int(parse_args(sys.argv[1:]).nproc_per_node))
+    # torch 2.1 warns that --standalone needs no address, which is that of none given.
+    logging.getLogger('torch.distributed.run').setLevel(logging.ERROR)
     # What it says of a failed process is in the error below as well.
     logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL)
     try:
