@@ -10,7 +10,6 @@
 # PYTHON=PATH         interpreter (default: the active environment's, then .venv's, then that of the PATH; the first that
 #                     has torch and mmengine is taken, and a line says so if that is another than PYTHON's)
 # OMP_NUM_THREADS=N   threads of each process on CPUs (default: the cores shared out among the processes)
-# OMP_WAIT_POLICY=ACTIVE  threads that wait for others keep their cores busy, on a machine with no other job
 [ $# -ge 2 ] || { echo "usage: $0 CONFIG GPUS [arguments of tools/train.py]" >&2; exit 2; }
 config=$1 gpus=$2
 shift 2
