@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -343,6 +344,43 @@ def test_init_weights_keeps_the_generators_biases():
     assert (model.downsample_layers[0][0].bias != 0).all()
 
 
+def test_init_weights_twice_is_harmless():
+    """As for every module of MMEngine: what was trained since the first call stays."""
+    model = ConvNeur(TINY)
+    model.init_weights()
+    before = {name: value.clone() for name, value in randomize(model).state_dict().items()}
+    for module in (m for m in model.modules() if hasattr(m, 'init_weights')):
+        module.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+CONSTANT = dict(type='Constant', layer='Conv2d', val=0.5, bias=0.25)
+
+
+@pytest.mark.parametrize('init_cfg', [CONSTANT, [CONSTANT, dict(type='Constant', layer='LayerNorm2d', val=0.75)]])
+def test_init_cfg_of_ones_own(init_cfg):
+    """It replaces the default altogether; the memories' own initialisation stays, and so does the stem's bias."""
+    torch.manual_seed(0)
+    model = ConvNeur(TINY, init_cfg=init_cfg)
+    linear = model.stages[0][0].pointwise_conv1.weight.clone()
+    model.init_weights()
+    for module in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        assert (module.weight == 0.5).all() and (module.bias == 0.25).all()
+    assert (model.norm0.weight == (0.75 if isinstance(init_cfg, list) else 1)).all()
+    assert torch.equal(model.stages[0][0].pointwise_conv1.weight, linear)
+    assert (model.stages[0][0].global_branch.memory.generators[2].bias[-16:] == -4).all()
+
+
+def test_init_cfg_of_ones_own_leaves_no_zero_bias_in_the_stem():
+    """mmpretrain's ConvNeXt asks for zero, which padded images do not survive: see the test of image padding."""
+    model = ConvNeur(TINY, init_cfg=[dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0),
+                                     dict(type='Constant', layer=['LayerNorm2d'], val=1.0, bias=0.0)])
+    model.init_weights()
+    assert (model.downsample_layers[0][0].bias != 0).all()
+    assert (model.downsample_layers[1][1].bias == 0).all()
+
+
 def test_arguments_are_not_changed():
     arch, memory_cfg = dict(TINY), dict(mem_channels=32, chunk_size=10)
     init_cfg = dict(type='Pretrained', checkpoint=None)
@@ -416,6 +454,33 @@ class TestPretrained:
         model.init_weights()
         for name, value in model.state_dict().items():
             assert torch.equal(value, source.state_dict()[name]), name
+
+    @pytest.mark.parametrize('prefix', ['', 'backbone.'])
+    @pytest.mark.parametrize('pretrained_type', ['Pretrained', PretrainedInit], ids=['name', 'class'])
+    def test_loads_beside_other_initialisations(self, tmp_path, prefix, pretrained_type):
+        """In a list, as anywhere in MMEngine, the checkpoint has the last word on every weight it has."""
+        source = randomize(ConvNeur(TINY, out_indices=3))
+        path = self.save(tmp_path, {prefix + name: value for name, value in source.state_dict().items()})
+        model = ConvNeur(TINY, init_cfg=[
+            dict(type=pretrained_type, checkpoint=path), CONSTANT, dict(type='Constant', layer='LayerNorm2d', val=0.5)])
+        model.init_weights()
+        for name, value in source.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        assert (model.norm0.weight == 0.5).all()
+
+    def test_init_weights_twice_does_not_load_again(self, tmp_path):
+        path = self.save(tmp_path, randomize(ConvNeur(TINY)).state_dict())
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=path))
+        model.init_weights()
+        trained = {name: value.clone() for name, value in randomize(model, seed=1).state_dict().items()}
+        model.init_weights()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, trained[name]), name
+
+    def test_two_checkpoints_are_refused(self):
+        two = [dict(type='Pretrained', checkpoint=name) for name in ('a.pth', 'b.pth')]
+        with pytest.raises(ValueError, match=r"init_cfg must name one checkpoint at most, got 'a.pth', 'b.pth'"):
+            ConvNeur(TINY, init_cfg=two)
 
     def test_classifier_weights_serve_a_detector(self, tmp_path, caplog):
         """The classifier has the last stage's LayerNorm only; the others are named as missing."""
