@@ -27,6 +27,17 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize('name', plain.BACKBONE_CASES)
+def test_equals_the_equations_and_stored_vectors(name):
+    plain.check(ConvNeur(**plain.BACKBONE_CASES[name][0]), 'backbone', name)
+
+
+@pytest.mark.parametrize('options', [dict(with_cp=True), dict(channels_last=False), dict(out_indices=(-3, -2, -1))],
+                         ids=str)
+def test_options_that_change_no_value(options):
+    plain.check(ConvNeur(**dict(plain.BACKBONE, **options)), 'backbone', 'base')
+
+
 def classifier_counts(**kwargs) -> tuple[float, float]:
     """Millions of parameters and G multiply-accumulates at 224² of the backbone with a 1000-class linear head."""
     model = ConvNeur(out_indices=3, gap_before_final_norm=True, **kwargs).eval()
@@ -113,17 +124,6 @@ def test_without_global_branch_equals_timm():
     with torch.no_grad():
         found, expected = model(x)[-1], peer(x)
     assert (found - expected).norm() / expected.norm() <= 1e-5
-
-
-@pytest.mark.parametrize('name', plain.BACKBONE_CASES)
-def test_equals_the_equations_and_stored_vectors(name):
-    plain.check(ConvNeur(**plain.BACKBONE_CASES[name][0]), 'backbone', name)
-
-
-@pytest.mark.parametrize('options', [dict(with_cp=True), dict(channels_last=False), dict(out_indices=(-3, -2, -1))],
-                         ids=str)
-def test_options_that_change_no_value(options):
-    plain.check(ConvNeur(**dict(plain.BACKBONE, **options)), 'backbone', 'base')
 
 
 @pytest.mark.parametrize('channels_last', [True, False])
