@@ -419,6 +419,8 @@ def test_resolves_from_every_scope(scope):
 @pytest.mark.parametrize('options, message', [
     (dict(arch='m5'), "arch must be one of .*'m1', 'm2', 'm3', 'm4'.* got 'm5'"),
     (dict(arch=dict(depths=[1])), 'a custom arch must be a dict of'),
+    (dict(arch=dict(TINY, channels=[16, 24])), 'with as many depths as channels'),
+    (dict(arch=dict(depths=[], channels=[], mem_channels=16)), 'with as many depths as channels'),
     (dict(memory_cfg=dict(chunk_size=0)), 'chunk_size must be an integer of at least 1, got 0'),
     (dict(memory_cfg=dict(chunks=3)), r"memory_cfg takes the keys .*got \['chunks'\]"),
     (dict(memory_cfg=dict(mem_channels=100)), 'channels=100, head_dim=16'),
@@ -426,8 +428,14 @@ def test_resolves_from_every_scope(scope):
     (dict(placement='head'), "placement must be one of .*got 'head'"),
     (dict(fusion='mul'), "fusion must be one of .*got 'mul'"),
     (dict(out_indices=(0, 4)), r'out_indices must name stages from -4 to 3, got \(0, 4\)'),
+    (dict(out_indices=-5), 'out_indices must name stages from -4 to 3, got -5'),
+    (dict(out_indices=()), r'out_indices must name stages from -4 to 3, got \(\)'),
     (dict(out_indices=(2, 1)), 'ascending order'),
+    (dict(out_indices=(3, -1)), 'ascending order'),
     (dict(frozen_stages=5), 'frozen_stages must be an integer from 0 to 4, got 5'),
+    (dict(frozen_stages=-1), 'frozen_stages must be an integer from 0 to 4, got -1'),
+    (dict(frozen_stages=True), 'frozen_stages must be an integer from 0 to 4, got True'),
+    (dict(drop_path_rate=-0.1), r'drop_path_rate must be in \[0, 1\), got -0.1'),
     (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
 ])
 def test_bad_options_are_named(options, message):
@@ -438,6 +446,13 @@ def test_bad_options_are_named(options, message):
 def test_too_small_an_image_is_named():
     with pytest.raises(ValueError, match=r'at least 32 x 32 pixels, got \(31, 64\)'):
         ConvNeur(TINY)(torch.zeros(1, 3, 31, 64))
+
+
+def test_smallest_image_of_a_cut_backbone():
+    model = ConvNeur(TINY, out_indices=1)
+    assert model(torch.zeros(1, 3, 8, 8))[0].shape == (1, 24, 1, 1)
+    with pytest.raises(ValueError, match=r'at least 8 x 8 pixels, got \(8, 7\)'):
+        model(torch.zeros(1, 3, 8, 7))
 
 
 @contextmanager
