@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, ModuleList, Sequential
+from mmengine.model import BaseModule, ModuleList, PretrainedInit, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -57,9 +57,11 @@ class ConvNeur(BaseModule):
         channels_last (bool): Whether the image is brought to channels_last memory, in which all layers behind it leave
             their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases,
             as mmcv's RoI operators misread any other order. Defaults to True.
-        init_cfg (dict | list[dict] | None): MMEngine initialisation. ``dict(type='Pretrained', checkpoint=...)``
-            takes a path or URL of a ConvNeur checkpoint, bare or of a whole model; a ``checkpoint`` of None stands
-            for weights still to be named: training then starts at random, with a warning. Defaults to None.
+        init_cfg (dict | list[dict] | None): MMEngine initialisation. ``dict(type='Pretrained', checkpoint=...)``,
+            alone or in a list, takes a path or URL of a ConvNeur checkpoint, bare or of a whole model, and is loaded
+            last; a ``checkpoint`` of None stands for weights still to be named: training then starts at random, with a
+            warning. All others replace the default, a truncated normal distribution of the convolutions' and linear
+            layers' weights with std 0.02. A stem's bias left at zero is drawn from it too. Defaults to None.
 
     Raises:
         ValueError: For an unknown arch, option or stage, naming the value and what was expected.
@@ -87,9 +89,9 @@ class ConvNeur(BaseModule):
         channels_last: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        default_init = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
-        self.pretrained = init_cfg if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained' else None
-        super().__init__(init_cfg=default_init if init_cfg is None or self.pretrained is not None else init_cfg)
+        pretrained, others = self._parse_init_cfg(init_cfg)
+        super().__init__(init_cfg=others)
+        self.pretrained = pretrained
 
         self.arch = arch
         self.depths, self.channels, mem_channels = self._parse_arch(arch)
@@ -171,16 +173,21 @@ class ConvNeur(BaseModule):
         return tuple(outs)
 
     def init_weights(self) -> None:
-        """Initialises all weights, or loads the pretrained ones.
+        """Initialises all weights, then loads the pretrained ones if there are any; a second call changes nothing.
 
         Raises:
             ValueError: If the checkpoint named by ``init_cfg`` holds none of the backbone's weights, or weights of
                 other shapes.
         """
+        called_before = self.is_init
         super().init_weights()
+        if called_before:  # MMEngine has warned and changed nothing
+            return
         # With a bias of zero an image's padding is zero after the stem, and every LayerNorm on the way back multiplies
         # its gradient by 1 / sqrt(eps) = 1000: through four stages that ends training from random weights at once.
-        nn.init.trunc_normal_(self.downsample_layers[0][0].bias, std=0.02)
+        stem_bias = self.downsample_layers[0][0].bias
+        if not stem_bias.any():
+            nn.init.trunc_normal_(stem_bias, std=0.02)
         if self.pretrained is None:
             return
         checkpoint = self.pretrained.get('checkpoint')
@@ -213,6 +220,18 @@ class ConvNeur(BaseModule):
             raise ValueError(f'a custom arch must be a dict of {sorted(expected)} with as many depths as channels, '
                              f'got {dict(arch)}')
         return list(arch['depths']), list(arch['channels']), arch['mem_channels']
+
+    @staticmethod
+    def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, list[dict]]:
+        """The checkpoint to load, if there is one, and how weights are drawn."""
+        init_cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+        pretrained = [cfg for cfg in init_cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
+        if len(pretrained) > 1:
+            names = ', '.join(repr(cfg.get('checkpoint')) for cfg in pretrained)
+            raise ValueError(f'init_cfg must name one checkpoint at most, got {names}')
+        others = [cfg for cfg in init_cfgs if cfg not in pretrained]
+        default = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
+        return dict(pretrained[0], type='Pretrained') if pretrained else None, others or [default]
 
     @staticmethod
     def _parse_memory_cfg(memory_cfg: dict | None) -> dict:

@@ -90,7 +90,7 @@ class NeuralMemory(BaseModule):
 
     def init_weights(self) -> None:
         """Resets the layer: a model-wide init_cfg may just have set its biases to zero and its scales to another."""
-        if not self.init_cfg:
+        if not self.init_cfg and not self.is_init:
             self.reset_parameters()
         super().init_weights()
 

@@ -1,8 +1,216 @@
-"""The blocks of the backbone: what they drop while training."""
+"""The blocks of the backbone against their plain form, mmpretrain's and timm's; what training drops and recomputes."""
+import plain_convneur as plain
 import pytest
 import torch
+from torch import nn
 
-from convneur_mm.models.blocks import ConvNeurBlock
+from convneur_mm.models.blocks import GRN, ConvNeurBlock, LayerNorm2d
+from convneur_mm.models.global_memory import GlobalMemory
+
+
+def make_block(channels: int, memory: dict | None, fusion: str, **kwargs) -> ConvNeurBlock:
+    return ConvNeurBlock(channels, None if memory is None else GlobalMemory(channels, **memory), fusion, **kwargs)
+
+
+@pytest.mark.parametrize('name', plain.BLOCK_CASES)
+def test_equals_the_equations_and_stored_vectors(name):
+    plain.check(make_block(**plain.BLOCK_CASES[name][0]), 'block', name)
+
+
+def check_peer(peer: nn.Module, renames: dict[str, str], size: tuple[int, int]) -> None:
+    """Output and gradients of another library's ConvNeXt-V2 block, with a plain block's weights under its names."""
+    options, weights, _ = plain.case('block', 'local 3x5')
+    block = make_block(**options).double()
+    block.load_state_dict(weights)
+
+    def theirs(name: str) -> str:
+        for ours, other in renames.items():
+            name = name.replace(ours, other)
+        return name
+
+    peer.double().load_state_dict({theirs(name): value for name, value in weights.items()})
+    x = torch.randn(1, 6, *size, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(x)
+    results = []
+    for module, parameters in ((block, list(weights)), (peer, [theirs(name) for name in weights])):
+        own, y = dict(module.named_parameters()), module(x)
+        results.append([y, *torch.autograd.grad(y, [x, *(own[name] for name in parameters)], direction)])
+    for what, found, expected in zip(['the output', 'the input', *weights], *results):
+        plain.assert_close(found, expected, what)
+
+
+@pytest.mark.needs('mmpretrain')
+@pytest.mark.parametrize('size', [(3, 5), (9, 7), (1, 1)])
+def test_local_branch_is_that_of_mmpretrain(size):
+    from mmpretrain.models.backbones.convnext import ConvNeXtBlock
+
+    peer = ConvNeXtBlock(6, norm_cfg=dict(type='LN2d', eps=1e-6), layer_scale_init_value=0.0, use_grn=True)
+    check_peer(peer, {}, size)
+
+
+@pytest.mark.needs('timm')
+@pytest.mark.parametrize('size', [(3, 5), (9, 7), (1, 1)])
+def test_local_branch_is_that_of_timm(size):
+    from timm.models.convnext import ConvNeXtBlock
+
+    check_peer(ConvNeXtBlock(6, use_grn=True, ls_init_value=None), {
+        'depthwise_conv': 'conv_dw', 'pointwise_conv1': 'mlp.fc1', 'pointwise_conv2': 'mlp.fc2',
+        'grn.gamma': 'mlp.grn.weight', 'grn.beta': 'mlp.grn.bias'}, size)
+
+
+def test_unknown_fusion_is_named():
+    with pytest.raises(ValueError, match=r"fusion must be one of \('gate', 'add', 'concat'\), got 'mul'"):
+        ConvNeurBlock(4, fusion='mul')
+
+
+@pytest.mark.parametrize('fusion', ['gate', 'add', 'concat'])
+def test_fusion_without_a_global_branch_has_no_parameters(fusion):
+    assert list(ConvNeurBlock(4, fusion=fusion).state_dict()) == list(plain.block_shapes(4, None, fusion))
+
+
+@pytest.mark.parametrize('fusion', ['gate', 'add', 'concat'])
+def test_drop_path_drops_the_fused_output(fusion):
+    """Images that are dropped keep X alone, without G; the others get the whole of it, scaled."""
+    torch.manual_seed(0)
+    block = make_block(4, dict(mem_channels=16), fusion, drop_path_rate=0.5).eval()
+    nn.init.normal_(block.grn.gamma)
+    x = torch.randn(1, 4, 3, 3).repeat(64, 1, 1, 1)
+    full = update(block, x)
+    found = update(block.train(), x)
+    dropped = (found == 0).flatten(1).all(1)
+    assert 10 < dropped.sum() < 54
+    assert torch.allclose(found[~dropped], 2 * full[~dropped], atol=1e-5)
+
+
+def test_layer_norm_2d():
+    torch.manual_seed(0)
+    norm = LayerNorm2d(5, eps=0.1).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    centred = x - x.mean(1, keepdim=True)
+    expected = centred / (x.var(1, unbiased=False, keepdim=True) + 0.1).sqrt()
+    plain.assert_close(norm(x), expected * norm.weight[:, None, None] + norm.bias[:, None, None], 'the norm')
+
+
+def make_grn(**kwargs) -> GRN:
+    torch.manual_seed(0)
+    grn = GRN(8, **kwargs).double()
+    for p in grn.parameters():
+        nn.init.normal_(p)
+    return grn
+
+
+@pytest.mark.parametrize('kwargs, eps', [(dict(), 1e-6), (dict(eps=0.1), 0.1)])
+@pytest.mark.parametrize('scale', [1.0, 1e-6])
+def test_grn(kwargs, eps, scale):
+    """Also at a scale at which the mean response is of eps' order."""
+    grn = make_grn(**kwargs)
+    x = scale * torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    response = x.norm(dim=(1, 2), keepdim=True)
+    expected = grn.gamma * x * response / (response.mean(-1, keepdim=True) + eps) + grn.beta + x
+    plain.assert_close(grn(x), expected, 'the response')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_grn_scale_of_half_precision(dtype):
+    """Norms of 90,000 here, beyond float16; statistics and scale are float32's."""
+    grn = make_grn().float()
+    x = (1e4 * torch.randn(2, 9, 9, 8)).to(dtype)
+    assert grn.scale(x).dtype == torch.float32
+    plain.assert_close(grn.scale(x), grn.scale(x.float()), 'the scale', tolerance=1e-5)
+
+
+def test_grn_in_half_precision():
+    """In bfloat16: not all supported versions of torch have float16's operators on a CPU."""
+    grn, x = make_grn().float(), torch.randn(2, 9, 9, 8).bfloat16()
+    y, expected = grn(x), grn(x.float())
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).norm() < 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def test_grn_of_a_channel_of_zeros():
+    """Such a channel is dead, not a NaN in every gradient."""
+    grn = make_grn()
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    x[..., 2] = 0
+    y = grn(x.requires_grad_())
+    y.square().sum().backward()
+    assert torch.equal(y[..., 2], grn.beta[2].expand(2, 3, 4))
+    for gradient in (x.grad, grn.gamma.grad, grn.beta.grad):
+        assert gradient.isfinite().all()
+
+
+def count_forwards(block: ConvNeurBlock, x: torch.Tensor) -> int:
+    """How often a block computes its features in one training step."""
+    calls = []
+    hook = block.depthwise_conv.register_forward_hook(lambda *_: calls.append(1))
+    y = block(x)
+    if y.requires_grad:
+        y.sum().backward()
+    hook.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize('with_cp, forwards', [(False, 1), (True, 2)])
+def test_with_cp_recomputes(with_cp, forwards):
+    x = torch.randn(1, 4, 5, 3)
+    block = make_block(4, dict(mem_channels=16), 'gate', with_cp=with_cp)
+    assert count_forwards(block, x.clone().requires_grad_()) == forwards
+    with torch.no_grad():
+        assert count_forwards(block, x.clone().requires_grad_()) == 1
+
+
+@pytest.mark.parametrize('fusion', ['gate', 'add', 'concat'])
+def test_with_cp_keeps_less(fusion):
+    """Of a block nothing stays for the backward pass but its input."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 9, 7, requires_grad=True)
+    kept = {}
+    for with_cp in (False, True):
+        block, tensors = make_block(4, dict(mem_channels=16), fusion, with_cp=with_cp), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=tensors: to.append(t) or t, lambda t: t):
+            block(x)
+        parameters = {p.untyped_storage().data_ptr() for p in [x, *block.parameters()]}
+        kept[with_cp] = sum(t.numel() for t in tensors if t.untyped_storage().data_ptr() not in parameters)
+    assert kept[False] > 16 * x.numel()
+    assert kept[True] <= x.numel()
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+def test_block_compiles_in_one_graph(rule):
+    """Three chunks, two of them written; the compiler's own kernels are left out, as they take a minute to build."""
+    torch.manual_seed(0)
+    block = ConvNeurBlock(8, GlobalMemory(8, 16, chunk_size=16, update_rule=rule)).double()
+    torch.nn.init.normal_(block.grn.gamma)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *block.parameters()]
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend='aot_eager')):
+        y = function(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize('size', [(3, 5), (9, 7)])
+def test_grn_scales_weights_or_features(size):
+    """Below and above the size from which the scale goes to the weights: 4C positions."""
+    torch.manual_seed(0)
+    block = ConvNeurBlock(8).double()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *block.grn.parameters(), *block.pointwise_conv2.parameters()]
+    results = []
+    for function in (block._grn_linear, lambda x: block.pointwise_conv2(block.grn(x))):
+        y = function(x)
+        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 8)).square().sum(), wanted)])
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert block.float().local_features(torch.randn(1, 8, *size)).dtype == torch.bfloat16
 
 
 def update(block: ConvNeurBlock, x: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,18 @@
-"""The backbone: published counts, equality with ConvNeXt-V2, contiguity, gradients, options, errors."""
+"""The backbone: published counts, its plain form, ConvNeXt-V2, contiguity, gradients, options, errors."""
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
 
-import numpy as np
+import plain_convneur as plain
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import ConvNeur, NeuralMemory
-from convneur_mm.models.blocks import ConvNeurBlock
-from convneur_mm.models.global_memory import GlobalMemory
 
 ARCHS = ('m1', 'm2', 'm3', 'm4')
 TINY = dict(depths=[1, 2, 1, 1], channels=[16, 24, 32, 48], mem_channels=16)
@@ -26,6 +25,17 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64).to(p) * std)
     return model
+
+
+@pytest.mark.parametrize('name', plain.BACKBONE_CASES)
+def test_equals_the_equations_and_stored_vectors(name):
+    plain.check(ConvNeur(**plain.BACKBONE_CASES[name][0]), 'backbone', name)
+
+
+@pytest.mark.parametrize('options', [dict(with_cp=True), dict(channels_last=False), dict(out_indices=(-3, -2, -1))],
+                         ids=str)
+def test_options_that_change_no_value(options):
+    plain.check(ConvNeur(**dict(plain.BACKBONE, **options)), 'backbone', 'base')
 
 
 def classifier_counts(**kwargs) -> tuple[float, float]:
@@ -116,6 +126,16 @@ def test_without_global_branch_equals_timm():
     assert (found - expected).norm() / expected.norm() <= 1e-5
 
 
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_channels_last(channels_last):
+    """The memory that the first convolution sees; the outputs' is NCHW in both cases."""
+    model, seen = ConvNeur(TINY, channels_last=channels_last), []
+    model.downsample_layers[0][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    outs = model(torch.randn(2, 3, 32, 64))
+    assert seen == [(6144, 1, 192, 3) if channels_last else (6144, 2048, 64, 1)]
+    assert all(o.is_contiguous() for o in outs)
+
+
 @pytest.mark.parametrize('arch', ARCHS)
 def test_every_arch_gives_contiguous_pyramid(arch):
     model = ConvNeur(arch).eval()
@@ -166,84 +186,94 @@ def test_odd_sizes(size):
     assert [tuple(o.shape[2:]) for o in outs] == [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
 
 
-def test_with_cp_equals_without():
-    x = torch.randn(2, 3, 64, 80, dtype=torch.float64)
-    results = []
-    for with_cp in (False, True):
-        torch.manual_seed(0)
-        model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=30), with_cp=with_cp).double(), seed=3)
-        outs = model(x)
-        sum(o.square().mean() for o in outs).backward()
-        results.append([*outs, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+def count_forwards(model: ConvNeur, x: torch.Tensor) -> list[int]:
+    """How often each block computes its features in one training step."""
+    blocks = [block for stage in model.stages for block in stage]
+    counts = [0] * len(blocks)
+    for i, block in enumerate(blocks):
+        def count(*_, i=i):
+            counts[i] += 1
+        block.depthwise_conv.register_forward_hook(count)
+    sum(o.square().mean() for o in model(x)).backward()
+    return counts
+
+
+def test_with_cp_recomputes_every_block():
+    x = torch.randn(1, 3, 32, 32)
+    assert count_forwards(ConvNeur(TINY), x) == [1, 1, 1, 1, 1]
+    assert count_forwards(ConvNeur(TINY, with_cp=True), x) == [2, 2, 2, 2, 2]
+    assert count_forwards(ConvNeur(TINY, with_cp=True, frozen_stages=2), x) == [1, 1, 1, 2, 2]
 
 
 def test_with_cp_keeps_drop_path():
-    """The recomputation draws the same paths."""
+    """The recomputation draws the same paths, so the gradients are those without it."""
     results = []
     for with_cp in (False, True):
         torch.manual_seed(0)
         model = randomize(ConvNeur(TINY, drop_path_rate=0.5, with_cp=with_cp).double(), seed=3)
         torch.manual_seed(1)
-        x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-        sum(o.square().mean() for o in model(x)).backward()
-        results.append([p.grad for p in model.parameters()])
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+        outs = model(torch.randn(4, 3, 64, 64, dtype=torch.float64))
+        sum(o.square().mean() for o in outs).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in results[0].items():
+        plain.assert_close(results[1][name], gradient, name)
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
-@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
-def test_block_compiles_in_one_graph(rule):
-    """Three chunks, two of them written; the compiler's own kernels are left out, as they take a minute to build."""
-    torch.manual_seed(0)
-    block = ConvNeurBlock(8, GlobalMemory(8, 16, chunk_size=16, update_rule=rule)).double()
-    torch.nn.init.normal_(block.grn.gamma)
-    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *block.parameters()]
-    results = []
-    for function in (block, torch.compile(block, fullgraph=True, backend='aot_eager')):
-        y = function(x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    for a, b in zip(*results):
-        assert (a - b).norm() <= 1e-10 * b.norm()
+def dropped_shares(model: ConvNeur, images: int) -> list[float]:
+    """The share of images that each block passes on unchanged."""
+    shares = []
+    for stage in model.stages:
+        for block in stage:
+            block.register_forward_hook(
+                lambda _, inputs, y: shares.append((y == inputs[0]).flatten(1).all(1).float().mean().item()))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32).repeat(images, 1, 1, 1))
+    return shares
 
 
 def test_drop_path_rises_linearly():
-    model = ConvNeur('m1', drop_path_rate=0.11)
-    rates = [getattr(b.drop_path, 'p', 0.0) for stage in model.stages for b in stage]
-    assert np.allclose(rates, np.linspace(0, 0.11, 12))
-
-
-@pytest.mark.parametrize('size', [(3, 5), (9, 7)])
-def test_grn_scales_weights_or_features(size):
-    """Below and above the size from which the scale goes to the weights: 4C positions."""
+    """Over all blocks, from 0 in the first to the given rate in the last; to 0 in all of them outside training."""
     torch.manual_seed(0)
-    block = ConvNeurBlock(8).double()
-    for p in block.parameters():
-        nn.init.normal_(p)
-    x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
-    wanted = [x, *block.grn.parameters(), *block.pointwise_conv2.parameters()]
-    results = []
-    for function in (block._grn_linear, lambda x: block.pointwise_conv2(block.grn(x))):
-        y = function(x)
-        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 8)).square().sum(), wanted)])
-    for a, b in zip(*results):
-        assert (a - b).norm() <= 1e-12 * b.norm()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert block.float().local_features(torch.randn(1, 8, *size)).dtype == torch.bfloat16
+    model = randomize(ConvNeur(TINY, drop_path_rate=0.6, placement='none'))
+    for found, expected in zip(dropped_shares(model, 3000), (0, 0.15, 0.3, 0.45, 0.6), strict=True):
+        assert abs(found - expected) < (0.03 if expected else 1e-9)
+    assert dropped_shares(model.eval(), 2)[-5:] == [0, 0, 0, 0, 0]
+    rates = [getattr(b.drop_path, 'p', 0.0) for stage in ConvNeur('m1', drop_path_rate=0.11).stages for b in stage]
+    assert rates == pytest.approx([0.01 * i for i in range(12)])
 
 
-def test_gate_formula():
-    """Eq. 6, written out on one block."""
-    model = randomize(ConvNeur(TINY, memory_cfg=dict(chunk_size=30))).eval()
-    block = model.stages[1][0]
-    x = torch.randn(2, 24, 9, 7)
-    with torch.no_grad():
-        expected = x + torch.sigmoid(block.global_branch(x)) * block.local_features(x)
-        assert torch.allclose(block(x), expected, atol=1e-6)
-        assert (block(x) - x - block.local_features(x)).norm() > 0.1 * block.local_features(x).norm()
+def test_drop_path_rates_count_stages_that_are_not_built():
+    """So that the blocks of a cut backbone train as those of the whole one."""
+    rates = [[getattr(b.drop_path, 'p', 0.0) for stage in model.stages for b in stage] for model in (
+        ConvNeur(TINY, drop_path_rate=0.4), ConvNeur(TINY, drop_path_rate=0.4, out_indices=1))]
+    assert rates[1] == rates[0][:3]
+
+
+def test_drop_path_of_a_single_block():
+    model = ConvNeur(dict(depths=[1], channels=[8], mem_channels=16), drop_path_rate=0.5, out_indices=0)
+    assert isinstance(model.stages[0][0].drop_path, nn.Identity)
+
+
+@pytest.mark.parametrize('frozen_stages, out_indices', [(0, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (2, (0, 1, 2, 3)),
+                                                        (4, (0, 1, 2, 3)), (4, 1)])
+def test_frozen_stages(frozen_stages, out_indices):
+    """Frozen from the start and after train(): no gradient, no drop path; what returns their features still learns."""
+    model = ConvNeur(TINY, frozen_stages=frozen_stages, drop_path_rate=0.5, out_indices=out_indices)
+    frozen_names = tuple(f'{part}.{i}.' for i in range(frozen_stages) for part in ('downsample_layers', 'stages'))
+
+    def check():
+        for name, p in model.named_parameters():
+            assert p.requires_grad != name.startswith(frozen_names), name
+        for name, module in model.named_modules():
+            assert module.training != f'{name}.'.startswith(frozen_names), name
+
+    check()
+    assert model.eval() is model and not any(m.training for m in model.modules())
+    assert model.train() is model
+    check()
+    sum(o.square().mean() for o in model(torch.randn(2, 3, 64, 64))).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith(frozen_names), name
 
 
 def test_placement():
@@ -316,19 +346,6 @@ def test_out_indices():
             assert torch.allclose(found, expected[i], atol=1e-6)
 
 
-def test_frozen_stages():
-    model = ConvNeur(TINY, frozen_stages=2, drop_path_rate=0.5)
-    assert model.train() is model
-    frozen = [p for i in range(2) for m in (model.downsample_layers[i], model.stages[i]) for p in m.parameters()]
-    live = [p for i in (2, 3) for m in (model.downsample_layers[i], model.stages[i]) for p in m.parameters()]
-    assert not any(p.requires_grad for p in frozen)
-    assert all(p.requires_grad for p in live)
-    assert not model.stages[1].training and model.stages[2].training
-    sum(o.square().mean() for o in model(torch.randn(2, 3, 64, 64))).backward()
-    assert all(p.grad is None for p in frozen)
-    assert all(p.grad is not None for p in live)
-
-
 def test_init_weights_keeps_the_generators_biases():
     model = ConvNeur('m1')
     model.init_weights()
@@ -341,6 +358,43 @@ def test_init_weights_keeps_the_generators_biases():
     assert abs(conv.weight.std().item() - 0.02) < 0.001
     assert (conv.bias == 0).all()
     assert (model.downsample_layers[0][0].bias != 0).all()
+
+
+def test_init_weights_twice_is_harmless():
+    """As for every module of MMEngine: what was trained since the first call stays."""
+    model = ConvNeur(TINY)
+    model.init_weights()
+    before = {name: value.clone() for name, value in randomize(model).state_dict().items()}
+    for module in (m for m in model.modules() if hasattr(m, 'init_weights')):
+        module.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+CONSTANT = dict(type='Constant', layer='Conv2d', val=0.5, bias=0.25)
+
+
+@pytest.mark.parametrize('init_cfg', [CONSTANT, [CONSTANT, dict(type='Constant', layer='LayerNorm2d', val=0.75)]])
+def test_init_cfg_of_ones_own(init_cfg):
+    """It replaces the default altogether; the memories' own initialisation stays, and so does the stem's bias."""
+    torch.manual_seed(0)
+    model = ConvNeur(TINY, init_cfg=init_cfg)
+    linear = model.stages[0][0].pointwise_conv1.weight.clone()
+    model.init_weights()
+    for module in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        assert (module.weight == 0.5).all() and (module.bias == 0.25).all()
+    assert (model.norm0.weight == (0.75 if isinstance(init_cfg, list) else 1)).all()
+    assert torch.equal(model.stages[0][0].pointwise_conv1.weight, linear)
+    assert (model.stages[0][0].global_branch.memory.generators[2].bias[-16:] == -4).all()
+
+
+def test_init_cfg_of_ones_own_leaves_no_zero_bias_in_the_stem():
+    """mmpretrain's ConvNeXt asks for zero, which padded images do not survive: see the test of image padding."""
+    model = ConvNeur(TINY, init_cfg=[dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0),
+                                     dict(type='Constant', layer=['LayerNorm2d'], val=1.0, bias=0.0)])
+    model.init_weights()
+    assert (model.downsample_layers[0][0].bias != 0).all()
+    assert (model.downsample_layers[1][1].bias == 0).all()
 
 
 def test_arguments_are_not_changed():
@@ -365,6 +419,8 @@ def test_resolves_from_every_scope(scope):
 @pytest.mark.parametrize('options, message', [
     (dict(arch='m5'), "arch must be one of .*'m1', 'm2', 'm3', 'm4'.* got 'm5'"),
     (dict(arch=dict(depths=[1])), 'a custom arch must be a dict of'),
+    (dict(arch=dict(TINY, channels=[16, 24])), 'with as many depths as channels'),
+    (dict(arch=dict(depths=[], channels=[], mem_channels=16)), 'with as many depths as channels'),
     (dict(memory_cfg=dict(chunk_size=0)), 'chunk_size must be an integer of at least 1, got 0'),
     (dict(memory_cfg=dict(chunks=3)), r"memory_cfg takes the keys .*got \['chunks'\]"),
     (dict(memory_cfg=dict(mem_channels=100)), 'channels=100, head_dim=16'),
@@ -372,8 +428,14 @@ def test_resolves_from_every_scope(scope):
     (dict(placement='head'), "placement must be one of .*got 'head'"),
     (dict(fusion='mul'), "fusion must be one of .*got 'mul'"),
     (dict(out_indices=(0, 4)), r'out_indices must name stages from -4 to 3, got \(0, 4\)'),
+    (dict(out_indices=-5), 'out_indices must name stages from -4 to 3, got -5'),
+    (dict(out_indices=()), r'out_indices must name stages from -4 to 3, got \(\)'),
     (dict(out_indices=(2, 1)), 'ascending order'),
+    (dict(out_indices=(3, -1)), 'ascending order'),
     (dict(frozen_stages=5), 'frozen_stages must be an integer from 0 to 4, got 5'),
+    (dict(frozen_stages=-1), 'frozen_stages must be an integer from 0 to 4, got -1'),
+    (dict(frozen_stages=True), 'frozen_stages must be an integer from 0 to 4, got True'),
+    (dict(drop_path_rate=-0.1), r'drop_path_rate must be in \[0, 1\), got -0.1'),
     (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
 ])
 def test_bad_options_are_named(options, message):
@@ -384,6 +446,13 @@ def test_bad_options_are_named(options, message):
 def test_too_small_an_image_is_named():
     with pytest.raises(ValueError, match=r'at least 32 x 32 pixels, got \(31, 64\)'):
         ConvNeur(TINY)(torch.zeros(1, 3, 31, 64))
+
+
+def test_smallest_image_of_a_cut_backbone():
+    model = ConvNeur(TINY, out_indices=1)
+    assert model(torch.zeros(1, 3, 8, 8))[0].shape == (1, 24, 1, 1)
+    with pytest.raises(ValueError, match=r'at least 8 x 8 pixels, got \(8, 7\)'):
+        model(torch.zeros(1, 3, 8, 7))
 
 
 @contextmanager
@@ -416,6 +485,33 @@ class TestPretrained:
         model.init_weights()
         for name, value in model.state_dict().items():
             assert torch.equal(value, source.state_dict()[name]), name
+
+    @pytest.mark.parametrize('prefix', ['', 'backbone.'])
+    @pytest.mark.parametrize('pretrained_type', ['Pretrained', PretrainedInit], ids=['name', 'class'])
+    def test_loads_beside_other_initialisations(self, tmp_path, prefix, pretrained_type):
+        """In a list, as anywhere in MMEngine, the checkpoint has the last word on every weight it has."""
+        source = randomize(ConvNeur(TINY, out_indices=3))
+        path = self.save(tmp_path, {prefix + name: value for name, value in source.state_dict().items()})
+        model = ConvNeur(TINY, init_cfg=[
+            dict(type=pretrained_type, checkpoint=path), CONSTANT, dict(type='Constant', layer='LayerNorm2d', val=0.5)])
+        model.init_weights()
+        for name, value in source.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        assert (model.norm0.weight == 0.5).all()
+
+    def test_init_weights_twice_does_not_load_again(self, tmp_path):
+        path = self.save(tmp_path, randomize(ConvNeur(TINY)).state_dict())
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint=path))
+        model.init_weights()
+        trained = {name: value.clone() for name, value in randomize(model, seed=1).state_dict().items()}
+        model.init_weights()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, trained[name]), name
+
+    def test_two_checkpoints_are_refused(self):
+        two = [dict(type='Pretrained', checkpoint=name) for name in ('a.pth', 'b.pth')]
+        with pytest.raises(ValueError, match=r"init_cfg must name one checkpoint at most, got 'a.pth', 'b.pth'"):
+            ConvNeur(TINY, init_cfg=two)
 
     def test_classifier_weights_serve_a_detector(self, tmp_path, caplog):
         """The classifier has the last stage's LayerNorm only; the others are named as missing."""
