@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from mmpretrain.datasets import ImageNet
+from mmseg.datasets import ADE20KDataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -342,7 +344,39 @@ def test_labels_out_of_range(root):
     label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     label[0, :5], label[1, :3], label[2, :2] = 6, 7, 255
     cv2.imwrite(str(path), label)
-    the_fault(check('ade20k', root), path, 'label out of range', 'above 6: 7 (3 pixels), 255 (2 pixels)')
+    report = check('ade20k', root)
+    the_fault(report, path, 'label out of range', 'above 6: 7 (3 pixels)')
+    assert report.faults[0].reason.endswith('pixels)') and '255 (' not in report.faults[0].reason
+    assert report.notes == ['pixels of the value 255, which training ignores: 2, in 1 label maps']
+
+
+def test_label_maps_whose_zero_is_a_class(root):
+    """As mmsegmentation loads them with reduce_zero_label=False: 0 is the first class, and 6 of 6 does not exist."""
+    labels = sorted((root / 'ade20k/annotations/training').iterdir())
+    for path in labels:
+        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(label == 0, 255, label - 1).astype(np.uint8))
+    before = check_ade20k(*arguments('ade20k', root), num_classes=6, workers=1, reduce_zero_label=False)
+    assert before.clean and [count.name for count in before.counts] == [f'class {i}' for i in range(1, 7)]
+    assert before.notes
+    label = cv2.imread(str(labels[3]), cv2.IMREAD_UNCHANGED)
+    label[0, :5] = 6
+    cv2.imwrite(str(labels[3]), label)
+    report = check_ade20k(*arguments('ade20k', root), num_classes=6, workers=1, reduce_zero_label=False)
+    the_fault(report, labels[3], 'label out of range', 'above 5: 6 (5 pixels)')
+    assert check('ade20k', root).clean
+
+
+def test_the_default_is_how_ade20k_is_loaded(root):
+    """The values that training sees: 0 to 149 for the classes and 255 for what is ignored."""
+    path = root / 'ade20k/annotations/training/000001.png'
+    cv2.imwrite(str(path), np.resize(np.array([0, 1, 150, 255], np.uint8), (SIZE, SIZE)))
+    data = ADE20KDataset(data_prefix=dict(img_path=arguments('ade20k', root)[0], seg_map_path=str(path.parent)),
+                         pipeline=[dict(type='mmseg.LoadAnnotations')])
+    assert data.metainfo['reduce_zero_label']
+    loaded = data[0]
+    assert loaded['seg_map_path'] == str(path) and set(np.unique(loaded['gt_seg_map'])) == {0, 149, 255}
+    assert check_ade20k(*arguments('ade20k', root), workers=1).clean
 
 
 def test_label_maps_that_do_not_decode(root):
@@ -379,6 +413,115 @@ def test_faults_of_imagenet(root):
     assert [(fault.path, fault.kind) for fault in check('imagenet', root).faults] == [
         (str(folder / 'stray.jpg'), 'outside the class folders'), (str(folder / 'disk/list.txt'), 'not an image'),
         (str(folder / 'empty'), 'empty class')]
+
+
+@pytest.fixture
+def listed(root) -> tuple[Path, Path]:
+    """A folder with all images, and the list of their labels: mmpretrain's layout of ImageNet's validation set."""
+    folder, ann_file = root / 'imagenet/val', root / 'imagenet/meta/val.txt'
+    shutil.rmtree(folder)
+    folder.mkdir()
+    ann_file.parent.mkdir()
+    lines = []
+    for label, name in enumerate(sorted(SHAPE_CLASSES)):
+        for path in sorted((root / 'imagenet/train' / name).iterdir()):
+            shutil.copy(path, folder)
+            lines.append(f'{path.name} {label}')
+    ann_file.write_text('\n'.join(sorted(lines)) + '\n')
+    return folder, ann_file
+
+
+def check_list(listed: tuple[Path, Path], num_classes: int | None = len(SHAPE_CLASSES)) -> Report:
+    return check_imagenet(listed[0], workers=1, ann_file=listed[1], num_classes=num_classes)
+
+
+@pytest.mark.parametrize('num_classes', [None, 6, 8])
+def test_a_list_of_labels(listed, num_classes):
+    report = check_list(listed, num_classes)
+    assert report.clean and report.images == NUM_TRAIN, report.text()
+    assert [(count.name, count.images) for count in report.counts] == [
+        (f'class {i}', 2 if i < 6 else 0) for i in range(num_classes or 6)]
+
+
+def test_a_list_is_read_as_mmpretrain_reads_it(listed):
+    folder, ann_file = listed
+    (folder / '000001.jpg').rename(folder / 'a photo.jpg')
+    ann_file.write_text(ann_file.read_text().replace('000001.jpg', 'a photo.jpg'))
+    data = ImageNet(data_root=str(folder.parent), split='val', metainfo=dict(classes=SHAPE_CLASSES), pipeline=[])
+    report = check_list(listed)
+    assert report.clean and len(data) == NUM_TRAIN
+    labels = [data.get_data_info(i)['gt_label'] for i in range(NUM_TRAIN)]
+    assert [count.images for count in report.counts] == [labels.count(i) for i in range(6)]
+
+
+@pytest.mark.parametrize('line, kind, words', [
+    ('000001.jpg', 'bad line', "line 13 must be an image and its label, an integer of 0 or more, got '000001.jpg'"),
+    ('000001.jpg -1', 'bad line', 'line 13 '), ('000001.jpg disk', 'bad line', "got '000001.jpg disk'"),
+    ('', 'bad line', "got ''"), (' 4', 'bad line', "got ' 4'"),
+    ('other.jpg 6', 'label out of range', 'line 13 (other.jpg): the label must be below 6, got 6'),
+    ('000001.jpg 3', 'duplicate image', 'line 13: 000001.jpg occurs before, with the label ')])
+def test_faults_of_a_list(listed, line, kind, words):
+    with listed[1].open('a') as file:
+        file.write(f'{line}\n')
+    report = check_list(listed)
+    the_fault(report, listed[1], kind, words)
+    assert report.images == NUM_TRAIN
+
+
+def test_a_label_beyond_any_model(listed):
+    listed[1].write_text('000001.jpg 1000000\n000002.jpg 3\n')
+    kinds = [fault.kind for fault in check_list(listed, None).faults]
+    assert kinds == ['label out of range'] + ['not in the list'] * (NUM_TRAIN - 1)
+
+
+def test_images_of_a_list_and_of_its_folder(listed):
+    folder, ann_file = listed
+    (folder / '000002.jpg').rename(folder / 'other.JPG')
+    (folder / '000003.jpg').write_bytes(b'')
+    (folder / 'README.md').write_text('')
+    report = check_list(listed)
+    assert [(fault.path, fault.kind) for fault in report.faults] == [
+        (str(folder / 'other.JPG'), 'not in the list'), (str(folder / '000002.jpg'), 'missing'),
+        (str(folder / '000003.jpg'), 'unreadable')]
+    assert str(ann_file) in report.faults[0].reason
+    assert sum(count.images for count in report.counts) == NUM_TRAIN - 2
+
+
+def test_an_empty_list(listed):
+    listed[1].write_text('')
+    report = check_list(listed)
+    assert [fault.kind for fault in report.faults] == ['no images'] + ['not in the list'] * NUM_TRAIN
+    assert report.images == 0
+
+
+def test_as_many_class_folders_as_the_model_has_classes(root):
+    assert check_imagenet(*arguments('imagenet', root), workers=1, num_classes=6).clean
+    the_fault(check_imagenet(*arguments('imagenet', root), workers=1, num_classes=7), root / 'imagenet/train',
+              'wrong number of classes', 'holds 6 class folders, expected 7')
+
+
+def test_the_tool_takes_a_list(listed, capfd):
+    main = runpy.run_path(str(TOOL))['main']
+    command = ['imagenet', str(listed[0]), '--ann-file', str(listed[1]), '--workers', '1']
+    assert main(command) == 0
+    assert main([*command, '--num-classes', '5']) == 1
+    assert 'the label must be below 5, got 5' in capfd.readouterr().out
+    assert main([*command[:3], str(listed[1].with_name('train.txt'))]) == 2
+    assert f'no such file: {listed[1].with_name("train.txt")}' in capfd.readouterr().err
+
+
+def test_the_tool_takes_label_maps_whose_zero_is_a_class(root, capfd):
+    main = runpy.run_path(str(TOOL))['main']
+    command = ['ade20k', *arguments('ade20k', root), '--num-classes', '6', '--workers', '1']
+    assert main(command) == 0
+    assert main([*command, '--keep-zero-label']) == 1
+    assert 'has values above 5: 6 (' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('num_classes', [0, 1.5, '6'])
+def test_imagenet_refuses_a_number_of_classes_that_is_none(clean, num_classes):
+    with pytest.raises(ValueError, match=f'num_classes must be an integer from 1 to 1000000, got {num_classes!r}'):
+        check_imagenet(*arguments('imagenet', clean), num_classes=num_classes)
 
 
 def test_links_are_followed(root):
