@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from convneur_mm.datasets import SHAPE_CLASSES, make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
-from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
+from convneur_mm.datasets.check import ClassCount, Report, check_ade20k, check_coco, check_imagenet
 from convneur_mm.datasets.check.coco import _uncompressed
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'check_dataset.py'
@@ -78,6 +79,13 @@ def test_a_clean_set_is_clean(clean, form):
     assert report.clean and not report.faults, report.text()
     assert report.images == NUM_TRAIN
     assert report.text().endswith('no faults')
+
+
+@pytest.mark.parametrize('form', MAKERS)
+def test_the_time_of_a_check(clean, form):
+    start = time.perf_counter()
+    seconds = check(form, clean).seconds
+    assert 0 < seconds < time.perf_counter() - start
 
 
 def test_coco_classes_are_counted(clean):
@@ -201,6 +209,45 @@ def test_missing_keys(root, key, index, missing):
     assert len(faults) == 1 and faults[0].path == path and faults[0].kind == 'missing key'
     assert f'has no {missing}' in faults[0].reason
     assert (f'{key}[{index}]' if missing == 'id' else f' {index + 1}') in faults[0].reason
+
+
+@pytest.mark.parametrize('key', ['images', 'annotations', 'categories'])
+@pytest.mark.parametrize('wrong', ['7', 1.0, True, None, [1]])
+def test_ids_that_are_no_integers(root, key, wrong):
+    def change(content):
+        # Without annotations, which would name what is no longer there.
+        content['annotations'] = content['annotations'][:1] if key == 'annotations' else []
+        content[key][0]['id'] = wrong
+
+    path = edit(root, change)
+    the_fault(check('coco', root), path, 'bad id', f'{key}[0]: id must be an integer, got {wrong!r}')
+
+
+def test_every_entry_that_is_no_object_is_named(root):
+    path = edit(root, lambda content: content['categories'].extend([None, 'disk', dict(id=9)]))
+    faults = check('coco', root).faults
+    assert [(fault.path, fault.kind) for fault in faults] == [(path, 'missing key')] * 3
+    assert [fault.reason for fault in faults] == [
+        'categories[6] must be an object, got None', "categories[7] must be an object, got 'disk'",
+        'category 9 has no name']
+
+
+@pytest.mark.parametrize('bbox, clean_box', [
+    ([-0.5, 5, 9, 9], True), ([-0.6, 5, 9, 9], False), ([5, -0.5, 9, 9], True), ([5, -0.6, 9, 9], False),
+    ([5, 5, SIZE - 4.5, 9], True), ([5, 5, SIZE - 4.4, 9], False), ([5, 5, 9, SIZE - 4.5], True),
+    ([5, 5, 9, SIZE - 4.4], False)])
+def test_boxes_may_be_rounded_over_the_border_by_half_a_pixel(root, bbox, clean_box):
+    edit(root, lambda content: content['annotations'][0].update(bbox=bbox))
+    assert [fault.kind for fault in check('coco', root).faults] == ([] if clean_box else ['box outside the image'])
+
+
+@pytest.mark.parametrize('bbox, thin', [
+    ([5, 5, 1, 9], 0), ([5, 5, 0.99, 9], 1), ([5, 5, 9, 0.5], 1), ([5, 5, 9, 1], 0)])
+def test_thin_boxes_are_noted(root, bbox, thin):
+    edit(root, lambda content: content['annotations'][0].update(bbox=bbox))
+    report = check('coco', root)
+    assert report.clean
+    assert report.notes == ([f'boxes less than a pixel wide or high: {thin} (mmdet passes over them)'] if thin else [])
 
 
 def test_two_categories_of_one_name(root):
@@ -540,6 +587,48 @@ def test_links_are_followed(root):
 def test_imagenet_without_class_folders(root):
     kinds = [fault.kind for fault in check_imagenet(root / 'imagenet/train/disk').faults]
     assert kinds == ['no class folders', 'outside the class folders', 'outside the class folders']
+
+
+def test_a_report_as_a_person_reads_it():
+    """Classes fill two columns of a table as soon as there are more than ten; those that do not occur are named."""
+    counts = [ClassCount(f'c{i}', i, pixels=10 * i) for i in range(12)]
+    report = Report('data', images=50, counts=counts, notes=['a note'], seconds=2.0)
+    assert report.text(width=80).splitlines() == [
+        'data: 50 images, checked in 2.0 s (25 images/s)', '',
+        '  class  images  pixels    class  images  pixels',
+        '  c1          1   1.52%    c7          7  10.61%',
+        '  c2          2   3.03%    c8          8  12.12%',
+        '  c3          3   4.55%    c9          9  13.64%',
+        '  c4          4   6.06%    c10        10  15.15%',
+        '  c5          5   7.58%    c11        11  16.67%',
+        '  c6          6   9.09%', '',
+        'note: a note', 'note: classes that do not occur: 1 (c0)', '', 'no faults']
+    assert report.text(width=49).splitlines()[2:5] == [
+        '  class  images  pixels', '  c1          1   1.52%', '  c2          2   3.03%']
+
+
+def test_a_table_of_instances():
+    counts = [ClassCount('a long name', 0, instances=1), ClassCount('b', 2, instances=30)]
+    report = Report('data', images=3, counts=counts)
+    assert report.text(width=80).splitlines() == [
+        'data: 3 images, checked in 0.0 s', '', '  class        images  instances', '  a long name       0          1',
+        '  b                 2         30', '', 'no faults']
+
+
+def test_long_notes_are_broken_into_lines():
+    report = Report('data', notes=['word ' * 12])
+    assert report.text(width=30).splitlines()[2:-2] == ['note: word word word word word', '  word word word word word',
+                                                       '  word word']
+
+
+def test_the_commonest_faults_come_first():
+    report = Report('data')
+    for i, kind in enumerate(['rare', 'common', 'common']):
+        report.add(Path(f'{i}.jpg'), kind, f'is {kind}')
+    assert not report.clean
+    assert report.text(max_shown=2).splitlines()[-4:] == [
+        'faults: 3 (2 common, 1 rare)', '  0.jpg: is rare', '  1.jpg: is common', '  ... and 1 more']
+    assert report.text(max_shown=3).splitlines()[-2:] == ['  1.jpg: is common', '  2.jpg: is common']
 
 
 def test_more_faults_than_are_shown(root):
