@@ -20,6 +20,7 @@ from hypothesis import settings
 
 from convneur_mm.ops.neural_memory import cpu
 
+pytest_plugins = ['data_sets']
 ROOT = Path(__file__).parents[1]
 IS_CORE = not any(importlib.util.find_spec(name) for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'))
 
