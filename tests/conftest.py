@@ -20,9 +20,10 @@ from hypothesis import settings
 
 from convneur_mm.ops.neural_memory import cpu
 
-pytest_plugins = ['data_sets']
 ROOT = Path(__file__).parents[1]
 IS_CORE = not any(importlib.util.find_spec(name) for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'))
+# Fixtures of tests/helpers. They need pycocotools, which the core environment does without.
+pytest_plugins = [] if IS_CORE else ['data_sets']
 
 # --hypothesis-profile=default looks for new examples.
 settings.register_profile('fixed', derandomize=True)
