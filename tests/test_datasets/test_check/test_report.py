@@ -1,9 +1,11 @@
 """What a check found, as a person reads it."""
+import dataclasses
 from pathlib import Path
 
+import pytest
 from data_sets import NUM_TRAIN, check
 
-from convneur_mm.datasets.check import ClassCount, Report
+from convneur_mm.datasets.check import ClassCount, Fault, Report
 
 
 def test_a_report_as_a_person_reads_it():
@@ -57,3 +59,37 @@ def test_more_faults_than_are_shown(root):
     assert lines[-4:] == [f'  {root}/coco/train/{i:06d}.jpg: does not exist' for i in (1, 2, 3)] + [
         f'  ... and {NUM_TRAIN - 3} more']
     assert report.text(max_shown=NUM_TRAIN).endswith(f'{NUM_TRAIN:06d}.jpg: does not exist')
+
+
+def test_shares_of_a_class_without_pixels():
+    counts = [ClassCount('a', 1, pixels=0), ClassCount('b', 1, pixels=4)]
+    assert Report('data', counts=counts).text(width=80).splitlines()[3:5] == [
+        '  a           1    0.00%', '  b           1  100.00%']
+
+
+@pytest.mark.parametrize('number', [dict(instances=3), dict(pixels=3)])
+def test_a_table_of_one_class(number):
+    title, = number
+    assert Report('data', counts=[ClassCount('a', 1, **number)]).text(width=80).splitlines()[2].split() == [
+        'class', 'images', title]
+
+
+def test_an_empty_report():
+    report = Report('data')
+    assert report.text().splitlines() == ['data: 0 images, checked in 0.0 s', '', 'no faults']
+    assert report.clean and report.images == 0
+
+
+def test_ten_faults_are_shown():
+    report = Report('data')
+    for i in range(11):
+        report.add(f'{i}.jpg', 'missing', 'does not exist')
+    assert report.text().splitlines()[-2:] == ['  9.jpg: does not exist', '  ... and 1 more']
+
+
+@pytest.mark.parametrize('part', [Fault('1.jpg', 'missing', 'does not exist'), ClassCount('disk', 3)])
+def test_parts_of_a_report_do_not_change(part):
+    """They are compared and counted."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        part.name = part.path = 'other'
+    assert len({part, dataclasses.replace(part)}) == 1
