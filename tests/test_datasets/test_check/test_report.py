@@ -22,8 +22,12 @@ def test_a_report_as_a_person_reads_it():
         '  c5          5   7.58%    c11        11  16.67%',
         '  c6          6   9.09%', '',
         'note: a note', 'note: classes that do not occur: 1 (c0)', '', 'no faults']
-    assert report.text(width=49).splitlines()[2:5] == [
-        '  class  images  pixels', '  c1          1   1.52%', '  c2          2   3.03%']
+    assert report.text(width=48) == report.text(width=80)
+    for width in (47, 10):
+        assert report.text(width=width).splitlines()[2:5] == [
+            '  class  images  pixels', '  c1          1   1.52%', '  c2          2   3.03%']
+    report.counts = counts[1:11]
+    assert report.text(width=80).splitlines()[2] == '  class  images  pixels'
 
 
 def test_a_table_of_instances():
