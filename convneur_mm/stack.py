@@ -74,6 +74,7 @@ UPSTREAM = Family(
     # torch 2.1 was built for numpy 1, and OpenCV 4.12 and later want numpy 2.
     limits=('numpy<2', 'opencv-python<4.12'))
 UPSTREAM_PYTHON = (3, 11)  # the newest that torch 2.1 has wheels for
+RUNNING_PYTHON = sys.version_info[:2]
 
 # mmengine imports cv2, and its fork does not name it as a requirement.
 CORE = ('torch', 'torchvision', 'cv2', 'mmengine')
@@ -160,7 +161,7 @@ def _replace(distributions: Iterable[str], names: Iterable[str], before: str = '
 
 
 def check_versions(versions: Mapping[str, str], needed: Iterable[str] = CORE, purpose: str = 'convneur_mm',
-                   python: tuple[int, int] = sys.version_info[:2]) -> None:
+                   python: tuple[int, int] = RUNNING_PYTHON) -> None:
     """Checks distribution versions: that what is needed is there, and that all that is there fits together.
 
     Args:
@@ -210,7 +211,7 @@ def check_versions(versions: Mapping[str, str], needed: Iterable[str] = CORE, pu
 
 
 def check_operators(versions: Mapping[str, str], load: Callable[[str], ModuleType] = importlib.import_module,
-                    python: tuple[int, int] = sys.version_info[:2]) -> None:
+                    python: tuple[int, int] = RUNNING_PYTHON) -> None:
     """Checks that mmcv was compiled with its operators, against the torch that is installed.
 
     Args:
@@ -231,7 +232,7 @@ def check_operators(versions: Mapping[str, str], load: Callable[[str], ModuleTyp
 
 
 def check_cuda_operators(versions: Mapping[str, str], load: Callable[[str], ModuleType] = importlib.import_module,
-                         python: tuple[int, int] = sys.version_info[:2]) -> None:
+                         python: tuple[int, int] = RUNNING_PYTHON) -> None:
     """Checks that mmcv's operators were compiled for GPUs if there is one: mmdet's models fail in the first step else.
 
     An environment that was set up where no GPU is visible, on a login node say, has them for CPUs alone.

@@ -3,23 +3,57 @@
 In an environment without any of mmcv, mmdet, mmseg and mmpretrain the tests of the models and operators run too. There
 a test marked ``needs('timm')``, say, is skipped where timm is missing, and one marked ``needs('kernels')`` where the
 C++ kernels are not compiled. As soon as one of the four packages is installed nothing is skipped for want of another.
+
+Tests run in another order each time, and always with the same random numbers: a failure comes back in every order.
 """
 import importlib.util
+import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 
 from convneur_mm.ops.neural_memory import cpu
 
 ROOT = Path(__file__).parents[1]
 IS_CORE = not any(importlib.util.find_spec(name) for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'))
+# Fixtures of tests/helpers. They need pycocotools, which the core environment does without.
+pytest_plugins = [] if IS_CORE else ['data_sets']
+
+# --hypothesis-profile=default looks for new examples.
+settings.register_profile('fixed', derandomize=True)
+settings.load_profile('fixed')
 
 
 def pytest_configure(config):
+    # pytest-randomly shuffles the tests; its own seeds would give them other numbers in each run.
+    config.option.randomly_reset_seed = False
     config.addinivalue_line('markers', "needs(name, ...): packages a test needs beside the core; 'kernels' for those "
                                        'of the memory in C++')
+
+
+def seed(name: str) -> None:
+    """Seeds Python, NumPy and PyTorch by a name, so that no two tests or fixtures draw the same numbers."""
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002 what mmcv and mmdet draw from
+    torch.manual_seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    """A fixture's numbers depend neither on the test that asks for it first nor on other fixtures."""
+    seed(f'{fixturedef.baseid}::{fixturedef.argname}')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed(item.nodeid)
 
 
 def pytest_runtest_setup(item):

@@ -1,8 +1,10 @@
 """The import check: every environment that does not fit is named, with commands that mend it."""
+import inspect
 import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +98,13 @@ def test_versions_are_those_of_the_requirement_files(file, family):
     assert set(listed) - {''} >= named - {'opencv-python'}
 
 
+def test_upper_limits_of_the_upstream_stack():
+    """What pip would go beyond, and torch 2.1 cannot do with."""
+    listed = [line.split('#')[0].strip() for line in (ROOT / 'requirements/openmmlab.txt').read_text().splitlines()]
+    assert set(UPSTREAM.limits) == {line for line in listed if '<' in line and 'setuptools' not in line}
+    assert not PRIMARY.limits
+
+
 def test_core_requirements():
     """They repeat no version, and take those of the whole stack."""
     lines = [line.split('#')[0].strip() for line in (ROOT / 'requirements' / 'core.txt').read_text().splitlines()]
@@ -132,6 +141,20 @@ def test_missing_all_beside_the_core(family):
     assert_installs(remedy('mmcv', installed(family, *CORE), needed=ALL), family, set(OPENMMLAB[1:]))
 
 
+@pytest.mark.parametrize('distributions, found, version', [
+    ({'opencv-python': '4.10.0'}, True, '4.10.0'), ({}, True, 'unknown'), ({}, False, None)])
+def test_opencv_of_any_name_is_found(monkeypatch, distributions, found, version):
+    """As opencv-python-headless, or as the system's package, which no distribution names."""
+    def installed_version(name):
+        if name not in distributions:
+            raise metadata.PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(stack.metadata, 'version', installed_version)
+    monkeypatch.setattr(stack.importlib.util, 'find_spec', lambda name: name == 'cv2' and found or None)
+    assert stack.installed_versions() == ({'opencv-python': version} if version else {})
+
+
 def test_nothing_installed():
     assert_installs(remedy('needs torch, torchvision', {}), PRIMARY, set(CORE))
     assert_installs(remedy('needs torch, torchvision', {}, needed=ALL), PRIMARY, set(ALL))
@@ -145,6 +168,19 @@ def test_wrong_version(family, name, version):
     commands = remedy(f'{distribution} {version} .*does not fit: expected at least',
                       installed(family, **{name: version}))
     assert_installs(commands, family, {name})
+
+
+@BOTH
+@pytest.mark.parametrize('name', OPENMMLAB)
+def test_the_oldest_version_fits_and_the_first_too_new_one_does_not(family, name):
+    _, _, low, high = family.packages[name]
+    check_versions(installed(family, **{name: low}))
+    assert_installs(remedy(f'{high} .*does not fit', installed(family, **{name: high})), family, {name})
+
+
+def test_a_version_ends_where_its_numbers_do():
+    """0.10.dev0.20 comes before 0.10.8; its 20 is no third number."""
+    remedy('0.10.dev0.20 .*does not fit', installed(PRIMARY, mmengine='0.10.dev0.20'))
 
 
 @BOTH
@@ -191,6 +227,12 @@ def test_upstream_packages_on_a_python_that_torch_2_1_has_no_wheels_for(changes,
     assert_installs(commands, PRIMARY, {'mmengine', 'mmcv', *(['torch', 'torchvision'] if torch else [])})
 
 
+def test_advice_is_for_the_running_python():
+    assert (sys.version_info.major, sys.version_info.minor) == stack.RUNNING_PYTHON
+    for function in (check_versions, check_operators, check_cuda_operators):
+        assert inspect.signature(function).parameters['python'].default == stack.RUNNING_PYTHON
+
+
 @pytest.mark.parametrize('python', [(3, 10), (3, 13)])
 def test_advice_for_the_primary_stack_is_that_of_any_python(python):
     assert_installs(remedy('needs', installed(PRIMARY, torch=None), python=python), PRIMARY, {'torch'})
@@ -221,6 +263,39 @@ def test_operators_that_do_not_load(family):
 
     commands = remedy('undefined symbol.*for another torch', installed(family), check=check)
     assert_installs(commands, family, {'mmcv'})
+
+
+def test_operators_are_loaded_after_torch_and_mmcv():
+    """They are linked against torch, and without it would be taken for broken."""
+    loaded = []
+    check_operators(installed(PRIMARY), loaded.append)
+    assert loaded == ['torch', 'mmcv', 'mmcv._ext']
+
+
+def test_an_mmcv_that_does_not_import_is_named():
+    def load(name):
+        if name == 'mmcv':
+            raise AssertionError('MMEngine==0.1 is used but incompatible')
+
+    with pytest.raises(StackError, match='mmcv is installed, but importing it fails with AssertionError: MMEngine==0'):
+        check_operators(installed(PRIMARY), load)
+
+
+@pytest.mark.parametrize('names', [CORE, ALL], ids=['core', 'mmcv'])
+def test_what_the_import_of_the_package_checks(monkeypatch, names):
+    """OpenCV, whose system libraries a bare machine lacks, and mmcv's operators where mmcv is."""
+    calls = []
+    monkeypatch.setattr(stack, 'installed_versions', lambda: installed(PRIMARY, *names))
+    monkeypatch.setattr(stack, 'import_module', calls.append)
+    monkeypatch.setattr(stack, 'check_operators', calls.append)
+    stack.check_stack()
+    assert calls == ['cv2', *([installed(PRIMARY)] if names == ALL else [])]
+
+
+def test_the_import_of_the_package_checks_versions(monkeypatch):
+    monkeypatch.setattr(stack, 'installed_versions', lambda: installed(PRIMARY, mmengine='0.9.0'))
+    with pytest.raises(StackError, match='onedl-mmengine 0.9.0 .*does not fit'):
+        stack.check_stack()
 
 
 @pytest.mark.parametrize('error, expected', [

@@ -2,8 +2,10 @@
 """Checks a data set before training: decodes every image and compares it with its annotation.
 
     tools/check_dataset.py coco data/coco/annotations/instances_train2017.json data/coco/train2017
-    tools/check_dataset.py ade20k data/ade/images/training data/ade/annotations/training
+    tools/check_dataset.py ade20k data/ade/ADEChallengeData2016/images/training \\
+        data/ade/ADEChallengeData2016/annotations/training
     tools/check_dataset.py imagenet data/imagenet/train
+    tools/check_dataset.py imagenet data/imagenet/val --ann-file data/imagenet/meta/val.txt
 
 The exit code is 0 if there are no faults, 1 if there are, and 2 if the check cannot be made.
 """
@@ -34,13 +36,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ade20k.add_argument('image_dir', metavar='IMAGE_DIR', help='folder of the images of a split')
     ade20k.add_argument('label_dir', metavar='LABEL_DIR', help='folder of its label maps')
     ade20k.add_argument('--num-classes', type=int, default=150, metavar='N',
-                        help='label maps hold 1 to N, and 0 for no class (default: %(default)s)')
+                        help='label maps hold 1 to N, 0 for no class, 255 for ignored pixels (default: %(default)s)')
+    ade20k.add_argument('--keep-zero-label', action='store_true',
+                        help='label maps hold 0 to N - 1, as for a data set with reduce_zero_label=False')
     ade20k.add_argument('--image-suffix', default='.jpg', metavar='END',
                         help='how the names of images end (default: %(default)s)')
     ade20k.add_argument('--label-suffix', default='.png', metavar='END',
                         help='how those of label maps end instead (default: %(default)s)')
-    imagenet = forms.add_parser('imagenet', parents=[common], help='a folder for each class')
-    imagenet.add_argument('folder', metavar='FOLDER', help='folder of the class folders of a split')
+    imagenet = forms.add_parser('imagenet', parents=[common], help='a folder for each class, or a list of labels')
+    imagenet.add_argument('folder', metavar='FOLDER', help='folder of the class folders, or of all images, of a split')
+    imagenet.add_argument('--ann-file', metavar='FILE',
+                          help='list with a line "name label" for each image, in place of class folders')
+    imagenet.add_argument('--num-classes', type=int, metavar='N',
+                          help='number of classes of the model, which the data set must fit (default: any)')
     return parser.parse_args(argv)
 
 
@@ -55,8 +63,8 @@ def check(args: argparse.Namespace) -> Report:
         return check_coco(args.ann_file, args.image_dir, workers=args.workers)
     if args.form == 'ade20k':
         return check_ade20k(args.image_dir, args.label_dir, args.num_classes, args.image_suffix, args.label_suffix,
-                            workers=args.workers)
-    return check_imagenet(args.folder, workers=args.workers)
+                            workers=args.workers, reduce_zero_label=not args.keep_zero_label)
+    return check_imagenet(args.folder, workers=args.workers, ann_file=args.ann_file, num_classes=args.num_classes)
 
 
 def main(argv: list[str] | None = None) -> int:

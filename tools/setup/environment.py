@@ -41,16 +41,19 @@ class Stack:
         requirements (str): File in ``requirements/``.
         modules (str): What must import in the end.
         mmcv (bool): Whether mmcv is part of it, which is compiled.
+        tests (str): File in ``requirements/`` with what its tests need beside it.
     """
 
     folder: str
     requirements: str
     modules: str
     mmcv: bool = True
+    tests: str = 'tests.txt'
 
 
 STACKS = {
-    'primary': Stack('.venv', 'primary.txt', 'convneur_mm, mmcv.ops, mmdet.models, mmseg.models, mmpretrain.models'),
+    'primary': Stack('.venv', 'primary.txt', 'convneur_mm, mmcv.ops, mmdet.models, mmseg.models, mmpretrain.models',
+                     tests='tests_primary.txt'),
     'openmmlab': Stack('.venv-openmmlab', 'openmmlab.txt',
                        'convneur_mm, mmcv.ops, mmdet.models, mmseg.models, mmpretrain.models'),
     'core': Stack('.venv-core', 'core.txt', 'convneur_mm.models', mmcv=False),
@@ -91,6 +94,7 @@ class Environment:
         self.folder = ROOT / self.stack.folder
         self.python = self.folder / 'bin' / 'python'
         self.requirements = ROOT / 'requirements' / self.stack.requirements
+        self.tests = ROOT / 'requirements' / self.stack.tests
         # Says that the folder is ours and, once all is done, what it was made from.
         self.stamp = self.folder / '.convneur_mm.json'
         self.index = env.get('TORCH_INDEX_URL', '')
@@ -101,8 +105,9 @@ class Environment:
 
     def inputs(self) -> str:
         """A digest of all that decides what is installed: files, Python's version, and where the checkout is."""
-        files = [*self.requirement_files(), ROOT / 'requirements' / 'build.txt', ROOT / 'requirements' / 'tests.txt',
-                 ROOT / 'setup.py', *sorted((ROOT / 'convneur_mm/ops/neural_memory/csrc').iterdir()),
+        files = [*self.requirement_files(self.requirements), *self.requirement_files(self.tests),
+                 ROOT / 'requirements' / 'build.txt', ROOT / 'setup.py',
+                 *sorted((ROOT / 'convneur_mm/ops/neural_memory/csrc').iterdir()),
                  *sorted(Path(__file__).parent.glob('*.py'))]
         digest = hashlib.sha256(f'{ROOT} {VERSION}'.encode())
         for path in files:
@@ -245,7 +250,7 @@ class Environment:
                                   lambda: self.run_python('import mmcv.ops'))
 
     def install_rest(self) -> str:
-        self.pip('rest', '--no-build-isolation', '-r', self.requirements, '-r', ROOT / 'requirements' / 'tests.txt')
+        self.pip('rest', '--no-build-isolation', '-r', self.requirements, '-r', self.tests)
         return ''
 
     def install_ourselves(self) -> str:
@@ -258,16 +263,17 @@ class Environment:
 
     # ---- helpers
 
-    def requirement_files(self) -> list[Path]:
-        """The stack's file and those it names with ``-r`` or ``-c``."""
-        files = [self.requirements]
+    @staticmethod
+    def requirement_files(first: Path) -> list[Path]:
+        """A file of requirements and those it names with ``-r`` or ``-c``."""
+        files = [first]
         for path in files:
             files += [path.parent / name for name in re.findall(r'^-[rc] (\S+)', path.read_text(), re.M)]
         return files
 
     def pins(self) -> dict[str, str]:
         """Requirements of the stack by name."""
-        lines = [line.split('#')[0].strip() for path in self.requirement_files()
+        lines = [line.split('#')[0].strip() for path in self.requirement_files(self.requirements)
                  for line in path.read_text().splitlines()]
         return {re.match(r'[\w.-]+', line)[0]: line for line in lines if line and not line.startswith('-')}
 

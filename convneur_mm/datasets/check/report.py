@@ -105,26 +105,28 @@ class Report:
 
 def _class_table(counts: list[ClassCount], width: int) -> list[str]:
     """The counts as a table, with several classes side by side where the lines are long enough."""
-    rows = [['class', 'images']]
-    total = sum(count.pixels or 0 for count in counts)
+    header = ['class', 'images']
     if counts[0].instances is not None:
-        rows[0].append('instances')
+        header.append('instances')
     if counts[0].pixels is not None:
-        rows[0].append('pixels')
+        header.append('pixels')
+    total = sum(count.pixels or 0 for count in counts)
+    rows = [header]
     for count in counts:
         rows.append([count.name, str(count.images)])
         if count.instances is not None:
             rows[-1].append(str(count.instances))
         if count.pixels is not None:
             rows[-1].append(f'{count.pixels / max(total, 1):.2%}')
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     cells = ['  '.join(text.ljust(size) if i == 0 else text.rjust(size)
-                       for i, (text, size) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    header, cells = cells[0], cells[1:]
+                       for i, (text, size) in enumerate(zip(row, widths))) for row in rows]
+    titles, cells = cells[0], cells[1:]
+    # A line is indented by 2, and has 4 spaces between its columns: 2 + n (length + 4) - 4 characters.
     # A column fewer than ten classes high is not worth the search for where the next one starts.
-    columns = max(1, min((width - 2) // (len(header) + 4), -(-len(cells) // 10)))
+    columns = max(1, min((width + 2) // (len(titles) + 4), -(-len(cells) // 10)))
     height = -(-len(cells) // columns)
     columns = -(-len(cells) // height)
-    lines = ['    '.join([header] * columns)]
+    lines = ['    '.join([titles] * columns)]
     lines += ['    '.join(cells[row::height]) for row in range(height)]
     return [f'  {line}' for line in lines]
