@@ -15,7 +15,7 @@ from convneur_mm.ops.neural_memory import written_tokens
 from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_neural_memory import RETRIEVALS, RULES, make_inputs, relative_error
+from test_op import RETRIEVALS, RULES, make_inputs, relative_error
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NAMES = ('q', 'k', 'v', 'w1', 'w2', *UpdateGenerators._fields, *(f'state.{name}' for name in MemoryState._fields))
