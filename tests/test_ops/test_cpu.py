@@ -79,6 +79,7 @@ def test_older_processors():
         import importlib.util, torch
         spec = importlib.util.spec_from_file_location({cpu.MODULE!r}, {cpu.kernels.__file__!r})
         kernels = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernels)
         print(torch.backends.cpu.get_cpu_capability().lower(), kernels.instruction_set())
     """
     order = list(SETS)
@@ -287,7 +288,7 @@ def spoilt(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is not ``x``: in its sizes, of which a smaller one would be read beyond its end, dtype or device."""
     found = {f'size {i} one less': x.narrow(i, 0, n - 1).contiguous() for i, n in enumerate(x.shape)}
     found.update({f'size {i} one more': torch.cat((x, x.narrow(i, 0, 1)), dim=i) for i in range(x.dim())})
-    return dict(found, flat=x.flatten(), empty=x.new_empty(0), other=x.double(), half=x.half(), integer=x.long(),
+    return dict(found, more=x[None], empty=x.new_empty(0), other=x.double(), half=x.half(), integer=x.long(),
                 elsewhere=x.to('meta'))
 
 

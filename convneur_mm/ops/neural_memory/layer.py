@@ -115,7 +115,8 @@ def neural_memory_layer(
     def memory(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState | None]:
         return neural_memory(q, k, v, w1, weights.w2, weights.generators, state=state, backend=backend, **options)
 
-    return _plain(x, weights, eps, memory)
+    # As the segmented layer, takes half precision where the parameters are in float32.
+    return _plain(x.to(torch.promote_types(x.dtype, weights.query.dtype)), weights, eps, memory)
 
 
 def _plain(x: Tensor, weights: LayerWeights, eps: float, memory: Callable) -> tuple[Tensor, MemoryState | None]:
