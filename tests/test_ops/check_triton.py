@@ -114,7 +114,7 @@ def test_widths(variant, heads, d, e, monkeypatch):
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('batch, heads, d, e', [(1, 1, 16, 8), (1, 1, 20, 8)])
 def test_tiles_that_would_run(monkeypatch, fused, batch, heads, d, e):
-    """Tiles and blocks of the size that a GPU works with, 64 and 32 tokens: a chunk takes a whole one and a ragged one."""
+    """Tiles and blocks as large as a GPU works with, 64 and 32 tokens; a chunk takes whole tiles and a ragged one."""
     monkeypatch.setattr(backend, '_use_fused', lambda *args: fused)
     assert backend._tile(backend._sizes(d, e)) == {16: 64, 20: 32}[d] and backend.BLOCK == 64
     assert_equals_reference(make_tensors(batch, heads, 150, d, e), chunk_size=70, return_state=True)

@@ -1,4 +1,4 @@
-"""The layer's function: stored vectors, options, what it refuses, empty inputs, sums in float32, no waiting for a device.
+"""The layer's function: stored vectors, options, bad and empty inputs, sums in float32, and no waiting for a device.
 
 How it chains, compiles and learns is tested with the module, tests/test_models/test_neural_memory.py.
 """
@@ -32,7 +32,7 @@ STORED = [
 
 def make_inputs(batch: int = 2, tokens: int = 21, heads: int = 2) -> tuple[Tensor, LayerWeights]:
     """Tokens and weights in float64, from a generator whose numbers NumPy promises to keep."""
-    draw = np.random.RandomState(0).standard_normal  # noqa: NPY002
+    draw = np.random.RandomState(0).standard_normal
     channels = 16 * heads
 
     def tensor(*shape: int, std: float, mean: float = 0.0) -> Tensor:

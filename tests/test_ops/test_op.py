@@ -384,9 +384,9 @@ def test_tensors_that_do_not_fit_are_named(backend, index, name):
         for wrong in (x.narrow(i, 0, x.size(i) - 1), torch.cat((x, x), dim=i), x.narrow(i, 0, 1)):
             with pytest.raises(ValueError, match=rf'^{name_of(name)} must have (the )?shape .* got \('):
                 call([*inputs[:index], wrong, *inputs[index + 1:]], backend=backend)
-    with pytest.raises(ValueError, match=rf'^q of dtype torch.float32 and {name_of(name)} of dtype torch.float64 do not'):
+    with pytest.raises(ValueError, match=f'^q of dtype torch.float32 and {name_of(name)} of dtype torch.float64 do'):
         call([*inputs[:index], x.double(), *inputs[index + 1:]], backend=backend)
-    with pytest.raises(ValueError, match=rf'^{name_of(name)} must have a floating-point dtype, got torch.int64'):
+    with pytest.raises(ValueError, match=f'^{name_of(name)} must have a floating-point dtype, got torch.int64'):
         call([*inputs[:index], x.long(), *inputs[index + 1:]], backend=backend)
     with pytest.raises(ValueError, match=f'^{name_of(name)} must be on cpu like q, got meta'):
         call([*inputs[:index], x.to('meta'), *inputs[index + 1:]], backend=backend)
@@ -431,7 +431,7 @@ def test_other_bad_shapes_are_named():
 @pytest.mark.parametrize('retrieve', RETRIEVALS)
 @pytest.mark.parametrize('batch, tokens', [(0, 20), (2, 0), (0, 0)])
 def test_nothing_to_read(backend, rule, retrieve, batch, tokens):
-    """Empty outputs, a state as it was, and gradients of zero, not None: in distributed training others wait for them."""
+    """Empty outputs, a state as it was, and gradients of zero, not None, for which other processes would wait."""
     inputs = make_inputs(batch=batch, tokens=tokens)
     options = dict(chunk_size=8, update_rule=rule, retrieve=retrieve, backend=backend)
     y, state = call(inputs, return_state=True, **options)

@@ -98,7 +98,8 @@ def neural_memory_layer(
     heads, d, _ = weights.w1.shape
     if x.dim() != 3 or x.size(2) != heads * d:
         raise ValueError(f'x must have shape (B, N, {heads * d}), got {tuple(x.shape)}')
-    check_tensors(dict(x=x, **weights._asdict()), len(x), heads, d, weights.w1, weights.w2, weights.generators, state)
+    check_tensors({'x': x, **dict(zip(LayerWeights._fields, weights))}, len(x), heads, d, weights.w1, weights.w2,
+                  weights.generators, state)
     # Parameters in half precision, not just autocast to it, are nobody's fast path.
     if x.numel() and backend == 'chunked' and weights.query.dtype in (torch.float32, torch.float64) and (
             HAS_CUSTOM_OPS or not is_compiling()):

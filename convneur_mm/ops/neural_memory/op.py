@@ -137,22 +137,23 @@ def check_tensors(inputs: dict[str, Tensor], batch: int, heads: int, d: int, w1:
     if w1.dim() != 3 or w1.shape[:2] != (heads, d) or not w1.numel():
         raise ValueError(f'w1 must have shape {(heads, d, "e")} and no empty dimension, got {tuple(w1.shape)}')
     hidden, channels = w1.size(-1), heads * d
-    weights = dict(w1=w1, w2=w2, **{f'generators.{name}': x for name, x in generators._asdict().items()})
-    states = {} if state is None else {f'state.{name}': x for name, x in state._asdict().items()}
-    shapes = ((heads, d, hidden), (heads, hidden, d), (4 * channels, channels), (4 * channels,),
-              (3 * channels, 4 * channels), (3 * channels,), *((batch, heads, d, hidden), (batch, heads, hidden, d)) * 2)
+    weights = {'w1': w1, 'w2': w2, **{f'generators.{n}': x for n, x in zip(UpdateGenerators._fields, generators)}}
+    states = {f'state.{n}': x for n, x in zip(MemoryState._fields, state or ())}
+    first, second = (heads, d, hidden), (heads, hidden, d)
+    shapes = (first, second, (4 * channels, channels), (4 * channels,), (3 * channels, 4 * channels), (3 * channels,),
+              *((batch, *first), (batch, *second)) * 2)
     for (name, x), shape in zip({**weights, **states}.items(), shapes):
         if x.shape != shape:
             raise ValueError(f'{name} must have shape {shape}, got {tuple(x.shape)}')
-    (first, tokens), *_ = inputs.items()
+    (tokens_name, tokens), *_ = inputs.items()
     inner_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     for name, x in {**inputs, **weights, **states}.items():
         if x.device != tokens.device:
-            raise ValueError(f'{name} must be on {tokens.device} like {first}, got {x.device}')
+            raise ValueError(f'{name} must be on {tokens.device} like {tokens_name}, got {x.device}')
         if not x.is_floating_point():
             raise ValueError(f'{name} must have a floating-point dtype, got {x.dtype}')
         if torch.float64 in (x.dtype, inner_dtype) and x.dtype != inner_dtype:
-            raise ValueError(f'{first} of dtype {tokens.dtype} and {name} of dtype {x.dtype} do not go together')
+            raise ValueError(f'{tokens_name} of dtype {tokens.dtype} and {name} of dtype {x.dtype} do not go together')
     for name, x in states.items():
         if x.dtype != inner_dtype:
             raise ValueError(f'{name} must have dtype {inner_dtype}, that of the inner loop, got {x.dtype}')
