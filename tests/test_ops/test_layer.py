@@ -112,6 +112,19 @@ def test_every_option_changes_the_result(changed):
 
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
+def test_short_queries_are_not_stretched_to_unit_length(backend):
+    """Below a length of 0.01 they keep a hundredfold of theirs; a memory of zeros returns them as they are."""
+    x, weights = make_inputs(tokens=8)
+    weights = weights._replace(query=weights.query * 1e-4, w1=torch.zeros_like(weights.w1))
+    tokens = torch.nn.functional.layer_norm(x, (32,), weights.norm_weight, weights.norm_bias, 1e-6)
+    queries = tokens @ weights.query.T
+    assert queries.unflatten(-1, (2, 16)).norm(dim=-1).max() < 0.01
+    expected = 100 * queries @ weights.proj.T
+    found, _ = call(x, weights, backend, return_state=False)
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
 @pytest.mark.parametrize('options', [
     dict(), dict(update_rule='parallel'), dict(retrieve='final'), dict(return_state=False)], ids=str)
 @pytest.mark.parametrize('batch, tokens', [(0, 21), (2, 0), (0, 0)])
