@@ -188,10 +188,10 @@ def test_gradgradcheck():
 
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('retrieve', RETRIEVALS)
-@pytest.mark.parametrize('return_state', [False, True])
-def test_second_order_equals_reference(rule, retrieve, return_state):
+@pytest.mark.parametrize('tokens, return_state', [(20, False), (20, True), (8, True)])  # 8: read before it is written
+def test_second_order_equals_reference(rule, retrieve, tokens, return_state):
     """Gradients made with create_graph, and the gradient of their squares."""
-    inputs = make_inputs(tokens=20)
+    inputs = make_inputs(tokens=tokens)
     assert write_norms(inputs, 8).min() > 0.6
     found = {}
     for backend in ('reference', 'chunked'):
