@@ -327,7 +327,7 @@ def test_step_zero_never_writes():
 
 
 @pytest.mark.parametrize('tokens, chunk_size, expected', [
-    (50, 16, 48), (48, 16, 32), (16, 16, 0), (1, 1, 0), (3, 1, 2)])
+    (50, 16, 48), (48, 16, 32), (16, 16, 0), (1, 1, 0), (3, 1, 2), (0, 16, 0)])
 def test_written_tokens(tokens, chunk_size, expected):
     assert written_tokens(tokens, chunk_size) == expected
     assert written_tokens(tokens, chunk_size, retrieve='final') == tokens
