@@ -99,15 +99,16 @@ class NeuralMemory(BaseModule):
         """Reads the memory for every token while it is rewritten chunk by chunk.
 
         Args:
-            x (Tensor): Tokens in row-major order, (B, N, channels).
-            state (MemoryState | None): Memory to go on from; None starts at the learned M_0. Defaults to None.
+            x (Tensor): Tokens in row-major order, (B, N, channels), of which B and N may be 0.
+            state (MemoryState | None): Memory to go on from, as an earlier call returned it; None starts at the
+                learned M_0. Defaults to None.
             return_state (bool): Whether to return the memory after the last chunk too. Defaults to False.
 
         Returns:
             Tensor | tuple[Tensor, MemoryState]: Tokens (B, N, channels), and the state if asked for.
 
         Raises:
-            ValueError: If ``x`` is not (B, N, channels).
+            ValueError: If ``x`` is not (B, N, channels), or if its dtype or the state do not fit the parameters.
         """
         if x.dim() != 3 or x.size(-1) != self.channels:
             raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')

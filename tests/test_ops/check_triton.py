@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from convneur_mm.ops import MemoryState, UpdateGenerators
+from convneur_mm.models import NeuralMemory
+from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import triton as backend
 from convneur_mm.ops.neural_memory import written_tokens
 from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_neural_memory import RETRIEVALS, RULES, make_inputs, relative_error
+from test_op import RETRIEVALS, RULES, make_inputs, relative_error
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NAMES = ('q', 'k', 'v', 'w1', 'w2', *UpdateGenerators._fields, *(f'state.{name}' for name in MemoryState._fields))
@@ -107,6 +109,48 @@ def test_lengths(variant, tokens, chunk_size, return_state):
 def test_widths(variant, heads, d, e, monkeypatch):
     monkeypatch.setattr(backend, 'BLOCK', 16)  # the generators' weights take several blocks, the last ones in part
     assert_equals_reference(make_tensors(heads=heads, d=d, e=e, tokens=24), return_state=True)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('batch, heads, d, e', [(1, 1, 16, 8), (1, 1, 20, 8)])
+def test_tiles_that_would_run(monkeypatch, fused, batch, heads, d, e):
+    """Tiles and blocks as large as a GPU works with, 64 and 32 tokens; a chunk takes whole tiles and a ragged one."""
+    monkeypatch.setattr(backend, '_use_fused', lambda *args: fused)
+    assert backend._tile(backend._sizes(d, e)) == {16: 64, 20: 32}[d] and backend.BLOCK == 64
+    assert_equals_reference(make_tensors(batch, heads, 150, d, e), chunk_size=70, return_state=True)
+
+
+def test_checkpoint(variant):
+    """The usual kind lets the backward unpack what it saved only once, and makes it anew for that."""
+    tensors = make_tensors(tokens=25)
+    expected = call(backend.neural_memory_triton, tensors, return_state=True)
+    outputs = checkpoint(lambda *x: tuple(call(backend.neural_memory_triton, x, return_state=True)), *tensors,
+                         use_reentrant=False)
+    for a, b in zip([*outputs, *gradients(outputs, tensors)], [*expected, *gradients(expected, tensors)]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('batch, tokens', [(0, 20), (2, 0)])
+def test_nothing_to_read(batch, tokens):
+    inputs = make_tensors(batch=batch, tokens=tokens)[:9]
+    y, state = neural_memory(*inputs[:5], UpdateGenerators(*inputs[5:]), chunk_size=8, return_state=True,
+                             backend='triton')
+    assert y.shape == inputs[0].shape and torch.equal(state.w2, inputs[4].expand(batch, -1, -1, -1))
+    assert all(torch.equal(g, torch.zeros_like(x)) for g, x in zip(torch.autograd.grad(y.sum(), inputs), inputs))
+
+
+def test_layer(variant):
+    """The module hands all of its options on: to the kernels as to the reference."""
+    torch.manual_seed(0)
+    layer = NeuralMemory(32, chunk_size=10, inner_step=0.9, max_write_norm=0.3, backend='triton').to(DEVICE)
+    x = torch.randn(2, 25, 32, device=DEVICE)
+    found = {}
+    for name in ('triton', 'reference'):
+        layer.backend = name
+        y, state = layer(x, return_state=True)
+        found[name] = [y, *state, *torch.autograd.grad(y.sin().sum(), list(layer.parameters()))]
+    for a, b in zip(found['triton'], found['reference']):
+        assert relative_error(a, b) <= 1e-5
 
 
 def test_half_precision(variant):

@@ -149,9 +149,9 @@ def test_a_missing_titans_is_left_out(memory, tmp_path, capsys, monkeypatch):
     assert 'pip install -r requirements/bench.txt' in err
 
 
+@pytest.mark.needs('titans_pytorch')
 def test_titans_has_both_rules(memory):
     """M_2 is the first memory whose gradients were taken at M_0 by one and at M_1 by the other."""
-    pytest.importorskip('titans_pytorch', reason='optional peer, requirements/bench.txt')
     args = memory.parse_args(TINY_LAYER)
     layers = []
     for rule in ('sequential', 'parallel'):

@@ -295,15 +295,17 @@ def _write_all_backward(k, v, initial, generators, written, grad_memories, grad_
     scale, max_norm = options['inner_step'] * 2 / head[-1], options['max_write_norm']
     writes = step * states[:-1, 0]
     bounds = _bound(writes, scale / max_norm)
-    # Of sigmoids, times what step, momentum and decay are multiplied by.
+    # Of sigmoids, times what step, momentum and decay are multiplied by; a tensor of these three factors would be a
+    # copy from the host, which waits for the device.
     slopes = (coefficients * (1 - coefficients)).unflatten(-1, (3, heads, -1))
-    slopes *= slopes.new_tensor((-scale, 1, -1)).view(3, 1, 1)
+    slopes[:, :, 0].mul_(-scale)
+    slopes[:, :, 2].neg_()
     each = zip(states, writes, bounds, bounds**3 * -(scale / max_norm)**2, step * -scale, eta, 1 - alpha, slopes,
                grad_memories)
     grad_gradients, grad_out, grad_pre_hidden = [], [], []
     grad_k, grad_v = _empty_like(k), _empty_like(v)
     for grad in (grad_k, grad_v):
-        grad[..., num_tokens:] = 0
+        grad[..., num_tokens:].zero_()
     if sequential:
         tokens = list(zip(*(_split(x, num_tokens, chunk_size) for x in (k, v, grad_k, grad_v))))
         flat_memories = states[:, 2].flatten(1, 2).unbind()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import chunked, cpu
 from .differentiable import differentiable_gradients, neural_memory_differentiable, pack, unpack
-from .op import check_state, neural_memory, resolve_backend
+from .op import check_options, check_tensors, neural_memory, resolve_backend
 from .types import MemoryState, UpdateGenerators, is_compiling, no_autocast, written_tokens
 
 # Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
@@ -80,7 +80,7 @@ def neural_memory_layer(
     """:func:`neural_memory` between a LayerNorm, three projections to unit queries, unit keys and values, and a fourth.
 
     Args:
-        x (Tensor): Tokens, (B, N, Cm).
+        x (Tensor): Tokens, (B, N, Cm), of which B and N may be 0.
         weights (LayerWeights): The layer's parameters.
         eps (float): Of the LayerNorm.
         state (MemoryState | None): See :func:`neural_memory`. Defaults to None.
@@ -93,9 +93,15 @@ def neural_memory_layer(
     Raises:
         ValueError: As :func:`neural_memory`.
     """
+    check_options(backend=backend, **{name: x for name, x in options.items() if name != 'return_state'})
     backend = resolve_backend(backend)
+    heads, d, _ = weights.w1.shape
+    if x.dim() != 3 or x.size(2) != heads * d:
+        raise ValueError(f'x must have shape (B, N, {heads * d}), got {tuple(x.shape)}')
+    check_tensors({'x': x, **dict(zip(LayerWeights._fields, weights))}, len(x), heads, d, weights.w1, weights.w2,
+                  weights.generators, state)
     # Parameters in half precision, not just autocast to it, are nobody's fast path.
-    if backend == 'chunked' and weights.query.dtype in (torch.float32, torch.float64) and (
+    if x.numel() and backend == 'chunked' and weights.query.dtype in (torch.float32, torch.float64) and (
             HAS_CUSTOM_OPS or not is_compiling()):
         return _segmented(x, weights, eps, state, options)
     unused = 0
@@ -110,7 +116,8 @@ def neural_memory_layer(
     def memory(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState | None]:
         return neural_memory(q, k, v, w1, weights.w2, weights.generators, state=state, backend=backend, **options)
 
-    return _plain(x, weights, eps, memory)
+    # As the segmented layer, takes half precision where the parameters are in float32.
+    return _plain(x.to(torch.promote_types(x.dtype, weights.query.dtype)), weights, eps, memory)
 
 
 def _plain(x: Tensor, weights: LayerWeights, eps: float, memory: Callable) -> tuple[Tensor, MemoryState | None]:
@@ -136,8 +143,6 @@ def _segmented(x: Tensor, weights: LayerWeights, eps: float, state: MemoryState 
         initial = pack(weights.w1, weights.w2).expand(len(x), -1, -1, -1)
         rows, momentum = initial, torch.zeros_like(initial)
     else:
-        check_state(state, len(x), weights.w1)
-        state = MemoryState(*(s.to(weights.w1.dtype) for s in state))
         rows, momentum = pack(state.w1, state.w2), pack(state.p1, state.p2)
     # A product of nothing, which shows what autocast makes of products.
     nothing = weights.query.detach()[:0, :0]
@@ -267,7 +272,8 @@ def _backward(x, weights, kept, grads, eps, options, dtype) -> tuple[Tensor, ...
             grad_q, grad_k, grad_v, grad_initial, *grad_generators, grad_rows, grad_momentum = chunked.backward(
                 q, k, v, initial, weights.generators, written, (grad_y, grad_rows, grad_momentum),
                 dict(options, num_written=num_written), y=y)
-            totals.proj.add_(torch.bmm(grad_part, y.flatten(1, 2).mT.to(dtype)).sum(0))
+            # Images are summed in the weights' dtype: under autocast the products are in half precision.
+            totals.proj.add_(torch.bmm(grad_part, y.flatten(1, 2).mT.to(dtype)).sum(0, dtype=totals.proj.dtype))
 
             projections = [(_normalize_backward_(q, q_scale, grad_q), weights.query, totals.query)]
             if num_written:
@@ -281,7 +287,7 @@ def _backward(x, weights, kept, grads, eps, options, dtype) -> tuple[Tensor, ...
             grad_tokens = None
             for grad, weight, total in projections:
                 grad, weight = grad.flatten(1, 2).to(dtype), _batched(weight, x, dtype)
-                total += torch.bmm(grad, tokens).sum(0)
+                total += torch.bmm(grad, tokens).sum(0, dtype=total.dtype)
                 grad_tokens = torch.bmm(grad.mT, weight) if grad_tokens is None else torch.baddbmm(
                     grad_tokens, grad.mT, weight, out=grad_tokens)
             grad_x[:, span], grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(

@@ -48,7 +48,7 @@ def neural_memory(
     and autocast does not reach inside.
 
     Args:
-        q (Tensor): Queries, (B, h, N, d).
+        q (Tensor): Queries, (B, h, N, d), of which B and N may be 0. Float64 goes with float64 alone.
         k (Tensor): Keys, (B, h, N, d).
         v (Tensor): Values, (B, h, N, d).
         w1 (Tensor): First weight of the learned initial memory M_0, (h, d, e).
@@ -61,7 +61,8 @@ def neural_memory(
             at M_0. Defaults to 'sequential'.
         retrieve (str): 'previous' reads as Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
         state (MemoryState | None): Memory and momentum to go on from, as returned by an earlier call. Two calls
-            split at a chunk boundary equal one. None starts at M_0 with no momentum. Defaults to None.
+            split at a chunk boundary equal one. Its dtype is the inner loop's. None starts at M_0 with no momentum.
+            Defaults to None.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
         backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed forms in PyTorch, on a CPU
             in C++ where that is compiled), 'triton' (kernels for CUDA, not chosen by themselves as they have yet to run
@@ -73,20 +74,18 @@ def neural_memory(
         loop's dtype if asked for.
 
     Raises:
-        ValueError: For an option outside its range, tensors whose shapes do not fit together, or tensors that the
-            backend asked for cannot take.
+        ValueError: For an option outside its range, tensors whose shapes, dtypes or devices do not fit together, or
+            tensors that the backend asked for cannot take.
     """
     check_options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, backend)
     backend = resolve_backend(backend)
-    batch, heads, num_tokens, d = q.shape
-    if num_tokens < 1:
-        raise ValueError(f'q must hold at least one token, got shape {tuple(q.shape)}')
+    if q.dim() != 4:
+        raise ValueError(f'q must have shape (B, h, N, d), got {tuple(q.shape)}')
     for name, x in (('k', k), ('v', v)):
         if x.shape != q.shape:
             raise ValueError(f'{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}')
-    if w1.shape[:2] != (heads, d) or w2.shape != (heads, w1.size(-1), d):
-        raise ValueError(f'w1 and w2 must have shapes {(heads, d, "e")} and {(heads, "e", d)}, '
-                         f'got {tuple(w1.shape)} and {tuple(w2.shape)}')
+    batch, heads, num_tokens, d = q.shape
+    check_tensors(dict(q=q, k=k, v=v), batch, heads, d, w1, w2, generators, state)
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
@@ -106,9 +105,10 @@ def neural_memory(
         if state is None:
             m1, m2 = (w.expand(batch, *w.shape) for w in (w1, w2))
             state = MemoryState(m1, m2, torch.zeros_like(m1), torch.zeros_like(m2))
-        else:
-            check_state(state, batch, w1)
-            state = MemoryState(*(x.to(dtype) for x in state))
+        if not q.numel():
+            # As in layers of PyTorch an empty input has an empty output and gradients of zero, which DDP waits for.
+            unused = sum(x.flatten()[:0].sum() for x in (k, v, w1, w2, *generators, *state))
+            return (q + unused).to(out_dtype), MemoryState(*(x.clone() for x in state)) if return_state else None
         y, new_state = BACKENDS[backend](q, k, v, w1, w2, generators, state, **options)
     return y.to(out_dtype), new_state
 
@@ -127,10 +127,36 @@ def resolve_backend(backend: str) -> str:
     return 'chunked' if backend == 'auto' else backend
 
 
-def check_state(state: MemoryState, batch: int, w1: Tensor) -> None:
-    """Raises a ValueError if a state is not that of ``batch`` memories like M_0, whose first weight is ``w1``."""
-    if state.w1.shape != (batch, *w1.shape):
-        raise ValueError(f'state.w1 must have shape {(batch, *w1.shape)}, got {tuple(state.w1.shape)}')
+def check_tensors(inputs: dict[str, Tensor], batch: int, heads: int, d: int, w1: Tensor, w2: Tensor,
+                  generators: UpdateGenerators, state: MemoryState | None) -> None:
+    """Raises a ValueError that names the first tensor that does not fit ``batch`` images of ``heads`` heads of ``d``.
+
+    ``inputs`` holds the tokens first, and what else must fit their dtype and device. Float64 goes with float64 alone,
+    as all else would round it. A state has the inner loop's dtype.
+    """
+    if w1.dim() != 3 or w1.shape[:2] != (heads, d) or not w1.numel():
+        raise ValueError(f'w1 must have shape {(heads, d, "e")} and no empty dimension, got {tuple(w1.shape)}')
+    hidden, channels = w1.size(-1), heads * d
+    weights = {'w1': w1, 'w2': w2, **{f'generators.{n}': x for n, x in zip(UpdateGenerators._fields, generators)}}
+    states = {f'state.{n}': x for n, x in zip(MemoryState._fields, state or ())}
+    first, second = (heads, d, hidden), (heads, hidden, d)
+    shapes = (first, second, (4 * channels, channels), (4 * channels,), (3 * channels, 4 * channels), (3 * channels,),
+              *((batch, *first), (batch, *second)) * 2)
+    for (name, x), shape in zip({**weights, **states}.items(), shapes):
+        if x.shape != shape:
+            raise ValueError(f'{name} must have shape {shape}, got {tuple(x.shape)}')
+    (tokens_name, tokens), *_ = inputs.items()
+    inner_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    for name, x in {**inputs, **weights, **states}.items():
+        if x.device != tokens.device:
+            raise ValueError(f'{name} must be on {tokens.device} like {tokens_name}, got {x.device}')
+        if not x.is_floating_point():
+            raise ValueError(f'{name} must have a floating-point dtype, got {x.dtype}')
+        if torch.float64 in (x.dtype, inner_dtype) and x.dtype != inner_dtype:
+            raise ValueError(f'{tokens_name} of dtype {tokens.dtype} and {name} of dtype {x.dtype} do not go together')
+    for name, x in states.items():
+        if x.dtype != inner_dtype:
+            raise ValueError(f'{name} must have dtype {inner_dtype}, that of the inner loop, got {x.dtype}')
 
 
 def check_options(chunk_size: int, inner_step: float, max_write_norm: float, update_rule: str, retrieve: str,

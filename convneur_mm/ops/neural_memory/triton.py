@@ -141,7 +141,8 @@ class _NeuralMemory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, writes = ctx.saved_tensors[:13], ctx.saved_tensors[13:]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
+        tensors, writes = saved[:13], saved[13:]
         q = tensors[0]
         # The caller keeps autocast off around the forward alone. Autocast does not know the meta device.
         with no_autocast(q):

@@ -53,7 +53,7 @@ def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous',
     """
     if return_state or retrieve == 'final':
         return num_tokens
-    return (math.ceil(num_tokens / chunk_size) - 1) * chunk_size
+    return max(0, math.ceil(num_tokens / chunk_size) - 1) * chunk_size
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:

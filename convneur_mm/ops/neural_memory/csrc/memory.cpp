@@ -116,25 +116,56 @@ struct Rows {
   }
 };
 
-void check_tokens(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(2) == D && (x.stride(3) == 1 || x.size(3) < 2),
-                    "expected tokens (B, h, ", D, ", N), contiguous over N, got sizes ", x.sizes(), " and strides ",
+// Every function checks all of its arguments with these: what passes is read and written by plain pointers.
+void check_type(const Tensor& x, const char* name, at::ScalarType type) {
+  TORCH_CHECK_VALUE(x.device().is_cpu() && x.scalar_type() == type, "expected ", name, " of type ", type,
+                    " on a CPU, got ", x.scalar_type(), " on ", x.device());
+}
+
+void check_sizes(const Tensor& x, const char* name, at::IntArrayRef sizes, const Tensor& like) {
+  check_type(x, name, like.scalar_type());
+  TORCH_CHECK_VALUE(x.sizes() == sizes, "expected ", name, " of sizes ", sizes, ", got ", x.sizes());
+}
+
+void check_contiguous(const Tensor& x, const char* name, at::IntArrayRef sizes, const Tensor& like) {
+  check_sizes(x, name, sizes, like);
+  TORCH_CHECK_VALUE(x.is_contiguous(), "expected ", name, " to be contiguous, got strides ", x.strides());
+}
+
+// Tokens (B, h, d, N), contiguous over N: the first argument of a function, which gives the rest their sizes and type.
+void check_tokens(const Tensor& x, const char* name) {
+  check_type(x, name, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(2) == D, "expected ", name, " of sizes (B, h, ", D, ", N), got ", x.sizes());
+  TORCH_CHECK_VALUE(x.stride(3) == 1 || x.size(3) < 2, "expected ", name, " to be contiguous over N, got strides ",
                     x.strides());
 }
 
-void check_written(const Tensor& k, const Tensor& v, int64_t num_tokens) {
-  check_tokens(k);
-  check_tokens(v);
-  TORCH_CHECK_VALUE(k.sizes() == v.sizes() && num_tokens <= k.size(3), "expected ", num_tokens,
-                    " keys and as many values, got sizes ", k.sizes(), " and ", v.sizes());
+void check_tokens(const Tensor& x, const char* name, const Tensor& like) {
+  check_sizes(x, name, like.sizes(), like);
+  check_tokens(x, name);
 }
 
-void check_rows(const Tensor& x, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.dim() == 5 && x.size(1) == like.size(0) && x.size(2) == like.size(1) && x.size(3) == R &&
-                        x.size(4) == D && x.stride(4) == 1 && x.stride(3) == D && x.scalar_type() == like.scalar_type(),
-                    "expected weights (T, ", like.size(0), ", ", like.size(1), ", ", R, ", ", D,
-                    "), the last two contiguous, of type ", like.scalar_type(), ", got sizes ", x.sizes(), " of type ",
-                    x.scalar_type());
+// Weights of at least `count` chunks, (T, B, h, 2e, d), the last two contiguous, for tokens `like`.
+void check_rows(const Tensor& x, const char* name, int64_t count, const Tensor& like) {
+  check_type(x, name, like.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 5 && x.size(0) >= count && x.size(1) == like.size(0) && x.size(2) == like.size(1) &&
+                        x.size(3) == R && x.size(4) == D,
+                    "expected ", name, " of sizes (", count, " or more, ", like.size(0), ", ", like.size(1), ", ", R,
+                    ", ", D, "), got ", x.sizes());
+  TORCH_CHECK_VALUE(x.stride(4) == 1 && x.stride(3) == D, "expected the last two dimensions of ", name,
+                    " to be contiguous, got strides ", x.strides());
+}
+
+// How many chunks `num_tokens` of the tokens make.
+int64_t count_chunks(const Tensor& tokens, int64_t num_tokens, int64_t chunk_size) {
+  TORCH_CHECK_VALUE(0 <= num_tokens && num_tokens <= tokens.size(3), "expected num_tokens between 0 and ",
+                    tokens.size(3), ", got ", num_tokens);
+  TORCH_CHECK_VALUE(chunk_size >= 1, "expected a chunk_size of at least 1, got ", chunk_size);
+  return num_tokens / chunk_size + (num_tokens % chunk_size != 0);  // a sum before the division could overflow
+}
+
+void check_bound(double max_write_norm) {
+  TORCH_CHECK_VALUE(max_write_norm > 0, "expected a max_write_norm above 0, got ", max_write_norm);
 }
 
 // Runs body(t, n) for the chunks from `first` to `last` of `count` heads.
@@ -180,9 +211,18 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
                               const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias,
                               const Tensor& rows, const Tensor& momentum, int64_t num_tokens, int64_t chunk_size,
                               bool sequential, double inner_step, double max_write_norm) {
-  check_written(k, v, num_tokens);
+  check_tokens(k, "k");
+  check_tokens(v, "v", k);
+  check_bound(max_write_norm);
   const int64_t batch = k.size(0), heads = k.size(1), channels = heads * D, count = batch * heads;
-  const int64_t chunks = (num_tokens + chunk_size - 1) / chunk_size;
+  const int64_t chunks = count_chunks(k, num_tokens, chunk_size);
+  check_contiguous(initial, "initial", {heads, R, D}, k);
+  check_sizes(in_weight, "in_weight", {4 * channels, channels}, k);
+  check_sizes(in_bias, "in_bias", {4 * channels}, k);
+  check_sizes(out_weight, "out_weight", {3 * channels, 4 * channels}, k);
+  check_sizes(out_bias, "out_bias", {3 * channels}, k);
+  check_sizes(rows, "rows", {batch, heads, R, D}, k);
+  check_sizes(momentum, "momentum", {batch, heads, R, D}, k);
   Tensor states = at::empty({chunks + 1, 3, batch, heads, R, D}, k.options());
   states.select(0, 0).select(0, 1).copy_(momentum);
   states.select(0, 0).select(0, 2).copy_(rows);
@@ -191,7 +231,6 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
   Tensor coefficients = at::empty({chunks, batch, 3 * channels}, k.options());
   // The weights that gradients are taken at.
   const Tensor points = sequential ? states.select(1, 2) : initial.expand({chunks, batch, heads, R, D});
-  check_rows(points, k);
   AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "memory_write_all", [&] {
     const Tokens<scalar_t> keys(k), values(v);
     const Rows<scalar_t> weights(points), gradients(states.select(1, 0)), momenta(states.select(1, 1)),
@@ -232,12 +271,19 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
                                        const Tensor& grad_memories, const std::optional<Tensor>& grad_momentum,
                                        int64_t num_tokens, int64_t chunk_size, bool sequential, double inner_step,
                                        double max_write_norm) {
-  check_written(k, v, num_tokens);
-  check_rows(grad_memories, k);
-  TORCH_CHECK_VALUE(coefficients.is_contiguous() && pre_hidden.is_contiguous(),
-                    "expected contiguous coefficients and hidden units, got strides ", coefficients.strides(), " and ",
-                    pre_hidden.strides());
-  const int64_t batch = k.size(0), heads = k.size(1), count = batch * heads, chunks = pre_hidden.size(0);
+  check_tokens(k, "k");
+  check_tokens(v, "v", k);
+  check_bound(max_write_norm);
+  const int64_t batch = k.size(0), heads = k.size(1), channels = heads * D, count = batch * heads;
+  const int64_t chunks = count_chunks(k, num_tokens, chunk_size);
+  check_contiguous(initial, "initial", {heads, R, D}, k);
+  check_sizes(in_weight, "in_weight", {4 * channels, channels}, k);
+  check_sizes(out_weight, "out_weight", {3 * channels, 4 * channels}, k);
+  check_contiguous(states, "states", {chunks + 1, 3, batch, heads, R, D}, k);
+  check_contiguous(pre_hidden, "pre_hidden", {chunks, batch, 4 * channels}, k);
+  check_contiguous(coefficients, "coefficients", {chunks, batch, 3 * channels}, k);
+  check_rows(grad_memories, "grad_memories", chunks + 1, k);
+  if (grad_momentum) check_sizes(*grad_momentum, "grad_momentum", {batch, heads, R, D}, k);
   Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(k.sizes(), k.options());
   for (const Tensor& grad : {grad_k, grad_v}) grad.narrow(3, num_tokens, k.size(3) - num_tokens).zero_();
   Tensor grad_m = grad_memories[chunks].clone(at::MemoryFormat::Contiguous);
@@ -294,11 +340,10 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
 
 // Eq. 2 for all tokens; `y` may be `q`.
 void read_all(const Tensor& q, const Tensor& memories, const Tensor& y, int64_t chunk_size) {
-  check_tokens(q);
-  check_tokens(y);
-  check_rows(memories, q);
-  const int64_t num_tokens = q.size(3), chunks = (num_tokens + chunk_size - 1) / chunk_size;
-  TORCH_CHECK_VALUE(memories.size(0) >= chunks, "expected ", chunks, " memories, got ", memories.size(0));
+  check_tokens(q, "q");
+  check_tokens(y, "y", q);
+  const int64_t num_tokens = q.size(3), chunks = count_chunks(q, num_tokens, chunk_size);
+  check_rows(memories, "memories", chunks, q);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "memory_read_all", [&] {
     const Tokens<scalar_t> queries(q), reads(y);
     const Rows<scalar_t> weights(memories);
@@ -313,15 +358,14 @@ void read_all(const Tensor& q, const Tensor& memories, const Tensor& y, int64_t 
 // Fills `grad_q` (returned), adds to `grad_memories` and fills `y` with what read_all does, if there is one.
 Tensor read_all_backward(const Tensor& q, const Tensor& memories, const Tensor& grad_y, const Tensor& grad_memories,
                          const std::optional<Tensor>& y, int64_t chunk_size) {
-  check_tokens(q);
-  check_tokens(grad_y);
-  check_rows(memories, q);
-  check_rows(grad_memories, q);
-  Tensor grad_q = at::empty(q.sizes(), q.options());
-  const int64_t num_tokens = q.size(3), chunks = (num_tokens + chunk_size - 1) / chunk_size;
+  check_tokens(q, "q");
+  check_tokens(grad_y, "grad_y", q);
+  const int64_t num_tokens = q.size(3), chunks = count_chunks(q, num_tokens, chunk_size);
   const int64_t count = q.size(0) * q.size(1);
-  TORCH_CHECK_VALUE(memories.size(0) >= chunks && grad_memories.size(0) >= chunks && (!y || y->is_contiguous()),
-                    "expected ", chunks, " memories and a contiguous y, got ", memories.size(0));
+  check_rows(memories, "memories", chunks, q);
+  check_rows(grad_memories, "grad_memories", chunks, q);
+  if (y) check_contiguous(*y, "y", q.sizes(), q);
+  Tensor grad_q = at::empty(q.sizes(), q.options());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "memory_read_all_backward", [&] {
     const Tokens<scalar_t> queries(q), grad_reads(grad_y), grad_queries(grad_q), reads(y ? *y : grad_q);
     const Rows<scalar_t> weights(memories), grad_weights(grad_memories);
@@ -347,7 +391,8 @@ Tensor read_all_backward(const Tensor& q, const Tensor& memories, const Tensor& 
 constexpr int64_t PIECE = 1024;
 
 Tensor normalize_(const Tensor& z, double eps) {
-  check_tokens(z);
+  check_tokens(z, "z");
+  TORCH_CHECK_VALUE(eps > 0, "expected an eps above 0, got ", eps);
   Tensor scale = at::empty({z.size(0), z.size(1), 1, z.size(3)}, z.options());
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "memory_normalize", [&] {
     const Tokens<scalar_t> tokens(z), scales(scale);
@@ -360,10 +405,10 @@ Tensor normalize_(const Tensor& z, double eps) {
 }
 
 Tensor normalize_backward_(const Tensor& unit, const Tensor& scale, const Tensor& grad) {
-  check_tokens(unit);
-  check_tokens(grad);
-  TORCH_CHECK_VALUE(unit.is_contiguous() && scale.is_contiguous() && grad.is_contiguous(),
-                    "tokens, their scales and their gradients must be contiguous");
+  check_tokens(unit, "unit");
+  check_contiguous(unit, "unit", unit.sizes(), unit);
+  check_contiguous(scale, "scale", {unit.size(0), unit.size(1), 1, unit.size(3)}, unit);
+  check_contiguous(grad, "grad", unit.sizes(), unit);
   AT_DISPATCH_FLOATING_TYPES(unit.scalar_type(), "memory_normalize_backward", [&] {
     const Tokens<scalar_t> tokens(unit), scales(scale), grads(grad);
     for_chunks(0, (unit.size(3) + PIECE - 1) / PIECE, unit.size(0) * unit.size(1), [&](int64_t t, int64_t n) {
@@ -379,6 +424,11 @@ Tensor normalize_backward_(const Tensor& unit, const Tensor& scale, const Tensor
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("HEAD_DIM") = D;
   m.attr("HIDDEN_DIM") = E;
+#ifdef HAS_X86
+  m.attr("INSTRUCTION_SETS") = std::vector<std::string>{"baseline", "avx2", "avx512"};
+#else
+  m.attr("INSTRUCTION_SETS") = std::vector<std::string>{"baseline"};
+#endif
   m.def("instruction_set", &instruction_set);
   m.def("write_all", &write_all, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("write_all_backward", &write_all_backward, pybind11::call_guard<pybind11::gil_scoped_release>());
