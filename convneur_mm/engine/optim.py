@@ -1,0 +1,50 @@
+"""What the recipes need of optimizers beyond MMEngine's own."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.runner.amp import autocast
+from torch import nn
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class FlatDecayConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's constructor, but ``flat_decay_mult`` also holds where a custom key names no ``decay_mult``.
+
+    MMEngine's ignores it there: a key that gives a head another learning rate makes the head's norms and biases decay.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
+                   is_dcn_module: bool | None = None) -> None:
+        """Adds a group for each parameter of ``module`` to ``params``; MMEngine calls it for its children in turn."""
+        first = len(params)
+        super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
+        flat_decay_mult = self.paramwise_cfg.get('flat_decay_mult')
+        if flat_decay_mult is None or self.base_wd is None:
+            return
+        for group in params[first:]:
+            # A group keeps the options of its key.
+            if group['params'][0].ndim == 1 and 'lr_mult' in group and 'decay_mult' not in group:
+                group['weight_decay'] = self.base_wd * flat_decay_mult
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Mixed precision in bfloat16, on CPUs too.
+
+    bfloat16 has the range of float32, so no loss is scaled. MMEngine's AmpOptimWrapper always has a scaler for the loss
+    and refuses CPUs.
+
+    Args:
+        **kwargs: See :class:`OptimWrapper`.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """See :meth:`OptimWrapper.optim_context`."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
