@@ -15,7 +15,8 @@ from torch import nn
 class FlatDecayConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's constructor, but ``flat_decay_mult`` also holds where a custom key names no ``decay_mult``.
 
-    MMEngine's ignores it there: a key that gives a head another learning rate makes the head's norms and biases decay.
+    MMEngine's ignores it there: a key that gives a head another learning rate makes the head's norms, biases and single
+    factors decay.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
@@ -28,7 +29,7 @@ class FlatDecayConstructor(DefaultOptimWrapperConstructor):
             return
         for group in params[first:]:
             # A group keeps the options of its key.
-            if group['params'][0].ndim == 1 and 'lr_mult' in group and 'decay_mult' not in group:
+            if group['params'][0].ndim < 2 and 'lr_mult' in group and 'decay_mult' not in group:
                 group['weight_decay'] = self.base_wd * flat_decay_mult
 
 

@@ -198,6 +198,9 @@ def _changes(cfg: Config, written_for: Settings, wanted: Settings) -> Iterator[_
         if _same(before, value) or _same(found, value):
             continue
         if _same(found, before) or (place.fill and found is None):
+            if place.key == 'end' and value <= place.owner.get('begin', 0):
+                raise SettingsError(f'{place.settings[0]} must be more than {place.owner["begin"]}, where {place.name} '
+                                    f'begins, got {value}')
             yield _Change(place, value)
 
 
