@@ -1,10 +1,10 @@
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
-from .optim import BFloat16OptimWrapper, FlatDecayConstructor
+from .optim import BFloat16OptimWrapper, GroupingConstructor
 from .safe_files import safe_loading
 from .settings import SettingsHook, SettingsRunner, apply_settings
 from .start_summary import StartSummaryHook
 
 __all__ = [
-    'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'FlatDecayConstructor',
+    'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
     'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
 ]

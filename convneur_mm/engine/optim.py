@@ -12,25 +12,31 @@ from torch import nn
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class FlatDecayConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's constructor, but ``flat_decay_mult`` also holds where a custom key names no ``decay_mult``.
+class GroupingConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's constructor with two differences.
 
-    MMEngine's ignores it there: a key that gives a head another learning rate makes the head's norms, biases and single
-    factors decay.
+    ``flat_decay_mult`` also holds where a custom key names no ``decay_mult``. MMEngine's ignores it there: a key that
+    gives a head another learning rate makes the head's norms, biases and single factors decay.
+
+    Parameters of the same options share a group. MMEngine's gives each its own, and PyTorch updates groups one by one.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
                    is_dcn_module: bool | None = None) -> None:
-        """Adds a group for each parameter of ``module`` to ``params``; MMEngine calls it for its children in turn."""
-        first = len(params)
+        """Adds the groups of a module's parameters to ``params``; MMEngine calls it for its children in turn."""
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
-        flat_decay_mult = self.paramwise_cfg.get('flat_decay_mult')
-        if flat_decay_mult is None or self.base_wd is None:
+        if prefix:
             return
-        for group in params[first:]:
+        flat_decay_mult = self.paramwise_cfg.get('flat_decay_mult')
+        groups: dict[str, dict] = {}
+        for group in params:
+            param, = group.pop('params')
             # A group keeps the options of its key.
-            if group['params'][0].ndim < 2 and 'lr_mult' in group and 'decay_mult' not in group:
+            by_key = 'lr_mult' in group and 'decay_mult' not in group
+            if by_key and param.ndim < 2 and flat_decay_mult is not None and self.base_wd is not None:
                 group['weight_decay'] = self.base_wd * flat_decay_mult
+            groups.setdefault(repr(sorted(group.items())), dict(group, params=[]))['params'].append(param)
+        params[:] = groups.values()
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -101,6 +101,9 @@ def apply_settings(cfg: Config) -> Config:
     """
     written_for = _written_for(cfg)
     if written_for is None:
+        if cfg.get('runner_type') == 'SettingsRunner':
+            raise SettingsError('default_hooks.settings is missing, by which settings such as classes find their '
+                                'places: keep it where you replace default_hooks, or set runner_type = \'Runner\'')
         return cfg
     wanted = _wanted(cfg, written_for)
     for place, value in list(_changes(cfg, written_for, wanted)):

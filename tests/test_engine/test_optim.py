@@ -1,4 +1,5 @@
 """Optimizer wrappers of our own, and what --amp makes of a config's."""
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -116,7 +117,7 @@ class Head(nn.Module):
 def test_flat_parameters_of_custom_keys():
     model = nn.ModuleDict(dict(backbone=Head(), head=Head(), other=Head()))
     optim_wrapper = build_optim_wrapper(model, dict(
-        constructor='FlatDecayConstructor', optimizer=dict(type='SGD', lr=1.0, weight_decay=0.1),
+        constructor='GroupingConstructor', optimizer=dict(type='SGD', lr=1.0, weight_decay=0.1),
         paramwise_cfg=dict(flat_decay_mult=0.5, custom_keys={
             'head.': dict(lr_mult=3.0), 'other.': dict(lr_mult=2.0, decay_mult=0.25)})))
     groups = {id(param): group for group in optim_wrapper.param_groups for param in group['params']}
@@ -129,9 +130,36 @@ def test_flat_parameters_of_custom_keys():
         assert found[name] == pytest.approx(lr_decay), name
 
 
+def test_parameters_of_the_same_options_share_a_group():
+    """Each parameter is in one, and is updated as on its own."""
+    torch.manual_seed(0)
+    paramwise = dict(flat_decay_mult=0.0, custom_keys={'head.': dict(lr_mult=3.0)})
+    settings = dict(optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.1), paramwise_cfg=paramwise)
+    model = nn.ModuleDict(dict(backbone=Head(), head=Head(), other=Head()))
+    twin = copy.deepcopy(model)
+    wrapper = build_optim_wrapper(model, dict(settings, constructor='GroupingConstructor'))
+    groups = wrapper.optimizer.param_groups
+    assert sorted(len(group['params']) for group in groups) == [1, 4, 4, 6]
+    assert len({id(param) for group in groups for param in group['params']}) == 15
+
+    # MMEngine's, with what it lacks written out for each parameter.
+    names = {name: dict(lr_mult=3.0, decay_mult=float(param.ndim > 1))
+             for name, param in twin.named_parameters() if name.startswith('head')}
+    paramwise = dict(flat_decay_mult=0.0, custom_keys=names)
+    reference = build_optim_wrapper(twin, dict(settings, paramwise_cfg=paramwise))
+    for _ in range(3):
+        for param, other in zip(model.parameters(), twin.parameters()):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.clone()
+        wrapper.step()
+        reference.step()
+    for (name, param), other in zip(model.named_parameters(), twin.parameters()):
+        assert torch.equal(param, other), name
+
+
 def test_without_weight_decay():
     model = nn.ModuleDict(dict(head=Head()))
     optim_wrapper = build_optim_wrapper(model, dict(
-        constructor='FlatDecayConstructor', optimizer=dict(type='SGD', lr=1.0),
+        constructor='GroupingConstructor', optimizer=dict(type='SGD', lr=1.0),
         paramwise_cfg=dict(flat_decay_mult=0.0, custom_keys={'head.': dict(lr_mult=3.0)})))
     assert {(group['lr'], group['weight_decay']) for group in optim_wrapper.optimizer.param_groups} == {(3.0, 0)}

@@ -227,6 +227,8 @@ def test_variables_that_are_no_settings_are_left_alone(child, tmp_path):
     ("image_size = (64, 64, 3)", r"image_size must be \(width, height\) in pixels, .* got \(64, 64, 3\)"),
     ("image_size = 0", "image_size must be .* got 0"),
     ("max_iters = 1.5", "max_iters must be a whole number of at least 1, got 1.5"),
+    ("default_hooks = dict(_delete_=True, timer=dict(type='IterTimerHook'))",
+     "default_hooks.settings is missing, .* keep it where you replace default_hooks, or set runner_type = 'Runner'"),
     ("max_iters = 50", r"max_iters must be more than 50, where param_scheduler\[1\] begins, got 50"),
     ("data_root = ['a']", r"data_root must be a string, got \['a'\]"),
     ("pretrained = 'm1.pth'", r"as in pretrained = dict\(m3='weights.pth'\), got 'm1.pth'"),

@@ -5,7 +5,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     clip_grad=dict(max_norm=1.0),
     # Norms, biases and the scales of GRN do not decay, in neck and heads either, whatever their learning rate.
-    constructor='FlatDecayConstructor',
+    constructor='GroupingConstructor',
     paramwise_cfg=dict(
         flat_decay_mult=0.0,
         custom_keys={
