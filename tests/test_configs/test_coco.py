@@ -27,6 +27,7 @@ def test_optimizer_and_memory(arch, open_config, build_model, param_groups):
     assert not optim_wrapper.clip_grad_kwargs and optim_wrapper._accumulative_counts == 1
     states = {id(param) for memory in memories for param in (memory.w1, memory.w2)}
     assert len(states) == 8
+    assert len(optim_wrapper.optimizer.param_groups) == 2
     params = dict(model.named_parameters())
     for name, group in param_groups(model, optim_wrapper).items():
         assert (group['lr'], group['momentum'], group['nesterov']) == (0.02, 0.9, False), name
