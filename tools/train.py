@@ -40,6 +40,8 @@ def train(args: argparse.Namespace) -> None:
     if args.amp == 'fp16' and not launch.torch.cuda.is_available():
         raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible; --amp bf16 does not')
     cfg = launch.load_config(args, splits=('train', 'val'))
+    if args.amp == 'bf16' and cfg.get('default_scope') == 'mmdet' and not launch.torch.cuda.is_available():
+        raise launch.LaunchError('--amp bf16 trains no detector on a CPU, where mmcv\'s NMS takes float32 alone')
     if args.amp:
         use_amp(cfg.optim_wrapper, args.amp)
     if args.auto_scale_lr:
