@@ -99,7 +99,7 @@ def test_on_the_command_line(child):
     text = "classes = ('cat', 'dog')\nimage_size = (64, 64)\nmax_epochs = 3\ndata_root = 'd/'\n"
     options = dict(classes=['cat', 'dog'], image_size=64, max_epochs=3, data_root='d/')
     assert comparable(child(DETECTOR, options=options)) == comparable(child(DETECTOR, text))
-    assert child(SEGMENTOR, options=dict(max_iters=12)).param_scheduler[1].end == 12
+    assert child(SEGMENTOR, options=dict(max_iters=120)).param_scheduler[1].end == 120
 
 
 @pytest.mark.parametrize('name', [DETECTOR, SEGMENTOR, CLASSIFIER, COCO, ADE20K, IMAGENET])
