@@ -1,15 +1,26 @@
 # A light Cascade Mask R-CNN for small pictures, trained from nothing on 1000 generated ones, 2 processes x 4 images:
 #   tools/make_shapes.py data/shapes --num-train 1000
 #   tools/dist_train.sh configs/cascade_rcnn_convneur_m1_shapes.py 2
+#
+# For data of your own in COCO's form, a child config sets what differs of the following (the class names in the order
+# of the annotation file's categories) and nothing else:
 _base_ = './cascade_rcnn_convneur_m1_1x_coco.py'
 
+data_root = 'data/shapes/'
+train_ann, train_images = 'annotations/instances_train.json', 'train/'
+val_ann, val_images = 'annotations/instances_val.json', 'val/'
 classes = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
+# Width and height; pictures of another shape are fitted in.
+image_size = (160, 160)
+max_epochs = 5
+pretrained = dict(m1=None)
+
 ious = (0.5, 0.6, 0.7)
 stds = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
 
 model = dict(
     # At 160 x 160 one chunk of 4096 tokens would be the whole map, and the memory would never be written.
-    backbone=dict(memory_cfg=dict(chunk_size=196, inner_step=1.0), init_cfg=None),
+    backbone=dict(memory_cfg=dict(chunk_size=196, inner_step=1.0), init_cfg=dict(checkpoint=pretrained['m1'])),
     neck=dict(out_channels=64, num_outs=4),
     rpn_head=dict(
         in_channels=64, feat_channels=64, anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32])),
@@ -48,34 +59,32 @@ model = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='Resize', scale=image_size, keep_ratio=True),
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='Resize', scale=image_size, keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-data_root = 'data/shapes/'
 train_dataloader = dict(
     batch_size=4,
     num_workers=1,
     dataset=dict(
-        data_root=data_root, ann_file='annotations/instances_train.json', data_prefix=dict(img='train/'),
+        data_root=data_root, ann_file=train_ann, data_prefix=dict(img=train_images),
         metainfo=dict(classes=classes), filter_cfg=dict(filter_empty_gt=True, min_size=0), pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=4,
     num_workers=1,
     dataset=dict(
-        data_root=data_root, ann_file='annotations/instances_val.json', data_prefix=dict(img='val/'),
-        metainfo=dict(classes=classes), pipeline=test_pipeline))
+        data_root=data_root, ann_file=val_ann, data_prefix=dict(img=val_images), metainfo=dict(classes=classes),
+        pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
+val_evaluator = dict(ann_file=data_root + val_ann)
 test_evaluator = val_evaluator
 
-max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
@@ -85,6 +94,11 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=max_epochs, T_max=max_epochs, eta_min=1e-5,
          convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(max_keep_ckpts=1),
+    settings=dict(
+        classes=classes, data_root=data_root, image_size=image_size, max_epochs=max_epochs, pretrained=pretrained,
+        train_ann=train_ann, train_images=train_images, val_ann=val_ann, val_images=val_images))
 auto_scale_lr = dict(base_batch_size=8)
 randomness = dict(seed=0)

@@ -8,3 +8,9 @@ _base_ = [
 ]
 
 model = dict(backbone=dict(arch='m3'), head=dict(in_channels=512))
+
+# What a child config or --cfg-options may set as a variable, and what it is here; see
+# convneur_mm/engine/settings.py.
+runner_type = 'SettingsRunner'
+default_hooks = dict(
+    settings=dict(type='SettingsHook', classes=1000, data_root='data/imagenet', max_epochs=300, topk=(1, 5)))

@@ -14,3 +14,11 @@ model = dict(
     data_preprocessor={{_base_.data_preprocessor}},
     backbone=dict(arch='m3', init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained.m3}})),
     neck=dict(in_channels=[64, 128, 256, 512]))
+
+# What a child config or --cfg-options may set as a variable, and what it is here; see
+# convneur_mm/engine/settings.py.
+runner_type = 'SettingsRunner'
+default_hooks = dict(
+    settings=dict(
+        classes=150, data_root={{_base_.data_root}}, pretrained={{_base_.pretrained}}, train_images='images/training',
+        train_labels='annotations/training', val_images='images/validation', val_labels='annotations/validation'))

@@ -29,6 +29,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='save a picture of each prediction in this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays with --show (default: 2)')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation: average the predictions of several '
+                        'views of each image, as tta_model and tta_pipeline of the config say; without them, a '
+                        'classifier flips images')
     return parser.parse_args()
 
 
@@ -41,6 +44,8 @@ def main() -> None:
 def test(args: argparse.Namespace) -> None:
     """Tests as the command line says."""
     cfg = launch.load_config(args, splits=('test',))
+    if args.tta:
+        use_tta(cfg, args.config)
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out:
         check_out(args.out, segments)
@@ -53,6 +58,26 @@ def test(args: argparse.Namespace) -> None:
     if args.out and not segments:
         runner.test_evaluator.metrics.append(result_dumper(cfg, args.out))
     runner.test()
+
+
+def use_tta(cfg: launch.Config, name: str) -> None:
+    """Puts the config's ``tta_model`` around its model, and its ``tta_pipeline`` into the test data.
+
+    Raises:
+        LaunchError: If the config, which is called ``name``, lacks them.
+    """
+    if cfg.get('default_scope') == 'mmpretrain' and 'tta_pipeline' not in cfg:
+        # As mmpretrain's own tool does.
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+        *transforms, pack = cfg.test_dataloader.dataset.pipeline
+        cfg.tta_pipeline = [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+        cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
+    missing = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+    if missing:
+        why = '; mmdet merges boxes of several views, but no masks' if cfg.get('default_scope') == 'mmdet' else ''
+        raise launch.LaunchError(f'--tta needs {" and ".join(missing)}, which {name} lacks{why}')
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 
 
 def check_out(path: str, segments: bool) -> None:

@@ -19,7 +19,8 @@ from convneur_mm.engine.quiet_console import build_runner
 
 def parse_args() -> argparse.Namespace:
     parser = launch.make_parser(__doc__.splitlines()[0])
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (needs a GPU)')
+    parser.add_argument('--amp', nargs='?', const='fp16', choices=['fp16', 'bf16'], help='automatic mixed precision: '
+                        'fp16, the default, on a GPU alone; bf16 on newer GPUs and on CPUs, without scaling the loss')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by the actual over the recipe\'s batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
@@ -36,12 +37,13 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Trains as the command line says."""
-    if args.amp and not launch.torch.cuda.is_available():
-        raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible')
+    if args.amp == 'fp16' and not launch.torch.cuda.is_available():
+        raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible; --amp bf16 does not')
     cfg = launch.load_config(args, splits=('train', 'val'))
+    if args.amp == 'bf16' and cfg.get('default_scope') == 'mmdet' and not launch.torch.cuda.is_available():
+        raise launch.LaunchError('--amp bf16 trains no detector on a CPU, where mmcv\'s NMS takes float32 alone')
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
+        use_amp(cfg.optim_wrapper, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise launch.LaunchError(f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks')
@@ -54,6 +56,24 @@ def train(args: argparse.Namespace) -> None:
             cfg.load_from = launch.readable_checkpoint(args.resume, '--resume', args.allow_pickle)
     runner = build_runner(cfg)
     runner.train()
+
+
+def use_amp(optim_wrapper: dict, precision: str) -> None:
+    """Makes a config's ``optim_wrapper`` one for mixed precision; a ``loss_scale`` or ``dtype`` in it stays.
+
+    Raises:
+        LaunchError: If it is of a kind that this would replace, or its ``loss_scale`` or ``dtype`` is none for bf16.
+    """
+    name = dict(fp16='AmpOptimWrapper', bf16='BFloat16OptimWrapper')[precision]
+    current = optim_wrapper.get('type', 'OptimWrapper')
+    if current not in ('OptimWrapper', 'AmpOptimWrapper', name):
+        raise launch.LaunchError(f'--amp {precision} goes with optim_wrapper.type OptimWrapper, got {current}')
+    if precision == 'bf16':
+        for key in ('loss_scale', 'dtype'):
+            if key in optim_wrapper:
+                raise launch.LaunchError(f'--amp bf16 takes no optim_wrapper.{key}, got {optim_wrapper[key]!r}: leave '
+                                         'one of the two out')
+    optim_wrapper['type'] = name
 
 
 if __name__ == '__main__':

@@ -1,5 +1,10 @@
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
+from .optim import BFloat16OptimWrapper, GroupingConstructor
 from .safe_files import safe_loading
+from .settings import SettingsHook, SettingsRunner, apply_settings
 from .start_summary import StartSummaryHook
 
-__all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'StartSummaryHook', 'safe_loading']
+__all__ = [
+    'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
+    'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
+]

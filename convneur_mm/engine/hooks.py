@@ -8,13 +8,13 @@ from contextlib import contextmanager, nullcontext
 from mmengine import fileio
 from mmengine.dist import utils as dist_utils
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.structures import BaseDataElement
 
 from ..stack import require
 from .checkpoint import check_some_match, checkpoint_weights
+from .model_wrappers import unwrapped
 from .weights_file import CheckpointError
 
 
@@ -38,8 +38,7 @@ class CheckpointKeysHook(Hook):
                                    and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
             raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
                                   'it as load_from instead')
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        check_some_match(model.state_dict(), checkpoint_weights(checkpoint), name)
+        check_some_match(unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint), name)
 
 
 @HOOKS.register_module()

@@ -24,6 +24,7 @@ from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, installed_versions, require
 from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .quiet_console import quiet_prints
+from .settings import SettingsError, apply_settings
 from .weights_file import ALLOW, CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -123,7 +124,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
 
 def read_config(path: str, options: dict) -> Config:
-    """Reads a config with its overrides, and imports the OpenMMLab package that it is for.
+    """Reads a config with its overrides, applies its settings, and imports the OpenMMLab package that it is for.
 
     Without that package MMEngine would find none of the names in the config, and say so of the first one alone.
 
@@ -132,8 +133,8 @@ def read_config(path: str, options: dict) -> Config:
         options (dict): Overrides, as :meth:`Config.merge_from_dict` takes them.
 
     Raises:
-        LaunchError: If the package, or one that a base of the config lies in, is not installed or does not import, or
-            mmcv lacks the operators a detector needs on this machine's GPU.
+        LaunchError: If the package, or one that a base of the config lies in, is not installed or does not import,
+            mmcv lacks the operators a detector needs on this machine's GPU, or a setting cannot be applied.
     """
     try:
         try:
@@ -145,13 +146,30 @@ def read_config(path: str, options: dict) -> Config:
                 require(package)
             raise
         cfg.merge_from_dict(options)
+        apply_settings(cfg)
+        if cfg.get('default_scope') == 'mmpretrain':
+            set_loader_defaults(cfg)
         if cfg.get('default_scope') in SCOPES:
             require(f'{cfg.default_scope}.models')
         if cfg.get('default_scope') == 'mmdet':
             check_cuda_operators(installed_versions())
-    except StackError as error:
+    except (StackError, SettingsError) as error:
         raise LaunchError(str(error)) from None
     return cfg
+
+
+def set_loader_defaults(cfg: Config) -> None:
+    """Gives the data loaders of a classifier what mmpretrain's own tool does; those of mmdet and mmseg give nothing.
+
+    A batch is then one tensor, which is copied and normalised at once.
+    """
+    for split in ('train', 'val', 'test'):
+        loader = cfg.get(f'{split}_dataloader')
+        if loader:
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', torch.cuda.is_available())
+            # PyTorch refuses it without workers.
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
 def find_config(name: str) -> str:

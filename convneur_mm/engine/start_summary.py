@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
@@ -21,6 +20,8 @@ from ..models import ConvNeur, NeuralMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
 from .checkpoint import checkpoint_weights
+from .model_wrappers import unwrapped
+from .optim import BFloat16OptimWrapper
 from .quiet_console import ON_CONSOLE, end_of_start
 
 
@@ -43,7 +44,7 @@ class StartSummaryHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
-        own, found = _unwrapped(runner).state_dict(), checkpoint_weights(checkpoint)
+        own, found = unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint)
         # Modules may keep other things than tensors in a state dict.
         missing = [name for name, value in own.items() if name not in found
                    or getattr(value, 'shape', None) != getattr(found[name], 'shape', None)]
@@ -84,7 +85,7 @@ class StartSummaryHook(Hook):
         self._chunks.finish()
 
     def _log_summary(self, runner: Runner, mode: str, loader: DataLoader) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         lines = [
             ('model', _model(model)),
             *_memory(model, bool(runner.cfg.get('compile'))),
@@ -104,7 +105,7 @@ class StartSummaryHook(Hook):
             return
         end_of_start(runner.logger)
         watch = runner.rank == 0 and not runner.cfg.get('compile')  # a compiler would compile the hooks too
-        self._chunks = _ChunkCounter(_unwrapped(runner) if watch else nn.Module(), runner.logger)
+        self._chunks = _ChunkCounter(unwrapped(runner.model) if watch else nn.Module(), runner.logger)
 
 
 class _ChunkCounter:
@@ -188,10 +189,6 @@ def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -
     width = max(len(label) for label, _ in lines)
     text = '\n'.join(f'    {label:{width}s}  {line}' for label, line in lines)
     logger.info(f'{title}\n{text}', extra=ON_CONSOLE)
-
-
-def _unwrapped(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _model(model: nn.Module) -> str:
@@ -325,7 +322,8 @@ def _batches(runner: Runner, mode: str, loader: DataLoader) -> str:
 def _device(runner: Runner, model: nn.Module, loader: DataLoader) -> str:
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     name = f'{torch.cuda.get_device_name(device)} GPU' if device.type == 'cuda' else device.type.upper()
-    precision = 'mixed precision' if isinstance(runner.optim_wrapper, AmpOptimWrapper) else 'no mixed precision'
+    mixed = isinstance(runner.optim_wrapper, (AmpOptimWrapper, BFloat16OptimWrapper))
+    precision = 'mixed precision' if mixed else 'no mixed precision'
     processes = _count(runner.world_size, 'process', 'processes')
     threads, workers = _count(torch.get_num_threads(), 'thread'), _count(loader.num_workers, 'data worker')
     return f'{name}, {processes}, each with {threads} and {workers}; {precision}'

@@ -53,6 +53,33 @@ def test_learning_rates_and_decay_of_each_parameter(name, open_config, build_mod
     assert {param for param, group in groups.items() if group['weight_decay'] == 0} == spared
 
 
+OTHER_HEADS = dict(
+    FPNHead=dict(in_channels=[16] * 4, in_index=[0, 1, 2, 3], feature_strides=[4, 8, 16, 32]),
+    UPerHead=dict(in_channels=[16] * 4, in_index=[0, 1, 2, 3], pool_scales=(1, 2)),
+    SegformerHead=dict(in_channels=[16] * 4, in_index=[0, 1, 2, 3]),
+    SegmenterMaskTransformerHead=dict(
+        in_channels=16, in_index=3, num_layers=1, num_heads=2, embed_dims=16),
+    OCRHead=dict(in_channels=16, in_index=3, ocr_channels=8),
+    DAHead=dict(in_channels=16, in_index=3, pam_channels=8),
+)
+
+
+@pytest.mark.parametrize('head', OTHER_HEADS)
+def test_weights_of_any_head_decay_and_its_norms_and_biases_do_not(head, open_config, param_groups):
+    from mmseg.registry import MODELS as MMSEG_MODELS
+    cfg = open_config('semantic_fpn_convneur_m3_80k_ade20k')
+    norm = dict(type='LN') if head.startswith('Segmenter') else dict(type='BN')
+    kwargs = dict(type=head, channels=16, num_classes=3, norm_cfg=norm, **OTHER_HEADS[head])
+    model = nn.ModuleDict(dict(
+        backbone=nn.Linear(2, 2), neck=nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)),
+        decode_head=MMSEG_MODELS.build(kwargs)))
+    groups = param_groups(model, build_optim_wrapper(model, cfg.optim_wrapper))
+    for name, param in model.named_parameters():
+        assert groups[name]['lr'] == pytest.approx(6e-5 if name.startswith('backbone') else 6e-4), name
+        assert groups[name]['weight_decay'] == (0.01 if param.ndim > 1 else 0), name
+    assert sum(group['weight_decay'] == 0 for group in groups.values()) > 3
+
+
 class Toy(nn.Module):
     """One parameter at the base learning rate and one at ten times that."""
 

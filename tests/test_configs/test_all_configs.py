@@ -111,7 +111,8 @@ def test_pretrained_weights_are_those_of_the_arch(tmp_path):
     shutil.copytree(config_root(), root)
     (root / '_base_' / 'pretrained.py').write_text(
         "pretrained = dict(m1='m1.pth', m2='m2.pth', m3='m3.pth', m4='m4.pth')\n")
-    backbones = [Config.fromfile(root / f'{name}.py').model.backbone for name in CONFIGS]
-    found = [(backbone.arch, backbone.init_cfg.checkpoint) for backbone in backbones if backbone.get('init_cfg')]
-    assert len(found) >= 12
+    names = [name for name in CONFIGS if name.endswith(('_coco', '_ade20k'))]
+    assert len(names) >= 12
+    backbones = [Config.fromfile(root / f'{name}.py').model.backbone for name in names]
+    found = [(backbone.arch, backbone.init_cfg.checkpoint) for backbone in backbones]
     assert [checkpoint for _, checkpoint in found] == [f'{arch}.pth' for arch, _ in found]

@@ -16,6 +16,9 @@ from mmengine.runner import Runner, set_random_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from convneur_mm import config
+from convneur_mm.engine.launch import read_config
+
 GPUS = 8
 
 
@@ -179,3 +182,38 @@ def test_validation_takes_the_centre(imagenet_root, open_config):
         dict(inputs=dataset[0]['inputs'][None]))['inputs']
     expected = [(128 - mean) / std for mean, std in ((123.675, 58.395), (116.28, 57.12), (103.53, 57.375))]
     assert normalised[0, :, 0, 0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_batch_is_one_tensor(imagenet_root, workers, tmp_path):
+    """The loaders' defaults are those of mmpretrain's own tool, so that a batch is copied and normalised at once."""
+    cfg = read_config(config('convneur_m1_300e_in1k'), {})
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert (loader.collate_fn, loader.pin_memory) == (dict(type='default_collate'), torch.cuda.is_available())
+    settings = dict(cfg.val_dataloader, batch_size=2, num_workers=workers, persistent_workers=workers > 0)
+    settings['dataset'] = dict(settings['dataset'], data_root=imagenet_root)
+    batch = next(iter(Runner.build_dataloader(settings)))
+    assert isinstance(batch['inputs'], torch.Tensor) and batch['inputs'].dtype == torch.uint8
+    assert batch['inputs'].shape == (2, 3, 224, 224)
+    preprocess = MODELS.build(dict(type='mmpretrain.ClsDataPreprocessor', **cfg.data_preprocessor))
+    done = preprocess(batch)
+    assert [sample.gt_label.item() for sample in done['data_samples']] == [0, 999]
+    for image, result in zip(batch['inputs'], done['inputs']):
+        torch.testing.assert_close(result, preprocess(dict(inputs=image[None]))['inputs'][0])
+        mean, std = (torch.tensor(cfg.data_preprocessor[key]).view(3, 1, 1) for key in ('mean', 'std'))
+        torch.testing.assert_close(result, (image.flip(0) - mean) / std)
+
+
+def test_what_a_config_says_of_its_loaders_stays(tmp_path):
+    (tmp_path / 'child.py').write_text(
+        f"_base_ = {config('convneur_m1_shapes')!r}\ntrain_dataloader = dict(num_workers=0, persistent_workers=False, "
+        "collate_fn=dict(type='pseudo_collate'), pin_memory=False)\n")
+    loader = read_config(str(tmp_path / 'child.py'), {}).train_dataloader
+    assert loader.collate_fn == dict(type='pseudo_collate')
+    assert (loader.pin_memory, loader.persistent_workers) == (False, False)
+
+
+def test_other_tasks_keep_their_loaders():
+    """mmdet's and mmseg's tools add nothing: their images differ in size."""
+    for name in ('cascade_rcnn_convneur_m1_shapes', 'semantic_fpn_convneur_m1_shapes'):
+        assert not {'collate_fn', 'pin_memory'} & read_config(config(name), {}).train_dataloader.keys()

@@ -1,4 +1,5 @@
 """Projects of other people: a folder outside the repository, the installed wheel, the stock tools and inferencers."""
+import functools
 import importlib.util
 import os
 import subprocess
@@ -12,27 +13,25 @@ import torch
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 
-# Each trains a few iterations at 64 x 64 on the data of its own folder.
+# Each trains a few iterations at 64 x 64 on the data of its own folder, on other classes than the config inherited.
 DETECTION = """
 _base_ = __import__('convneur_mm').config('cascade_rcnn_convneur_m1_shapes')
 model = dict(backbone=dict(memory_cfg=dict(chunk_size=64)))
-train_pipeline = _base_.train_pipeline
-train_pipeline[2].scale = (64, 64)
-test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = (64, 64)
-train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader
-train_cfg = dict(max_epochs=1)
-"""
-SEGMENTATION = """
-_base_ = '{configs}/semantic_fpn_convneur_m1_shapes.py'
-model = dict(backbone=dict(memory_cfg=dict(chunk_size=64)), data_preprocessor=dict(size=(64, 64)))
+classes = ('disk', 'square', 'triangle')
+image_size, max_epochs = (64, 64), 1
 train_dataloader = dict(num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
-train_cfg = dict(max_iters=2, val_interval=2)
-default_hooks = dict(checkpoint=dict(interval=2))
+"""
+SEGMENTATION = """
+_base_ = '{configs}/semantic_fpn_convneur_m1_shapes.py'
+model = dict(backbone=dict(memory_cfg=dict(chunk_size=64)))
+classes = ('background', 'disk', 'square', 'triangle', 'star', 'ring', 'cross', 'moon')
+image_size, max_iters = (64, 64), 2
+param_scheduler = []
+train_dataloader = dict(num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
 """
 CLASSIFICATION = """
 _base_ = 'mmpretrain::_base_/default_runtime.py'
@@ -95,32 +94,55 @@ def test_the_wheel_is_what_runs(project):
     assert where.count(str(project / 'site')) == 2
 
 
+@pytest.fixture(scope='module')
+def trained(project):
+    """Trains a package's child with that package's own script, once; returns the checkpoint and what was printed."""
+
+    @functools.cache
+    def train(package):
+        output = python(project, stock_tool(package, 'train.py'), f'{package}_child.py', '--work-dir', package,
+                        '--cfg-options', 'model.backbone.memory_cfg.inner_step=0.5')
+        return project / (project / package / 'last_checkpoint').read_text().strip(), output
+
+    return train
+
+
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg', 'mmpretrain'])
-def test_stock_scripts_run_unchanged(project, package):
-    config = f'{package}_child.py'
-    output = python(project, stock_tool(package, 'train.py'), config, '--work-dir', package, '--cfg-options',
-                    'model.backbone.memory_cfg.inner_step=0.5')
-    checkpoint = Path((project / package / 'last_checkpoint').read_text().strip())
+def test_stock_scripts_run_unchanged(project, trained, package):
+    checkpoint, output = trained(package)
     assert 'inner_step=0.5' in output and 'chunk_size=64' in output
     saved = torch.load(checkpoint, weights_only=False)
     assert {'cfg', 'dataset_meta'} <= saved['meta'].keys()
-    output = python(project, stock_tool(package, 'test.py'), config, checkpoint, '--work-dir', f'{package}_test')
+    num_classes = {'mmdet': 3, 'mmseg': 8, 'mmpretrain': 6}[package]
+    assert len(saved['meta']['dataset_meta']['classes']) == num_classes
+    weight = {'mmdet': 'roi_head.mask_head.0.conv_logits', 'mmseg': 'decode_head.conv_seg', 'mmpretrain': 'head.fc'}
+    assert saved['state_dict'][f'{weight[package]}.weight'].size(0) == num_classes
+    # mmseg's test.py, unlike the others, does not ask for the runner_type, which applies the child's classes; the
+    # config that the training saved has them applied.
+    args = ['mmseg/mmseg_child.py', checkpoint, '--tta'] if package == 'mmseg' else [f'{package}_child.py', checkpoint]
+    output = python(project, stock_tool(package, 'test.py'), *args, '--work-dir', f'{package}_test')
     assert {'mmdet': 'coco/bbox_mAP', 'mmseg': 'mIoU', 'mmpretrain': 'accuracy/top1'}[package] in output
+
+
+def test_a_stock_script_that_would_ignore_the_classes_is_stopped(project, trained):
+    output = python(project, stock_tool('mmseg', 'test.py'), 'mmseg_child.py', trained('mmseg')[0], check=False)
+    last = output.strip().splitlines()[-1]
+    assert 'SettingsError: classes was set, but model.decode_head.num_classes is still 7 instead of 8' in last, output
 
 
 INFER = {
     'mmdet': """
 from mmdet.apis import DetInferencer
-inferencer = DetInferencer(model='mmdet_child.py', weights={checkpoint!r}, device='cpu')
+inferencer = DetInferencer(model='mmdet/mmdet_child.py', weights={checkpoint!r}, device='cpu')
 result = inferencer('picture.png', return_datasamples=True)['predictions'][0]
 assert inferencer.visualizer.dataset_meta['classes'] == CLASSES, inferencer.visualizer.dataset_meta
 assert result.pred_instances.bboxes.shape[1] == 4
 """,
     'mmseg': """
 from mmseg.apis import MMSegInferencer
-inferencer = MMSegInferencer(model='mmseg_child.py', weights={checkpoint!r}, device='cpu')
+inferencer = MMSegInferencer(model='mmseg/mmseg_child.py', weights={checkpoint!r}, device='cpu')
 result = inferencer('picture.png', return_datasamples=True)
-assert tuple(inferencer.model.dataset_meta['classes']) == ('background', *CLASSES), inferencer.model.dataset_meta
+assert tuple(inferencer.model.dataset_meta['classes']) == CLASSES, inferencer.model.dataset_meta
 assert result.pred_sem_seg.data.shape == (1, 50, 70), result
 """,
     'mmpretrain': """
@@ -133,13 +155,13 @@ assert result['pred_class'] in CLASSES, result
 
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg', 'mmpretrain'])
-def test_stock_inferencers(project, package):
-    """After the stock training above: the class names come from the checkpoint."""
-    checkpoint = (project / package / 'last_checkpoint').read_text().strip()
+def test_stock_inferencers(project, trained, package):
+    """With the config that the training saved; the class names come from the checkpoint."""
+    checkpoint, _ = trained(package)
     cv2.imwrite(str(project / 'picture.png'), np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
-    classes = sorted(('disk', 'square', 'triangle', 'star', 'ring', 'cross')) if package == 'mmpretrain' else (
-        'disk', 'square', 'triangle', 'star', 'ring', 'cross')
-    python(project, '-c', f'CLASSES = {tuple(classes)!r}\n' + INFER[package].format(checkpoint=checkpoint))
+    shapes = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
+    classes = {'mmdet': shapes[:3], 'mmseg': ('background', *shapes, 'moon'), 'mmpretrain': shapes}[package]
+    python(project, '-c', f'CLASSES = {classes!r}\n' + INFER[package].format(checkpoint=str(checkpoint)))
 
 
 def test_unknown_names_list_near_ones(project):

@@ -4,21 +4,17 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     clip_grad=dict(max_norm=1.0),
+    # Norms, biases and the scales of GRN do not decay, in neck and heads either, whatever their learning rate.
+    constructor='GroupingConstructor',
     paramwise_cfg=dict(
-        # Norms, biases and the scales of GRN do not decay.
         flat_decay_mult=0.0,
         custom_keys={
             # Nor does M_0: it is the state every image starts from, no projection, and decay would only shrink it
             # towards the empty memory.
             '.memory.w1': dict(decay_mult=0.0),
             '.memory.w2': dict(decay_mult=0.0),
-            # Of the keys found in a parameter's name the longest alone counts, and flat_decay_mult no longer does.
-            # So in neck and heads nothing decays but what the last two keys name: their convolutions' weights, which
-            # are called so nowhere in the backbone.
-            'neck.': dict(lr_mult=10.0, decay_mult=0.0),
-            '_head.': dict(lr_mult=10.0, decay_mult=0.0),
-            '.conv.weight': dict(lr_mult=10.0),
-            '.conv_seg.weight': dict(lr_mult=10.0),
+            'neck.': dict(lr_mult=10.0),
+            '_head.': dict(lr_mult=10.0),
         }))
 
 max_iters = 80000
@@ -37,5 +33,6 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8000, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'))
+    visualization=dict(type='SegVisualizationHook'),
+    settings=dict(type='SettingsHook', max_iters=max_iters))
 auto_scale_lr = dict(base_batch_size=16)

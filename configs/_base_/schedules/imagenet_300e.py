@@ -5,6 +5,7 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=4e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
     accumulative_counts=2,
+    constructor='GroupingConstructor',
     paramwise_cfg=dict(
         # Norms, biases and the scales of GRN do not decay.
         flat_decay_mult=0.0,

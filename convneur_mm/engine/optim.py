@@ -1,0 +1,57 @@
+"""What the recipes need of optimizers beyond MMEngine's own."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.runner.amp import autocast
+from torch import nn
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class GroupingConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's constructor with two differences.
+
+    ``flat_decay_mult`` also holds where a custom key names no ``decay_mult``. MMEngine's ignores it there: a key that
+    gives a head another learning rate makes the head's norms, biases and single factors decay.
+
+    Parameters of the same options share a group. MMEngine's gives each its own, and PyTorch updates groups one by one.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
+                   is_dcn_module: bool | None = None) -> None:
+        """Adds the groups of a module's parameters to ``params``; MMEngine calls it for its children in turn."""
+        super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
+        if prefix:
+            return
+        flat_decay_mult = self.paramwise_cfg.get('flat_decay_mult')
+        groups: dict[str, dict] = {}
+        for group in params:
+            param, = group.pop('params')
+            # A group keeps the options of its key.
+            by_key = 'lr_mult' in group and 'decay_mult' not in group
+            if by_key and param.ndim < 2 and flat_decay_mult is not None and self.base_wd is not None:
+                group['weight_decay'] = self.base_wd * flat_decay_mult
+            groups.setdefault(repr(sorted(group.items())), dict(group, params=[]))['params'].append(param)
+        params[:] = groups.values()
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Mixed precision in bfloat16, on CPUs too.
+
+    bfloat16 has the range of float32, so no loss is scaled. MMEngine's AmpOptimWrapper always has a scaler for the loss
+    and refuses CPUs.
+
+    Args:
+        **kwargs: See :class:`OptimWrapper`.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """See :meth:`OptimWrapper.optim_context`."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
