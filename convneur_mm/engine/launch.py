@@ -10,10 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed
@@ -23,14 +22,13 @@ from mmengine.logging import MMLogger
 from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, installed_versions, require
 from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
+from .class_checks import check_classes
+from .errors import LaunchError
+from .file_checks import check_data_files, check_no_pickled_data
 from .quiet_console import quiet_prints
-from .weights_file import ALLOW, CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
+from .weights_file import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
-
-
-class LaunchError(Exception):
-    """Something the user gave cannot work; the message names it. Raised before any long work."""
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -90,7 +88,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         Config: Ready for ``Runner.from_cfg``.
 
     Raises:
-        LaunchError: If the config, a data file or a device it names does not exist.
+        LaunchError: If the config, a data file or a device it names does not exist, or model and data disagree on the
+            classes.
     """
     if args.launcher == 'slurm':
         os.environ.update(slurm_variables(os.environ))
@@ -105,6 +104,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     check_data_files(cfg, splits)
     if not args.allow_pickle:
         check_no_pickled_data(cfg, splits)
+    check_classes(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
     checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook')]
     cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
@@ -233,68 +233,6 @@ def without_sync_bn(cfg: dict | list) -> bool:
         if isinstance(value, (dict, list)):
             found = without_sync_bn(value) or found
     return found
-
-
-def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks that the annotation files and image folders named by a config exist.
-
-    Raises:
-        LaunchError: Names the key and the path of the first one that does not.
-    """
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        if not loader:
-            continue
-        for key, path in _data_paths(loader['dataset'], f'{split}_dataloader.dataset'):
-            if not osp.exists(path):
-                raise LaunchError(f'{key}: {path} does not exist (looked for from {os.getcwd()}); set data_root, '
-                                  'ann_file and data_prefix of the dataset to where the data is')
-
-
-def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
-    """(config key, local path) of each file and folder of a dataset config, wrapped datasets included."""
-    if 'dataset' in dataset:
-        yield from _data_paths(dataset['dataset'], f'{key}.dataset')
-    for i, inner in enumerate(dataset.get('datasets', ())):
-        yield from _data_paths(inner, f'{key}.datasets[{i}]')
-    if dataset.get('backend_args'):
-        return  # not on this machine's disk
-    root = dataset.get('data_root') or ''
-    entries = {'ann_file': dataset.get('ann_file')}
-    prefix = dataset.get('data_prefix') or {}
-    for name, value in (prefix.items() if isinstance(prefix, dict) else [('img_path', prefix)]):
-        entries[f'data_prefix.{name}'] = value
-    if not any(entries.values()):
-        entries['data_root'] = ''  # mmpretrain's datasets find their files below it themselves
-    for name, value in entries.items():
-        if isinstance(value, str) and osp.join(root, value) and not urlparse(osp.join(root, value)).scheme:
-            yield f'{key}.{name}', osp.join(root, value).rstrip('/')
-
-
-def check_no_pickled_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks that the data are not read by unpickling, which could run code that they bring along.
-
-    Raises:
-        LaunchError: Names the key and the file of the first one that would be.
-    """
-    for split in splits:
-        for key, value in _leaves(cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'):
-            if isinstance(value, str) and value.endswith(('.pkl', '.pickle')):
-                raise LaunchError(f'{key}: {value} was not loaded, because unpickling can run any code; {ALLOW}')
-            if key.endswith('.decode_backend') and value == 'pickle':
-                raise LaunchError(f'{key}: the data were not loaded, because unpickling can run any code; {ALLOW}')
-
-
-def _leaves(cfg: object, key: str) -> Iterator[tuple[str, object]]:
-    """(config key, value) of all values within dicts and lists."""
-    if isinstance(cfg, dict):
-        for name, value in cfg.items():
-            yield from _leaves(value, f'{key}.{name}')
-    elif isinstance(cfg, (list, tuple)):
-        for i, value in enumerate(cfg):
-            yield from _leaves(value, f'{key}[{i}]')
-    else:
-        yield key, cfg
 
 
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 import convneur_mm
 from convneur_mm.engine import safe_files, safe_loading
 from convneur_mm.engine.checkpoint import load_pretrained, read_checkpoint
-from convneur_mm.engine.launch import LaunchError, check_no_pickled_data, latest_checkpoint, readable_checkpoint
+from convneur_mm.engine.launch import LaunchError, latest_checkpoint, readable_checkpoint
 from convneur_mm.engine.weights_file import CheckpointError, UnsafeCheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -714,19 +714,6 @@ class TestData:
             assert fileio.load('data.yml') == dict(a=[1, 2.5, None])
             fileio.dump([1], 'data.pkl')
         assert fileio.load('data.pkl') == [1]
-
-    @pytest.mark.parametrize('dataset, key', [
-        (dict(ann_file='a.pkl'), 'dataset.ann_file: a.pkl'),
-        (dict(proposal_file='b.pickle'), 'dataset.proposal_file: b.pickle'),
-        (dict(datasets=[dict(), dict(dataset=dict(ann_file='a.pkl'))]), 'dataset.datasets[1].dataset.ann_file: a.pkl'),
-        (dict(pipeline=[dict(type='LoadBiomedicalData', decode_backend='pickle')]),
-         'dataset.pipeline[0].decode_backend: the data'),
-    ])
-    def test_their_keys_are_named(self, dataset, key):
-        cfg = Config(dict(val_dataloader=dict(dataset=dataset), test_dataloader=None))
-        check_no_pickled_data(cfg, ('train', 'test'))
-        with pytest.raises(LaunchError, match=rf'^val_dataloader\.{re.escape(key)}.*--allow-pickle'):
-            check_no_pickled_data(cfg, ('val',))
 
     def test_arrays_of_objects_are_refused(self, tmp_path):
         """mmdet's OpenImages loads an array with allow_pickle=True."""
