@@ -1,5 +1,7 @@
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
+from .label_range import LabelRangeHook
 from .safe_files import safe_loading
 from .start_summary import StartSummaryHook
 
-__all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'StartSummaryHook', 'safe_loading']
+__all__ = ['CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'LabelRangeHook', 'StartSummaryHook',
+           'safe_loading']

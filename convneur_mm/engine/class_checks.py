@@ -18,8 +18,8 @@ from mmengine.registry import DATASETS
 from .errors import LaunchError
 from .file_checks import data_sets, evaluators, local_path
 
-# Where the configs of mmdet's, mmseg's and mmpretrain's models have the heads whose ``num_classes`` is that of the data.
-# A proposal head has one class, a semantic head of a detector classes of its own.
+# Where configs of mmdet's, mmseg's and mmpretrain's models have the heads whose ``num_classes`` is that of the data. A
+# proposal head has one class, a semantic head of a detector classes of its own.
 HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head', 'segm_head', 'glbctx_head', 'decode_head',
          'auxiliary_head', 'head')
 

@@ -12,12 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
 
 from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, installed_versions, require
@@ -26,7 +24,7 @@ from .class_checks import check_classes
 from .errors import LaunchError
 from .file_checks import check_data_files, check_no_pickled_data
 from .quiet_console import quiet_prints
-from .weights_file import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
+from .weights_file import CheckpointError, CheckpointNotFoundError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -106,7 +104,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         check_no_pickled_data(cfg, splits)
     check_classes(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
-    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook')]
+    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook')]
     cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
     notes = []
     if not torch.cuda.is_available() and without_sync_bn(cfg.model):
@@ -188,40 +186,6 @@ def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str
     except CheckpointError as error:
         raise LaunchError(f'{argument}: {error}') from None
     return path
-
-
-def latest_checkpoint(work_dir: str, allow_pickle: bool) -> str | None:
-    """The newest intact checkpoint of a work dir, or None where there is none; damaged ones are named in the log.
-
-    Args:
-        work_dir (str): Where MMEngine saved ``epoch_*.pth`` or ``iter_*.pth``, and wrote the newest one's path to
-            ``last_checkpoint``.
-        allow_pickle (bool): See :func:`readable_checkpoint`.
-
-    Raises:
-        LaunchError: If the newest one needs pickle and that is not allowed, or each one is damaged.
-    """
-    record = Path(work_dir, 'last_checkpoint')
-    if not record.is_file():
-        return None
-    newest = record.read_text().strip()
-    if osp.isdir(newest):
-        return newest  # saved in parts by MMEngine's other strategies
-    numbers = {str(path): int(match[1]) for path in Path(work_dir).glob('*.pth')
-               if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))}
-    older = [path for path in numbers if osp.realpath(path) != osp.realpath(newest)]
-    error = None
-    for path in [newest, *sorted(older, key=numbers.get, reverse=True)]:
-        try:
-            if not (allow_pickle and osp.isfile(path)):
-                read_checkpoint(path, mmap=True)
-            return path
-        except UnsafeCheckpointError as unsafe:
-            raise LaunchError(f'--resume: {unsafe}') from None
-        except CheckpointError as damaged:
-            error = damaged
-            MMLogger.get_current_instance().warning(f'--resume goes on from an older checkpoint: {damaged}')
-    raise LaunchError(f'--resume: no checkpoint in {work_dir} is intact: {error}')
 
 
 def without_sync_bn(cfg: dict | list) -> bool:

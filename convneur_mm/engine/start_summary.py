@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
@@ -20,7 +19,8 @@ from torch.utils.data import DataLoader
 from ..models import ConvNeur, NeuralMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
-from .checkpoint import checkpoint_weights
+from .checkpoint import checkpoint_weights, compare_weights
+from .hooks import unwrapped
 from .quiet_console import ON_CONSOLE, end_of_start
 
 
@@ -43,15 +43,14 @@ class StartSummaryHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
-        own, found = _unwrapped(runner).state_dict(), checkpoint_weights(checkpoint)
-        # Modules may keep other things than tensors in a state dict.
-        missing = [name for name, value in own.items() if name not in found
-                   or getattr(value, 'shape', None) != getattr(found[name], 'shape', None)]
-        unused = [name for name in found if name not in own]
-        self._loaded = f'{len(own) - len(missing)} of {len(own)}'
+        own = unwrapped(runner).state_dict()
+        missing, reshaped, unused = compare_weights(own, checkpoint_weights(checkpoint))
+        self._loaded = f'{len(own) - len(missing) - len(reshaped)} of {len(own)}'
         for names, short, what in (
-                (missing, 'not in it, or of another shape',
-                 'weights of the model that the checkpoint lacks, or has in another shape:'),
+                (missing, 'not in it', 'weights of the model that the checkpoint lacks:'),
+                ([f'{name} {there} there, {here} here' for name, (there, here) in reshaped.items()],
+                 'of another shape, which stay as initialised',
+                 'weights of the model that have another shape in the checkpoint:'),
                 (unused, 'in it, but not in the model', 'weights of the checkpoint that the model does not have:')):
             if names:
                 self._loaded += f'; {len(names)} {short}: {names[0]}{", …" if len(names) > 1 else ""}'
@@ -84,7 +83,7 @@ class StartSummaryHook(Hook):
         self._chunks.finish()
 
     def _log_summary(self, runner: Runner, mode: str, loader: DataLoader) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner)
         lines = [
             ('model', _model(model)),
             *_memory(model, bool(runner.cfg.get('compile'))),
@@ -104,7 +103,7 @@ class StartSummaryHook(Hook):
             return
         end_of_start(runner.logger)
         watch = runner.rank == 0 and not runner.cfg.get('compile')  # a compiler would compile the hooks too
-        self._chunks = _ChunkCounter(_unwrapped(runner) if watch else nn.Module(), runner.logger)
+        self._chunks = _ChunkCounter(unwrapped(runner) if watch else nn.Module(), runner.logger)
 
 
 class _ChunkCounter:
@@ -190,10 +189,6 @@ def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -
     logger.info(f'{title}\n{text}', extra=ON_CONSOLE)
 
 
-def _unwrapped(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
 def _model(model: nn.Module) -> str:
     backbones = [module for module in model.modules() if isinstance(module, ConvNeur)]
     arches = ' and '.join(f'ConvNeur-{b.arch}' if isinstance(b.arch, str) else
@@ -269,18 +264,14 @@ def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple
         if not runner._resume:
             return [('weights', f'from {source}: {loaded}')]
         return [('weights', f'resumed from {source} at epoch {runner.epoch}, iteration {runner.iter}: {loaded}')]
-    lines = []
-    if runner._resume:
-        lines.append(('note', f'nothing to resume: no checkpoint in {_short(runner.work_dir)}; is it the work dir of '
-                      'the earlier run?'))
     pretrained = []
     for name, module in model.named_modules():
         init_cfg = getattr(module, 'pretrained', None) or getattr(module, 'init_cfg', None)
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained' and init_cfg.get('checkpoint'):
             pretrained.append(f'{name or "all"} from {init_cfg["checkpoint"]}')
     if pretrained:
-        return [('weights', f'pretrained: {", ".join(pretrained)}; others random'), *lines]
-    return [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH'), *lines]
+        return [('weights', f'pretrained: {", ".join(pretrained)}; others random')]
+    return [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH')]
 
 
 def _data(runner: Runner, mode: str) -> str:

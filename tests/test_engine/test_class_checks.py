@@ -3,7 +3,6 @@ import copy
 import functools
 import json
 import re
-import time
 
 import pytest
 from mmengine.config import Config
@@ -98,8 +97,8 @@ class TestDetectors:
         set_heads(detector, number)
         keys = [*(f'model.roi_head.bbox_head[{i}]' for i in range(3)), 'model.roi_head.mask_head']
         assert message(detector) == (
-            f'{", ".join(f"{key}.num_classes={number}" for key in keys)}, but train_dataloader.dataset.metainfo.classes '
-            f'has 6 classes ({", ".join(SHAPES)}): set num_classes=6 there')
+            f'{", ".join(f"{key}.num_classes={number}" for key in keys)}, but '
+            f'train_dataloader.dataset.metainfo.classes has 6 classes ({", ".join(SHAPES)}): set num_classes=6 there')
 
     def test_the_mask_head_alone(self, detector):
         detector.model.roi_head.mask_head.num_classes = 80
@@ -217,9 +216,9 @@ class TestSegmentors:
         for split in TRAINING:
             segmentor[f'{split}_dataloader'].dataset.type = 'ADE20KDataset'
         assert message(segmentor) == (
-            'train_dataloader.dataset.metainfo.classes: ADE20KDataset has (wall, building, sky, floor, tree, ceiling, … '
-            '150 in all), and not (background, disk, square, triangle, star, ring, … 7 in all); for label maps of other '
-            "classes set type='BaseSegDataset' in the data set")
+            'train_dataloader.dataset.metainfo.classes: ADE20KDataset has (wall, building, sky, floor, tree, ceiling, '
+            '… 150 in all), and not (background, disk, square, triangle, star, ring, … 7 in all); for label maps of '
+            "other classes set type='BaseSegDataset' in the data set")
 
     def test_the_order_in_the_validation(self, segmentor):
         names = list(segmentor.val_dataloader.dataset.metainfo.classes)
@@ -257,13 +256,13 @@ class TestClassifiers:
         check_classes(classifier, TRAINING)
         classifier.model.head.num_classes = 1000
         assert message(classifier).startswith(
-            'model.head.num_classes=1000, but train_dataloader.dataset.classes, which is not set, has 6 classes (cross,')
+            'model.head.num_classes=1000, but train_dataloader.dataset.classes, which is not set, has 6 classes (cro')
 
     def test_classes_and_folders(self, classifier):
         for split in TRAINING:
             classifier[f'{split}_dataloader'].dataset.classes = FOLDERS[:5]
-        assert re.search(r'has 5 classes .*, whereas \S*/train has 6 class folders .*: only the latter has \(triangle\); '
-                         r'set train_dataloader.dataset.classes=\(\'cross\', ', message(classifier))
+        assert re.search(r'has 5 classes .*, whereas \S*/train has 6 class folders .*: only the latter has '
+                         r'\(triangle\); set train_dataloader.dataset.classes=\(\'cross\', ', message(classifier))
         for split in TRAINING:
             classifier[f'{split}_dataloader'].dataset.classes = SHAPES
         assert 'names would be swapped: set train_dataloader.dataset.classes=' in message(classifier)
@@ -311,14 +310,12 @@ class TestCategories:
         assert coco_categories(str(tmp_path / 'x.json')) == names
 
     def test_the_rest_of_a_large_file_is_not_decoded(self, tmp_path):
-        """100 MB; decoding them takes many times as long."""
-        annotations = b'{"segmentation": [[239.97, 260.24, 222.04, 270.49]], "bbox": [1, 2, 3, 4], "id": 1}, ' * 1200000
+        """That takes seconds for COCO's own, and here it cannot be done."""
+        annotations = b'{"segmentation": [[239.97, 260.24, 222.04, 270.49]], "bbox": [1, 2, 3, 4], NOT JSON}, ' * 1000
         for first in (True, False):
             parts = [b'"categories": ' + json.dumps(self.LIST).encode(), b'"annotations": [' + annotations + b'{}]']
             (tmp_path / 'x.json').write_bytes(b'{' + b', '.join(parts if first else parts[::-1]) + b'}')
-            start = time.perf_counter()
             assert coco_categories(str(tmp_path / 'x.json')) == self.NAMES
-            assert time.perf_counter() - start < 0.5
 
     @pytest.mark.parametrize('content, expected', [
         ('', 'is not a JSON file, or damaged: '),
