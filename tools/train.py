@@ -6,14 +6,18 @@
 On several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
 """
 import argparse
+import signal
 
 if __name__ == '__main__':
+    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
     from _known_warnings import hide
     hide()
 
 from convneur_mm.engine import launch, safe_loading
+from convneur_mm.engine.interrupts import going_on
 from convneur_mm.engine.quiet_console import build_runner
 from convneur_mm.engine.resume import latest_checkpoint
 
@@ -54,7 +58,8 @@ def train(args: argparse.Namespace) -> None:
         cfg.load_from = latest_checkpoint(cfg.work_dir, args.config, args.allow_pickle)
         cfg.resume = True
     runner = build_runner(cfg)
-    runner.train()
+    with going_on(runner, args):
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .class_checks import check_classes
 from .errors import LaunchError
 from .file_checks import check_data_files, check_no_pickled_data
+from .interrupts import Interrupted, leave, raised_signals
 from .quiet_console import quiet_prints
 from .weights_file import CheckpointError, CheckpointNotFoundError
 
@@ -48,10 +49,26 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; a launch or checkpoint error ends it with one line from each machine instead of tracebacks.
+    """Runs ``main``; what the user gave wrong and signals end it with one line from each machine, not with tracebacks.
 
     The process group it has joined is left afterwards.
     """
+    is_first = not int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0)
+    try:
+        with raised_signals():
+            _run(main)
+    except Interrupted as interrupted:
+        leave(interrupted, f'{_node_name(os.environ)}{interrupted}' if is_first else None)
+    except (LaunchError, CheckpointError) as error:
+        if not is_first:
+            # Most likely the first process of this machine fails in the same way: its launcher then ends this one
+            # before it repeats the message.
+            time.sleep(1)
+        print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         with quiet_prints():
             main()
@@ -59,13 +76,11 @@ def run(main: Callable[[], None]) -> None:
             # A group that is left to the end of the interpreter may abort it, when its threads are still at work.
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-    except (LaunchError, CheckpointError) as error:
-        if int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0):
-            # Most likely the first process of this machine fails in the same way: its launcher then ends this one
-            # before it repeats the message.
+    except RuntimeError:
+        if torch.distributed.is_initialized():
+            # Most likely a signal has ended another process, and comes here within this time.
             time.sleep(1)
-        print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
-        sys.exit(2)
+        raise
 
 
 def _node_name(env: Mapping[str, str]) -> str:
