@@ -1,22 +1,30 @@
 """Checkpoints by path, URL and name, of this model and of others."""
+import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from safetensors import torch as safetensors
 
 from convneur_mm.engine import safe_loading
-from convneur_mm.engine.checkpoint import read_checkpoint
+from convneur_mm.engine.checkpoint import fetch_checkpoint, load_pretrained, read_checkpoint
 from convneur_mm.engine.launch import readable_checkpoint
 from convneur_mm.engine.weights_file import CheckpointError
+from convneur_mm.models import ConvNeur
+
+ROOT = Path(__file__).parents[2]
 
 
 def flat(value, key=''):
@@ -126,3 +134,111 @@ def test_a_checkpoint_of_another_model_is_refused(args, run):
     """MMEngine alone would log the mismatch and go on with random weights."""
     torch.save(dict(state_dict={'layer1.conv.weight': torch.zeros(3)}), 'other.pth')
     assert re.search("other.pth holds none of the model's weights.*layer1.conv.weight", run(*args))
+
+
+FETCH = """
+import datetime, os, sys
+import torch.distributed
+from convneur_mm.engine.checkpoint import fetch_checkpoint
+store, rank, url = sys.argv[1:]
+torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=int(rank), world_size=2,
+                                     timeout=datetime.timedelta(seconds=60))
+try:
+    print('path', fetch_checkpoint(url))
+except ValueError as error:
+    print('error', error)
+torch.distributed.barrier()
+print('end', flush=True)
+os._exit(0)
+"""
+
+
+def fetch_in_two_processes(tmp_path, url):
+    """What two processes print that fetch a URL into torch's folders ``hub0`` and ``hub1``, as on two machines."""
+    processes = [subprocess.Popen(
+        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), url], text=True, stdout=subprocess.PIPE, cwd=ROOT,
+        env={**os.environ, 'TORCH_HOME': str(tmp_path / f'hub{rank}'), 'OMP_NUM_THREADS': '1'}) for rank in range(2)]
+    return [process.communicate(timeout=120)[0].splitlines() for process in processes]
+
+
+def test_processes_of_two_machines_fetch_what_they_lack(tmp_path):
+    """One has the file; it meets the other nevertheless, which would else wait for it for ever."""
+    torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'source.pth')
+    paths = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' / 'source.pth' for rank in range(2)]
+    paths[0].parent.mkdir(parents=True)
+    paths[0].write_bytes((tmp_path / 'source.pth').read_bytes())
+    outputs = fetch_in_two_processes(tmp_path, (tmp_path / 'source.pth').as_uri())
+    assert outputs == [[f'path {path}', 'end'] for path in paths]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_all_processes_fail_where_one_cannot_fetch(tmp_path):
+    path = tmp_path / 'hub1' / 'hub' / 'checkpoints' / 'source.pth'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'x')
+    outputs = fetch_in_two_processes(tmp_path, (tmp_path / 'source.pth').as_uri())
+    for output in outputs:
+        assert re.match(r'error file://\S*/source\.pth could not be fetched \(.*\); check the address', output[0])
+        assert output[1:] == ['end']
+
+
+def test_processes_of_a_machine_download_once(tmp_path, monkeypatch):
+    """Before they have joined a group. The file has its name only when it is complete."""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    path = tmp_path / 'checkpoints' / 'x.pth'
+    calls = []
+
+    def download(url, dst):
+        calls.append(url)
+        time.sleep(0.2)
+        Path(dst).write_bytes(b'x')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    threads = [threading.Thread(target=fetch_checkpoint, args=('http://host/x.pth', )) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == ['http://host/x.pth'] and path.read_bytes() == b'x'
+
+
+class TestBackbones:
+    """Weights for a backbone alone, with the errors' remedies."""
+
+    def test_linear_layers_saved_as_convolutions(self, tmp_path):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        weights = model.state_dict()
+        torch.save({name: value[..., None, None] if value.ndim == 2 else value for name, value in weights.items()},
+                   tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match=r'x.pth holds 1 x 1 convolutions where the model has linear layers.*'
+                                                  r'weight.reshape\(expected shape\): 0.weight \(4, 3, 1, 1\) '
+                                                  r'\(expected \(4, 3\)\)'):
+            load_pretrained(model, str(tmp_path / 'x.pth'))
+
+    def test_another_arch(self, tmp_path):
+        torch.save(nn.Linear(3, 4).state_dict(), tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match=r'x.pth holds weights of other shapes than the model, is it another '
+                                                  r'arch\? weight \(4, 3\) \(expected \(5, 3\)\), bias'):
+            load_pretrained(nn.Linear(3, 5), str(tmp_path / 'x.pth'))
+
+    @pytest.mark.needs('timm')
+    def test_timms_names(self, tmp_path):
+        """Renamed as the message says they load, but for those of convolutions that are linear layers here."""
+        import timm
+        weights = timm.create_model('convnextv2_atto', depths=(1, 1, 1, 1)).state_dict()
+        torch.save(weights, tmp_path / 'x.pth')
+        backbone = ConvNeur(dict(depths=[1, 1, 1, 1], channels=[40, 80, 160, 320]))
+        with pytest.raises(CheckpointError, match=r"Those are timm's names: save it again with stem\.") as error:
+            load_pretrained(backbone, str(tmp_path / 'x.pth'))
+        assert '\n' not in str(error.value)
+        for pattern, name in (
+                (r'^stem\.', 'downsample_layers.0.'), (r'^stages\.(\d)\.downsample\.', r'downsample_layers.\1.'),
+                (r'^stages\.(\d)\.blocks\.', r'stages.\1.'), ('conv_dw', 'depthwise_conv'),
+                (r'mlp\.fc', 'pointwise_conv'), (r'mlp\.grn\.weight', 'grn.gamma'), (r'mlp\.grn\.bias', 'grn.beta')):
+            assert name.replace('\\1', 'N') in str(error.value)
+            weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+        weights = {name: value for name, value in weights.items() if not name.startswith('head.')}
+        assert set(weights) <= set(backbone.state_dict())
+        torch.save(weights, tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match='1 x 1 convolutions .* pointwise_conv1.weight'):
+            load_pretrained(backbone, str(tmp_path / 'x.pth'))

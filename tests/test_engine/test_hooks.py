@@ -110,8 +110,8 @@ class TestModels:
         save(tiny_config('semantic_fpn', channels=[8, 16, 32, 48]), tiny_config('semantic_fpn'))
         assert re.fullmatch(
             r'x\.pth is not of this model: backbone: \d+ of \d+ of other shapes, such as '
-            r'backbone\.downsample_layers\.2\.1\.weight \(32, 16, 2, 2\) there, \(24, 16, 2, 2\) here; neck: 2 of 16 of '
-            r'other shapes, such as .* here\. Another arch of the backbone\?', run('test', 'x.pth'))
+            r'backbone\.downsample_layers\.2\.1\.weight \(32, 16, 2, 2\) there, \(24, 16, 2, 2\) here; neck: 2 of 16 '
+            r'of other shapes, such as .* here\. Another arch of the backbone\?', run('test', 'x.pth'))
         assert re.fullmatch(
             r'x\.pth is of another backbone, and MMEngine would leave random what does not fit: backbone\.down.* '
             r'\(32, 16, 2, 2\) there, \(24, 16, 2, 2\) here, … \(\d+ in all\)\. Another arch\?',
@@ -131,7 +131,8 @@ class TestModels:
         # A training starts from it, and says which weights it does not use.
         assert run('train', '--cfg-options', 'load_from=x.pth') is None
         log = max(Path('work').glob('*/*.log')).read_text()
-        assert '; 2 of another shape, which stay as initialised: decode_head.conv_seg.weight (9, 8, 1, 1) there, ' in log
+        assert ('; 2 of another shape, which stay as initialised: decode_head.conv_seg.weight (9, 8, 1, 1) there, '
+                in log)
 
     def test_without_the_head_that_supervises_the_training(self, tiny_config, save, run):
         model = tiny_config('upernet')

@@ -86,7 +86,7 @@ def test_a_training_names_its_checkpoint_and_how_to_go_on(folder, tmp_path):
     code, output = end(shlex.split(output.partition('to go on: ')[2]), signal.SIGTERM, 'resumed epoch: ', folder)
     assert code == 143, output
     # Of the earlier run, or of this one, if it got that far.
-    assert_one_line(output, r'ended by SIGTERM after \S*epoch_\d+\.pth was saved; .*|ended by SIGTERM before the run began')
+    assert_one_line(output, r'ended by SIGTERM (after \S*epoch_\d+\.pth was saved; .*|before the run began)')
 
 
 @pytest.mark.parametrize('signum, name, send', [
@@ -174,7 +174,8 @@ def test_an_exception_that_python_drops_is_raised_again():
      "tools/train.py x.py --cfg-options 'a=[1,2]' --work-dir work --resume"),
     (['python', '-u', 'tools/train.py', 'x.py', '--amp', '--launcher', 'pytorch'], dict(launcher='pytorch'),
      'tools/dist_train.sh x.py 4 --amp --work-dir work --resume'),
-    (['python', 'tools/train.py', 'x.py', '--launcher', 'slurm'], dict(launcher='slurm'), 'the same command with --resume'),
+    (['python', 'tools/train.py', 'x.py', '--launcher', 'slurm'], dict(launcher='slurm'),
+     'the same command with --resume'),
 ])
 def test_commands(argv, settings, expected):
     args = argparse.Namespace(**{**dict(work_dir=None, launcher='none', resume=None), **settings})

@@ -45,10 +45,10 @@ class TestSegmentation:
         def change(labels):
             labels[0, :5] = 11
 
-        message = train('semantic_fpn', change)
-        assert re.match(r'\S*/labels/\d+\.png has label 11 after the pipeline: model\.decode_head takes 0 to 6 '
-                        r'\(num_classes=7\) and 255 \(ignore_index\); mend the label maps, or set num_classes .*; if 11 '
-                        r'is no class, set ignore_index=11 in the data sets, in all heads and in the evaluators$', message)
+        assert re.match(
+            r'\S*/labels/\d+\.png has label 11 after the pipeline: model\.decode_head takes 0 to 6 \(num_classes=7\) '
+            r'and 255 \(ignore_index\); mend the label maps, or set num_classes .*; if 11 is no class, set '
+            r'ignore_index=11 in the data sets, in all heads and in the evaluators$', train('semantic_fpn', change))
         # With the head told, it passes.
         assert train('semantic_fpn', change, **{'model.decode_head.ignore_index': 11}) is None
 
