@@ -156,7 +156,8 @@ os._exit(0)
 def fetch_in_two_processes(tmp_path, url):
     """What two processes print that fetch a URL into torch's folders ``hub0`` and ``hub1``, as on two machines."""
     processes = [subprocess.Popen(
-        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), url], text=True, stdout=subprocess.PIPE, cwd=ROOT,
+        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), url], text=True, cwd=ROOT,
+        stdout=subprocess.PIPE,
         env={**os.environ, 'TORCH_HOME': str(tmp_path / f'hub{rank}'), 'OMP_NUM_THREADS': '1'}) for rank in range(2)]
     return [process.communicate(timeout=120)[0].splitlines() for process in processes]
 
