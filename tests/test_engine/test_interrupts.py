@@ -117,8 +117,10 @@ def test_a_test(folder, tmp_path):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), tmp_path / 'x.pth')
     (tmp_path / 'slow.py').write_text(SLOW)
-    arguments = [sys.executable, ROOT / 'tools' / 'test.py', 'child.py', tmp_path / 'x.pth', '--work-dir', tmp_path,
-                 '--cfg-options', "custom_imports.imports=['convneur_mm','slow']", "custom_hooks=[{'type':'Slow'}]"]
+    (tmp_path / 'config.py').write_text(
+        f"{CONFIG}custom_imports = dict(imports=['convneur_mm', 'slow'])\ncustom_hooks = [dict(type='Slow')]")
+    arguments = [sys.executable, ROOT / 'tools' / 'test.py', tmp_path / 'config.py', tmp_path / 'x.pth', '--work-dir',
+                 tmp_path]
     code, output = end(arguments, signal.SIGINT, 'slowly', folder, PYTHONPATH=str(tmp_path))
     assert code == 130, output
     assert_one_line(output, 'ended by Ctrl-C without results; to test again: ' + re.escape(
