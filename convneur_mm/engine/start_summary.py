@@ -48,13 +48,14 @@ class StartSummaryHook(Hook):
         self._loaded = f'{len(own) - len(missing) - len(reshaped)} of {len(own)}'
         for names, short, what in (
                 (missing, 'not in it', 'weights of the model that the checkpoint lacks:'),
-                ([f'{name} {there} there, {here} here' for name, (there, here) in reshaped.items()],
-                 'of another shape, which stay as initialised',
-                 'weights of the model that have another shape in the checkpoint:'),
+                (reshaped, 'of another shape, not loaded',
+                 'weights of the model that have another shape in the checkpoint, and stay as initialised:'),
                 (unused, 'in it, but not in the model', 'weights of the checkpoint that the model does not have:')):
             if names:
-                self._loaded += f'; {len(names)} {short}: {names[0]}{", …" if len(names) > 1 else ""}'
-                runner.logger.info('\n    '.join([what, *names]))
+                self._loaded += f'; {len(names)} {short}: {next(iter(names))}{", …" if len(names) > 1 else ""}'
+                runner.logger.info('\n    '.join([what, *(
+                    f'{name} {reshaped[name][0]} there, {reshaped[name][1]} here' if name in reshaped else name
+                    for name in names)]))
 
     def before_train(self, runner: Runner) -> None:
         """Logs the summary of a training."""

@@ -131,8 +131,8 @@ class TestModels:
         # A training starts from it, and says which weights it does not use.
         assert run('train', '--cfg-options', 'load_from=x.pth') is None
         log = max(Path('work').glob('*/*.log')).read_text()
-        assert ('; 2 of another shape, which stay as initialised: decode_head.conv_seg.weight (9, 8, 1, 1) there, '
-                in log)
+        assert '; 2 of another shape, not loaded: decode_head.conv_seg.weight, …' in log
+        assert '\n    decode_head.conv_seg.weight (9, 8, 1, 1) there, (7, 8, 1, 1) here\n' in log
 
     def test_without_the_head_that_supervises_the_training(self, tiny_config, save, run):
         model = tiny_config('upernet')
