@@ -52,10 +52,10 @@ def fetch_checkpoint(filename: str) -> str:
     except OSError as failure:
         error = (f'{filename} could not be fetched ({one_line(failure)}); check the address, or download the file to '
                  f'{path}')
-    # Also the barrier of all processes, of those that found the file too.
-    error = error or next(filter(None, all_gather_object(error)), None)
-    if error:
-        raise CheckpointError(error)
+    # Also the barrier of all processes, of those that found the file, or failed, too.
+    errors = [found for found in all_gather_object(error) if found]
+    if errors:
+        raise CheckpointError(error or errors[0])
     return path
 
 
