@@ -1,14 +1,20 @@
 """torchrun with threads for CPUs, and in silence where a process has said in one line what is wrong."""
 import logging
 import os
+import signal
 import sys
 
+if __name__ == '__main__':
+    # While torch is imported, Ctrl-C ends this without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main, parse_args
 
-# Exit code of the tools, and of argparse, after such a line.
-WRONG_INPUT = 2
+# Exit codes of the tools after such a line: of wrong input, as argparse's, and of signals.
+SAID = (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def set_threads(processes: int) -> None:
@@ -24,10 +30,14 @@ if __name__ == '__main__':
     logging.getLogger('torch.distributed.run').setLevel(logging.ERROR)
     # What it says of a failed process is in the error below as well.
     logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL)
+    # That it has got a signal, which the processes say themselves.
+    logging.getLogger('torch.distributed.elastic.agent.server.api').setLevel(logging.ERROR)
     try:
         main()
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        if first.exitcode != WRONG_INPUT:
+        if first.exitcode not in SAID:
             raise
-        sys.exit(WRONG_INPUT)
+        sys.exit(first.exitcode)

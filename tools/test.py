@@ -7,8 +7,11 @@ On several GPUs, or several CPU processes: ``tools/dist_test.sh CONFIG CHECKPOIN
 """
 import argparse
 import os
+import signal
 
 if __name__ == '__main__':
+    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
     from _known_warnings import hide
@@ -17,6 +20,7 @@ if __name__ == '__main__':
 from mmengine.evaluator import DumpResults
 
 from convneur_mm.engine import launch, safe_loading
+from convneur_mm.engine.interrupts import going_on
 from convneur_mm.engine.quiet_console import build_runner
 
 
@@ -57,7 +61,8 @@ def test(args: argparse.Namespace) -> None:
     runner = build_runner(cfg)
     if args.out and not segments:
         runner.test_evaluator.metrics.append(result_dumper(cfg, args.out))
-    runner.test()
+    with going_on(runner, args):
+        runner.test()
 
 
 def use_tta(cfg: launch.Config, name: str) -> None:

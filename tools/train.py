@@ -6,15 +6,20 @@
 On several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
 """
 import argparse
+import signal
 
 if __name__ == '__main__':
+    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
     from _known_warnings import hide
     hide()
 
 from convneur_mm.engine import launch, safe_loading
+from convneur_mm.engine.interrupts import going_on
 from convneur_mm.engine.quiet_console import build_runner
+from convneur_mm.engine.resume import latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,14 +53,15 @@ def train(args: argparse.Namespace) -> None:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise launch.LaunchError(f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks')
         cfg.auto_scale_lr.enable = True
-    if args.resume:
+    if args.resume not in (None, 'auto'):
+        cfg.load_from = launch.readable_checkpoint(args.resume, '--resume', args.allow_pickle)
         cfg.resume = True
-        if args.resume == 'auto':
-            cfg.load_from = launch.latest_checkpoint(cfg.work_dir, args.allow_pickle)
-        else:
-            cfg.load_from = launch.readable_checkpoint(args.resume, '--resume', args.allow_pickle)
+    elif args.resume or cfg.get('resume') and not cfg.get('load_from'):
+        cfg.load_from = latest_checkpoint(cfg.work_dir, args.config, args.allow_pickle)
+        cfg.resume = True
     runner = build_runner(cfg)
-    runner.train()
+    with going_on(runner, args):
+        runner.train()
 
 
 def use_amp(optim_wrapper: dict, precision: str) -> None:

@@ -1,4 +1,5 @@
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
+from .label_range import LabelRangeHook
 from .optim import BFloat16OptimWrapper, GroupingConstructor
 from .safe_files import safe_loading
 from .settings import SettingsHook, SettingsRunner, apply_settings
@@ -6,5 +7,5 @@ from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
-    'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
+    'LabelRangeHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
 ]

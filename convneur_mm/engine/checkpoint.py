@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import os
 import os.path as osp
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import torch
 import torch.nn as nn
-from mmengine.dist import barrier, master_only
+from filelock import FileLock
+from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
@@ -29,7 +32,9 @@ MMENGINE_SCHEMES = ('torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls
 
 
 def fetch_checkpoint(filename: str) -> str:
-    """A local path of a checkpoint given by path or URL; downloads go to torch's hub folder, once.
+    """A local path of a checkpoint given by path or URL; downloads go to torch's hub folder, once on each machine.
+
+    Of a URL all processes of a group ask at the same time, and all fail if one cannot get it.
 
     Raises:
         CheckpointNotFoundError: If ``filename`` is a path and no such file exists.
@@ -41,21 +46,32 @@ def fetch_checkpoint(filename: str) -> str:
             raise CheckpointNotFoundError(f'no such checkpoint: {filename}')
         return path
     path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(filename).path))
-    if not osp.isfile(path):
-        MMLogger.get_current_instance().info(f'downloading {filename} to {path}')
-        try:
-            _download(filename, path)
-        except OSError as error:
-            raise CheckpointError(f'{filename} could not be fetched ({one_line(error)}); check the address, or '
-                                  f'download the file to {path}') from error
-        barrier()
+    error = None
+    try:
+        _download(filename, path)
+    except OSError as failure:
+        error = (f'{filename} could not be fetched ({one_line(failure)}); check the address, or download the file to '
+                 f'{path}')
+    # Also the barrier of all processes, of those that found the file, or failed, too.
+    errors = [found for found in all_gather_object(error) if found]
+    if errors:
+        raise CheckpointError(error or errors[0])
     return path
 
 
-@master_only
 def _download(url: str, path: str) -> None:
+    """Downloads a file unless it is there; of the processes of a machine one does it, and the others wait.
+
+    They may not have joined a group yet, so this goes by a lock in the file system. torch downloads to another name,
+    and renames the file when it is complete.
+    """
+    if osp.isfile(path):
+        return
     os.makedirs(osp.dirname(path), exist_ok=True)
-    torch.hub.download_url_to_file(url, path)
+    with FileLock(f'{path}.lock'):
+        if not osp.isfile(path):
+            MMLogger.get_current_instance().info(f'downloading {url} to {path}')
+            torch.hub.download_url_to_file(url, path)
 
 
 def is_mmengine_name(filename: str) -> bool:
@@ -94,12 +110,101 @@ def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
             if isinstance(value, Tensor)}
 
 
+class Differences(NamedTuple):
+    """Of the weights of a checkpoint from those of a model.
+
+    Attributes:
+        missing (list[str]): Names of weights of the model that the checkpoint lacks.
+        other_shape (dict[str, tuple]): (Shape in the checkpoint, shape in the model) of weights that differ in it.
+        unused (list[str]): Names of weights of the checkpoint that the model does not have.
+    """
+
+    missing: list[str]
+    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unused: list[str]
+
+    def without(self, prefix: str) -> Differences:
+        """The differences outside a module."""
+        return Differences([name for name in self.missing if not name.startswith(prefix)],
+                           {name: shapes for name, shapes in self.other_shape.items() if not name.startswith(prefix)},
+                           [name for name in self.unused if not name.startswith(prefix)])
+
+
+def compare_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Differences:
+    """What differs between a model's state dict and the weights of a checkpoint, by names and shapes."""
+    # Modules may keep other things than tensors in a state dict.
+    own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    # Checkpoints of old lack the counts of BatchNorm's batches, which nothing needs.
+    return Differences(
+        [name for name in own if name not in weights and not name.endswith('.num_batches_tracked')],
+        {name: (tuple(weights[name].shape), tuple(value.shape)) for name, value in own.items()
+         if name in weights and weights[name].shape != value.shape},
+        [name for name in weights if name not in own])
+
+
 def check_some_match(expected: Iterable[str], found: Iterable[str], filename: str) -> None:
     """Raises a CheckpointError if not one weight of the model is in the checkpoint."""
     expected, found = list(expected), list(found)
     if not set(expected) & set(found):
         raise CheckpointError(f'{filename} holds none of the model\'s weights: the model has {_some(expected)}, '
-                              f'the checkpoint {_some(found)}')
+                              f'the checkpoint {_some(found)}{_timm_remedy(found)}')
+
+
+def check_all_match(own: Collection[str], differences: Differences, filename: str, classes: tuple[int, int] | None
+                    ) -> None:
+    """Raises a CheckpointError unless the checkpoint has every weight of a model in its shape.
+
+    Args:
+        own (Collection[str]): Names of the model's weights.
+        differences (Differences): Of the checkpoint's weights.
+        filename (str): Of the checkpoint.
+        classes (tuple[int, int] | None): Number of classes (that the checkpoint was trained for, of the data), if
+            both are known.
+    """
+    if not (differences.missing or differences.other_shape):
+        return
+    total, missing = Counter(map(_module, own)), Counter(map(_module, differences.missing))
+    reshaped = Counter(map(_module, differences.other_shape))
+    parts = []
+    for module, count in total.items():
+        if missing[module]:
+            parts.append(f'{module}: {missing[module]} of {count} weights missing')
+        if reshaped[module]:
+            name = next(name for name in differences.other_shape if _module(name) == module)
+            parts.append(f'{module}: {reshaped[module]} of {count} of other shapes, such as '
+                         f'{_shapes(name, *differences.other_shape[name])}')
+    raise CheckpointError(f'{filename} is not of this model: {"; ".join(parts)}{_guess(differences, classes)}')
+
+
+def _module(name: str) -> str:
+    return name.split('.')[0]
+
+
+def _shapes(name: str, there: tuple, here: tuple) -> str:
+    return f'{name} {there} there, {here} here'
+
+
+def _guess(differences: Differences, classes: tuple[int, int] | None) -> str:
+    """What is probably meant, or '' where nothing is likely."""
+    reshaped = differences.other_shape
+    if any(_module(name) == 'backbone' for name in reshaped):
+        return '. Another arch of the backbone?'
+    if any(_module(name) == 'backbone' for name in differences.missing):
+        return '. Another backbone?'
+    if differences.missing:
+        return f'. Another {"head" if "head" in differences.missing[0].split(".")[0] else "model"}?'
+    if all(there[1:] == here[1:] for there, here in reshaped.values()):
+        numbers = f': {classes[0]} there, {classes[1]} here' if classes and classes[0] != classes[1] else ''
+        return f'. Other classes{numbers}?'
+    return ''
+
+
+def check_backbone_shapes(differences: Differences, filename: str) -> None:
+    """Raises a CheckpointError if weights of the backbone have other shapes in a checkpoint to fine-tune."""
+    wrong = [_shapes(name, *shapes) for name, shapes in differences.other_shape.items() if _module(name) == 'backbone']
+    if wrong:
+        raise CheckpointError(f'{filename} is of another backbone, and MMEngine would leave random what does not fit: '
+                              f'{_some(wrong, 1)}. Another arch?')
 
 
 def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None, allow_pickle: bool = False) -> None:
@@ -125,11 +230,14 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
         prefix += '.'
     candidates = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     check_some_match(own, candidates or weights, filename)
-    wrong = [f'{name} {tuple(candidates[name].shape)} (expected {tuple(own[name].shape)})'
-             for name in own if name in candidates and candidates[name].shape != own[name].shape]
-    if wrong:
-        raise CheckpointError(f'{filename} holds weights of other shapes than the model, is it another arch? '
-                              f'{_some(wrong)}')
+    reshaped = compare_weights(own, candidates).other_shape
+    if reshaped:
+        wrong = _some([f'{name} {there} (expected {here})' for name, (there, here) in reshaped.items()])
+        if all(_without_ones(there) == _without_ones(here) for there, here in reshaped.values()):
+            raise CheckpointError(f'{filename} holds 1 x 1 convolutions where the model has linear layers, or the '
+                                  'reverse: save it again with each of these weights reshaped, '
+                                  f'weight.reshape(expected shape): {wrong}')
+        raise CheckpointError(f'{filename} holds weights of other shapes than the model, is it another arch? {wrong}')
     missing, unexpected = backbone.load_state_dict(candidates, strict=False)
     logger = MMLogger.get_current_instance()
     logger.info(f'loaded {len(own) - len(missing)} of {len(own)} backbone weights from {filename}')
@@ -137,6 +245,19 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
         logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: {_some(missing)}')
     if unexpected:
         logger.info(f'{len(unexpected)} weights of {filename} are not used: {_some(unexpected)}')
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _timm_remedy(names: Iterable[str]) -> str:
+    """How to rename the weights of timm's ConvNeXt-V2 models, if these are their names."""
+    if not any('.blocks.0.conv_dw.' in name for name in names):
+        return ''
+    return ('. Those are timm\'s names: save it again with stem. renamed to downsample_layers.0., stages.N.downsample. '
+            'to downsample_layers.N., stages.N.blocks. to stages.N., conv_dw to depthwise_conv, mlp.fc1 and mlp.fc2 to '
+            'pointwise_conv1 and pointwise_conv2, mlp.grn.weight and mlp.grn.bias to grn.gamma and grn.beta')
 
 
 def _some(names: list[str], count: int = 4) -> str:

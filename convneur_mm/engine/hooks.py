@@ -8,93 +8,123 @@ from contextlib import contextmanager, nullcontext
 from mmengine import fileio
 from mmengine.dist import utils as dist_utils
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, TestLoop, ValLoop
+from mmengine.runner import Runner, TestLoop
 from mmengine.structures import BaseDataElement
+from torch.optim import Optimizer
 
 from ..stack import require
-from .checkpoint import check_some_match, checkpoint_weights
+from .checkpoint import (
+    check_all_match,
+    check_backbone_shapes,
+    check_some_match,
+    checkpoint_weights,
+    compare_weights,
+)
+from .errors import LaunchError
 from .model_wrappers import unwrapped
 from .weights_file import CheckpointError
 
 
 @HOOKS.register_module()
 class CheckpointKeysHook(Hook):
-    """Stops a run whose checkpoint has none of the model's weights; MMEngine would go on with random ones.
+    """Stops a run whose checkpoint is of another model; MMEngine would go on with random weights for what lacks.
 
-    And one that is to be resumed from a checkpoint of weights alone.
+    A test and a training that is resumed need every weight, and the latter the state of its training too. One that
+    starts from a checkpoint may have another head.
     """
 
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares the names in ``checkpoint`` with the model's before they are loaded.
+        """Compares names and shapes in ``checkpoint`` with the model's before they are loaded.
 
         Raises:
-            CheckpointError: If none of them is the same, or the state of training is missing where it is needed.
+            CheckpointError: If they are not the model's, or the state of training is missing where it is needed.
         """
         name = runner._load_from or 'the checkpoint'
         if runner._resume and not (isinstance(checkpoint.get('message_hub'), dict)
                                    and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
             raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
                                   'it as load_from instead')
-        check_some_match(unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint), name)
+        own, weights = unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint)
+        check_some_match(own, weights, name)
+        differences = compare_weights(own, weights)
+        if not (runner._resume or _tests(runner)):
+            check_backbone_shapes(differences, name)
+            return
+        if not runner._resume:
+            # It supervises the training of a segmentor, and has no part in a prediction.
+            differences = differences.without('auxiliary_head.')
+        trained, used = _trained_classes(checkpoint), _used_classes(runner)
+        check_all_match(own, differences, name, (len(trained), len(used)) if trained and used else None)
+        if runner._resume and isinstance(runner.optim_wrapper, OptimWrapper):
+            _check_optimizer(runner.optim_wrapper.optimizer, checkpoint.get('optimizer'), name)
+
+
+def _check_optimizer(optimizer: Optimizer, state: dict | None, name: str) -> None:
+    """Raises a CheckpointError if a state was saved by another optimizer, or by one of other parameters."""
+    groups = state.get('param_groups') if isinstance(state, dict) else None
+    if not groups:
+        raise CheckpointError(f'{name} cannot be resumed from, as it holds no state of the optimizer; name it as '
+                              'load_from instead')
+    advice = 'set optim_wrapper as it was, or name the checkpoint as load_from instead'
+    # The first two are what momentum is called by Adam and its like, and by SGD.
+    for option in ('betas', 'momentum', 'alpha'):
+        if (option in groups[0]) != (option in optimizer.defaults):
+            settings = ', '.join(sorted(groups[0].keys() - {'params'}))
+            raise CheckpointError(f'{name} cannot be resumed from, as another optimizer than {type(optimizer).__name__}'
+                                  f' was at work: its settings were {settings}; {advice}')
+    there, here = ([len(group['params']) for group in found] for found in (groups, optimizer.param_groups))
+    if there != here:
+        raise CheckpointError(f'{name} cannot be resumed from, as its optimizer had {sum(there)} parameters in '
+                              f'{len(there)} groups, and has {sum(here)} in {len(here)} here; {advice}')
 
 
 @HOOKS.register_module()
 class ClassNamesHook(Hook):
-    """Stops a run in which a label would mean one class to the model and another to the data set.
+    """Stops a run in which a label would mean one class to the checkpoint and another to the data set.
 
     Labels are mere numbers, so nothing else would notice: the scores would be wrong, or the names in the pictures.
     """
 
     priority = 'VERY_HIGH'
 
-    def before_run(self, runner: Runner) -> None:
-        """Compares the class names with the categories of COCO annotation files, which mmdet numbers in file order.
-
-        Raises:
-            ValueError: If the names are in another order than the file's, or some are not in it.
-        """
-        for loop in (runner._val_loop, runner._test_loop):
-            for metric in loop.evaluator.metrics if isinstance(loop, (ValLoop, TestLoop)) else ():
-                coco = getattr(metric, '_coco_api', None)
-                if coco is not None:
-                    categories = [category['name'] for category in coco.dataset['categories']]
-                    _check_categories(metric.dataset_meta['classes'], categories)
-
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares the classes a checkpoint was trained for with those it is tested on.
+        """Compares the classes a checkpoint was trained for with those it is tested on, or trained further with.
 
         Raises:
-            ValueError: If there are more or fewer of them, or the same ones in another order.
+            LaunchError: If there are more or fewer of them, or the same ones in another order.
         """
-        if not isinstance(runner._test_loop, TestLoop):
+        if not (runner._resume or _tests(runner)):
             return
-        trained = checkpoint.get('meta', {}).get('dataset_meta', {}).get('classes')
-        tested = runner.test_loop.dataloader.dataset.metainfo.get('classes')
-        if trained is None or tested is None or list(trained) == list(tested):
+        trained, used = _trained_classes(checkpoint), _used_classes(runner)
+        if trained is None or used is None or list(trained) == list(used):
             return
-        if len(trained) != len(tested) or set(trained) == set(tested):
-            raise ValueError(
-                f'the checkpoint tells {_some(trained)} apart, but test_dataloader.dataset has the classes '
-                f'{_some(tested)}: its predictions would count for the wrong ones. Test on the classes it was trained '
-                'for; for figures of each class add --cfg-options test_evaluator.classwise=True to a detector\'s test, '
-                'while a segmentor\'s log lists them anyway')
-        runner.logger.warning(f'the checkpoint calls its classes {_some(trained)}, the test data set {_some(tested)}')
+        split = 'test' if _tests(runner) else 'train'
+        if len(trained) != len(used) or set(trained) == set(used):
+            advice = 'Test on the classes it was trained for; for figures of each class add --cfg-options ' \
+                     'test_evaluator.classwise=True to a detector\'s test, while a segmentor\'s log lists them anyway'
+            if split == 'train':
+                advice = 'Resume with the classes it was trained for, or name it as load_from instead'
+            raise LaunchError(
+                f'the checkpoint tells {_some(trained)} apart, but {split}_dataloader.dataset has the classes '
+                f'{_some(used)}: its predictions would count for the wrong ones. {advice}')
+        runner.logger.warning(f'the checkpoint calls its classes {_some(trained)}, the {split} data set {_some(used)}')
 
 
-def _check_categories(classes: Sequence[str], categories: Sequence[str]) -> None:
-    found = [name for name in categories if name in classes]
-    if found == list(classes):
-        return
-    missing = [name for name in classes if name not in categories]
-    if missing:
-        raise ValueError(f'the annotation file has no category {_some(missing)}; it has {_some(categories)}. Set '
-                         'metainfo.classes of all three data sets to those that are to be found')
-    raise ValueError(f'mmdet numbers the classes in the order of the annotation file, {_some(found)}, whereas '
-                     f'metainfo.classes has them as {_some(classes)}, so that names would be swapped: set them in the '
-                     'order of the file')
+def _tests(runner: Runner) -> bool:
+    return isinstance(runner._test_loop, TestLoop)
+
+
+def _trained_classes(checkpoint: dict) -> Sequence[str] | None:
+    return ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
+
+
+def _used_classes(runner: Runner) -> Sequence[str] | None:
+    loop = runner.test_loop if _tests(runner) else runner.train_loop
+    return (getattr(loop.dataloader.dataset, 'metainfo', None) or {}).get('classes')
 
 
 def _some(names: Sequence[str], count: int = 8) -> str:

@@ -10,28 +10,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed
 from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
 
 from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, installed_versions, require
 from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
+from .class_checks import check_classes
+from .errors import LaunchError
+from .file_checks import check_data_files, check_no_pickled_data
+from .interrupts import Interrupted, leave, raised_signals
 from .quiet_console import quiet_prints
-from .settings import SettingsError, apply_settings
-from .weights_file import ALLOW, CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
+from .settings import apply_settings
+from .weights_file import CheckpointError, CheckpointNotFoundError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
-
-
-class LaunchError(Exception):
-    """Something the user gave cannot work; the message names it. Raised before any long work."""
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -53,10 +50,26 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; a launch or checkpoint error ends it with one line from each machine instead of tracebacks.
+    """Runs ``main``; what the user gave wrong and signals end it with one line from each machine, not with tracebacks.
 
     The process group it has joined is left afterwards.
     """
+    is_first = not int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0)
+    try:
+        with raised_signals():
+            _run(main)
+    except Interrupted as interrupted:
+        leave(interrupted, f'{_node_name(os.environ)}{interrupted}' if is_first else None)
+    except (LaunchError, CheckpointError) as error:
+        if not is_first:
+            # Most likely the first process of this machine fails in the same way: its launcher then ends this one
+            # before it repeats the message.
+            time.sleep(1)
+        print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         with quiet_prints():
             main()
@@ -64,13 +77,11 @@ def run(main: Callable[[], None]) -> None:
             # A group that is left to the end of the interpreter may abort it, when its threads are still at work.
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-    except (LaunchError, CheckpointError) as error:
-        if int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0):
-            # Most likely the first process of this machine fails in the same way: its launcher then ends this one
-            # before it repeats the message.
+    except RuntimeError:
+        if torch.distributed.is_initialized():
+            # Most likely a signal has ended another process, and comes here within this time.
             time.sleep(1)
-        print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
-        sys.exit(2)
+        raise
 
 
 def _node_name(env: Mapping[str, str]) -> str:
@@ -91,7 +102,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         Config: Ready for ``Runner.from_cfg``.
 
     Raises:
-        LaunchError: If the config, a data file or a device it names does not exist.
+        LaunchError: If the config, a data file or a device it names does not exist, or model and data disagree on the
+            classes.
     """
     if args.launcher == 'slurm':
         os.environ.update(slurm_variables(os.environ))
@@ -106,8 +118,9 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     check_data_files(cfg, splits)
     if not args.allow_pickle:
         check_no_pickled_data(cfg, splits)
+    check_classes(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
-    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook')]
+    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook')]
     cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
     notes = []
     if not torch.cuda.is_available() and without_sync_bn(cfg.model):
@@ -153,7 +166,7 @@ def read_config(path: str, options: dict) -> Config:
             require(f'{cfg.default_scope}.models')
         if cfg.get('default_scope') == 'mmdet':
             check_cuda_operators(installed_versions())
-    except (StackError, SettingsError) as error:
+    except StackError as error:
         raise LaunchError(str(error)) from None
     return cfg
 
@@ -208,40 +221,6 @@ def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str
     return path
 
 
-def latest_checkpoint(work_dir: str, allow_pickle: bool) -> str | None:
-    """The newest intact checkpoint of a work dir, or None where there is none; damaged ones are named in the log.
-
-    Args:
-        work_dir (str): Where MMEngine saved ``epoch_*.pth`` or ``iter_*.pth``, and wrote the newest one's path to
-            ``last_checkpoint``.
-        allow_pickle (bool): See :func:`readable_checkpoint`.
-
-    Raises:
-        LaunchError: If the newest one needs pickle and that is not allowed, or each one is damaged.
-    """
-    record = Path(work_dir, 'last_checkpoint')
-    if not record.is_file():
-        return None
-    newest = record.read_text().strip()
-    if osp.isdir(newest):
-        return newest  # saved in parts by MMEngine's other strategies
-    numbers = {str(path): int(match[1]) for path in Path(work_dir).glob('*.pth')
-               if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))}
-    older = [path for path in numbers if osp.realpath(path) != osp.realpath(newest)]
-    error = None
-    for path in [newest, *sorted(older, key=numbers.get, reverse=True)]:
-        try:
-            if not (allow_pickle and osp.isfile(path)):
-                read_checkpoint(path, mmap=True)
-            return path
-        except UnsafeCheckpointError as unsafe:
-            raise LaunchError(f'--resume: {unsafe}') from None
-        except CheckpointError as damaged:
-            error = damaged
-            MMLogger.get_current_instance().warning(f'--resume goes on from an older checkpoint: {damaged}')
-    raise LaunchError(f'--resume: no checkpoint in {work_dir} is intact: {error}')
-
-
 def without_sync_bn(cfg: dict | list) -> bool:
     """Replaces SyncBN by BN, in place: it exists on GPUs only. Returns whether there was any."""
     found = isinstance(cfg, dict) and cfg.get('type') == 'SyncBN'
@@ -251,68 +230,6 @@ def without_sync_bn(cfg: dict | list) -> bool:
         if isinstance(value, (dict, list)):
             found = without_sync_bn(value) or found
     return found
-
-
-def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks that the annotation files and image folders named by a config exist.
-
-    Raises:
-        LaunchError: Names the key and the path of the first one that does not.
-    """
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        if not loader:
-            continue
-        for key, path in _data_paths(loader['dataset'], f'{split}_dataloader.dataset'):
-            if not osp.exists(path):
-                raise LaunchError(f'{key}: {path} does not exist (looked for from {os.getcwd()}); set data_root, '
-                                  'ann_file and data_prefix of the dataset to where the data is')
-
-
-def _data_paths(dataset: dict, key: str) -> Iterator[tuple[str, str]]:
-    """(config key, local path) of each file and folder of a dataset config, wrapped datasets included."""
-    if 'dataset' in dataset:
-        yield from _data_paths(dataset['dataset'], f'{key}.dataset')
-    for i, inner in enumerate(dataset.get('datasets', ())):
-        yield from _data_paths(inner, f'{key}.datasets[{i}]')
-    if dataset.get('backend_args'):
-        return  # not on this machine's disk
-    root = dataset.get('data_root') or ''
-    entries = {'ann_file': dataset.get('ann_file')}
-    prefix = dataset.get('data_prefix') or {}
-    for name, value in (prefix.items() if isinstance(prefix, dict) else [('img_path', prefix)]):
-        entries[f'data_prefix.{name}'] = value
-    if not any(entries.values()):
-        entries['data_root'] = ''  # mmpretrain's datasets find their files below it themselves
-    for name, value in entries.items():
-        if isinstance(value, str) and osp.join(root, value) and not urlparse(osp.join(root, value)).scheme:
-            yield f'{key}.{name}', osp.join(root, value).rstrip('/')
-
-
-def check_no_pickled_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks that the data are not read by unpickling, which could run code that they bring along.
-
-    Raises:
-        LaunchError: Names the key and the file of the first one that would be.
-    """
-    for split in splits:
-        for key, value in _leaves(cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'):
-            if isinstance(value, str) and value.endswith(('.pkl', '.pickle')):
-                raise LaunchError(f'{key}: {value} was not loaded, because unpickling can run any code; {ALLOW}')
-            if key.endswith('.decode_backend') and value == 'pickle':
-                raise LaunchError(f'{key}: the data were not loaded, because unpickling can run any code; {ALLOW}')
-
-
-def _leaves(cfg: object, key: str) -> Iterator[tuple[str, object]]:
-    """(config key, value) of all values within dicts and lists."""
-    if isinstance(cfg, dict):
-        for name, value in cfg.items():
-            yield from _leaves(value, f'{key}.{name}')
-    elif isinstance(cfg, (list, tuple)):
-        for i, value in enumerate(cfg):
-            yield from _leaves(value, f'{key}[{i}]')
-    else:
-        yield key, cfg
 
 
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:

@@ -35,10 +35,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
+from .errors import LaunchError
+from .file_checks import data_sets
+
 Settings = Mapping[str, object]
 
 
-class SettingsError(ValueError):
+class SettingsError(LaunchError):
     """A setting has a value that cannot be, contradicts another part of the config, or has no place in it."""
 
 
@@ -220,8 +223,7 @@ def _places(cfg: Config) -> Iterator[_Place]:
             yield _Place(owner, 'checkpoint', name, ('pretrained',), lambda s: s['pretrained'].get(_arch(cfg)),
                          fill=True)
     for split in ('train', 'val', 'test'):
-        loader = cfg.get(f'{split}_dataloader') or {}
-        for dataset, name in _datasets(loader.get('dataset'), f'{split}_dataloader.dataset'):
+        for name, dataset in data_sets(cfg, split):
             yield from _dataset_places(cfg, dataset, name, 'train' if split == 'train' else 'val')
     for split in ('val', 'test'):
         for evaluator, name in _dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
@@ -266,18 +268,6 @@ def _pipeline_places(pipeline: object, name: str) -> Iterator[_Place]:
     for owner, full_name in _dicts(pipeline, name):
         if owner.get('type') == 'Resize' and 'scale' in owner:
             yield _Place(owner, 'scale', full_name, ('image_size',), _setting('image_size'))
-
-
-def _datasets(dataset: object, name: str) -> Iterator[tuple[dict, str]]:
-    """A data set's settings, or those of each that it wraps, with their full names."""
-    if not isinstance(dataset, dict):
-        return
-    inner = [(dataset['dataset'], f'{name}.dataset')] if 'dataset' in dataset else [
-        (part, f'{name}.datasets[{i}]') for i, part in enumerate(dataset.get('datasets') or ())]
-    if not inner:
-        yield dataset, name
-    for part, part_name in inner:
-        yield from _datasets(part, part_name)
 
 
 def _dicts(node: object, name: str) -> Iterator[tuple[dict, str]]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..models import ConvNeur, NeuralMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
-from .checkpoint import checkpoint_weights
+from .checkpoint import checkpoint_weights, compare_weights
 from .model_wrappers import unwrapped
 from .optim import BFloat16OptimWrapper
 from .quiet_console import ON_CONSOLE, end_of_start
@@ -44,19 +44,19 @@ class StartSummaryHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
-        own, found = unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint)
-        # Modules may keep other things than tensors in a state dict.
-        missing = [name for name, value in own.items() if name not in found
-                   or getattr(value, 'shape', None) != getattr(found[name], 'shape', None)]
-        unused = [name for name in found if name not in own]
-        self._loaded = f'{len(own) - len(missing)} of {len(own)}'
+        own = unwrapped(runner.model).state_dict()
+        missing, reshaped, unused = compare_weights(own, checkpoint_weights(checkpoint))
+        self._loaded = f'{len(own) - len(missing) - len(reshaped)} of {len(own)}'
         for names, short, what in (
-                (missing, 'not in it, or of another shape',
-                 'weights of the model that the checkpoint lacks, or has in another shape:'),
+                (missing, 'not in it', 'weights of the model that the checkpoint lacks:'),
+                (reshaped, 'of another shape, not loaded',
+                 'weights of the model that have another shape in the checkpoint, and stay as initialised:'),
                 (unused, 'in it, but not in the model', 'weights of the checkpoint that the model does not have:')):
             if names:
-                self._loaded += f'; {len(names)} {short}: {names[0]}{", …" if len(names) > 1 else ""}'
-                runner.logger.info('\n    '.join([what, *names]))
+                self._loaded += f'; {len(names)} {short}: {next(iter(names))}{", …" if len(names) > 1 else ""}'
+                runner.logger.info('\n    '.join([what, *(
+                    f'{name} {reshaped[name][0]} there, {reshaped[name][1]} here' if name in reshaped else name
+                    for name in names)]))
 
     def before_train(self, runner: Runner) -> None:
         """Logs the summary of a training."""
@@ -266,18 +266,14 @@ def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple
         if not runner._resume:
             return [('weights', f'from {source}: {loaded}')]
         return [('weights', f'resumed from {source} at epoch {runner.epoch}, iteration {runner.iter}: {loaded}')]
-    lines = []
-    if runner._resume:
-        lines.append(('note', f'nothing to resume: no checkpoint in {_short(runner.work_dir)}; is it the work dir of '
-                      'the earlier run?'))
     pretrained = []
     for name, module in model.named_modules():
         init_cfg = getattr(module, 'pretrained', None) or getattr(module, 'init_cfg', None)
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained' and init_cfg.get('checkpoint'):
             pretrained.append(f'{name or "all"} from {init_cfg["checkpoint"]}')
     if pretrained:
-        return [('weights', f'pretrained: {", ".join(pretrained)}; others random'), *lines]
-    return [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH'), *lines]
+        return [('weights', f'pretrained: {", ".join(pretrained)}; others random')]
+    return [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH')]
 
 
 def _data(runner: Runner, mode: str) -> str:

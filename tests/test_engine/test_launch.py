@@ -16,7 +16,6 @@ from convneur_mm.datasets import make_shapes_coco
 from convneur_mm.engine import launch
 from convneur_mm.engine.launch import (
     LaunchError,
-    check_data_files,
     find_config,
     load_config,
     set_up_processes,
@@ -63,36 +62,6 @@ def test_config_function_suggests_near_names():
     assert convneur_mm.config(SHAPES) == str(ROOT / 'configs' / f'{SHAPES}.py')
     with pytest.raises(ValueError, match='near ones: .*cascade_rcnn_convneur_m3_1x_coco'):
         convneur_mm.config('cascade_rcnn_convneur_m3_1x')
-
-
-@pytest.mark.parametrize('remove, key', [
-    ('annotations/instances_train.json', 'train_dataloader.dataset.ann_file'),
-    ('annotations/instances_val.json', 'val_dataloader.dataset.ann_file'),
-])
-def test_missing_annotations_are_named(tmp_path, remove, key):
-    make_shapes_coco(tmp_path, num_train=1, num_val=1)
-    cfg = Config.fromfile(convneur_mm.config(SHAPES))
-    for split in ('train', 'val', 'test'):
-        cfg[f'{split}_dataloader'].dataset.data_root = str(tmp_path)
-    check_data_files(cfg, ('train', 'val', 'test'))
-    (tmp_path / remove).unlink()
-    with pytest.raises(LaunchError, match=f'{key}: .*{Path(remove).name} does not exist'):
-        check_data_files(cfg, ('train', 'val', 'test'))
-
-
-def test_wrapped_and_joined_datasets_are_checked():
-    inner = dict(type='CocoDataset', data_root='nowhere', ann_file='a.json', data_prefix=dict(img='x/'))
-    for dataset, key in [
-        (dict(type='RepeatDataset', dataset=inner), 'dataset.dataset.ann_file'),
-        (dict(type='ConcatDataset', datasets=[dict(type='CocoDataset'), inner]), r'dataset.datasets\[1\].ann_file'),
-    ]:
-        with pytest.raises(LaunchError, match=f'train_dataloader.{key}: nowhere/a.json'):
-            check_data_files(Config(dict(train_dataloader=dict(dataset=dataset))), ('train',))
-    with pytest.raises(LaunchError, match='train_dataloader.dataset.data_root: nowhere/imagenet does not exist'):
-        dataset = dict(type='ImageNet', data_root='nowhere/imagenet', split='train')
-        check_data_files(Config(dict(train_dataloader=dict(dataset=dataset))), ('train',))
-    remote = dict(type='CocoDataset', data_root='s3://bucket/', ann_file='a.json', data_prefix=dict(img='x/'))
-    check_data_files(Config(dict(train_dataloader=dict(dataset=remote))), ('train',))
 
 
 def test_the_process_group_is_left_in_the_end(tmp_path):

@@ -1,0 +1,84 @@
+"""``--resume``: the checkpoint it goes on from, and what it says where there is none."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+
+from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.resume import latest_checkpoint
+
+
+class TestResumeAlone:
+    @pytest.fixture
+    def work(self, trained, run):
+        shutil.copytree(trained, 'work')
+        Path('work/last_checkpoint').write_text('work/epoch_2.pth')
+        return Path('work')
+
+    def test_takes_the_newest(self, work):
+        (work / 'epoch_10.pth').write_bytes((work / 'epoch_1.pth').read_bytes())
+        assert latest_checkpoint('work', 'config.py', False) == 'work/epoch_2.pth'
+
+    @pytest.mark.parametrize('allow', [[], ['--allow-pickle']])
+    def test_goes_on_from_the_one_before_a_damaged_one(self, work, run, allow):
+        (work / 'epoch_2.pth').write_bytes((work / 'epoch_2.pth').read_bytes()[:2000])
+        if allow:
+            # Loading it as any pickle to see whether it is intact would run its code twice.
+            assert 'work/epoch_2.pth is no checkpoint, or damaged' in run('train', '--resume', *allow)
+            return
+        assert run('train', '--resume') is None
+        log = max(work.glob('*/*.log')).read_text()
+        assert 'resumed epoch: 1, iter: 2' in log
+        assert torch.load(work / 'epoch_2.pth', weights_only=False)['meta']['epoch'] == 2
+
+    def test_names_the_damaged_one(self, work, caplog, monkeypatch):
+        logged = []
+        monkeypatch.setattr(MMLogger, 'warning', lambda self, text: logged.append(text))
+        (work / 'epoch_2.pth').write_bytes(b'')
+        assert latest_checkpoint('work', 'config.py', False) == str(work / 'epoch_1.pth')
+        assert len(logged) == 1 and '\n' not in logged[0]
+        assert 'older checkpoint: work/epoch_2.pth is no checkpoint: the file is empty' in logged[0]
+
+    def test_tells_numbers_from_names(self, work):
+        for number in 9, 10:
+            (work / f'epoch_{number}.pth').write_bytes((work / 'epoch_1.pth').read_bytes())
+        (work / 'last_checkpoint').write_text('moved/epoch_11.pth')
+        assert latest_checkpoint('work', 'config.py', False) == str(work / 'epoch_10.pth')
+
+    def test_names_the_last_of_several_damaged_ones(self, work):
+        for path in work.glob('epoch_*.pth'):
+            path.write_bytes(b'')
+        with pytest.raises(LaunchError, match='no checkpoint in work is intact: work/epoch_1.pth is no checkpoint'):
+            latest_checkpoint('work', 'config.py', False)
+
+    def test_does_without_the_record(self, work):
+        (work / 'last_checkpoint').unlink()
+        assert latest_checkpoint('work', 'config.py', False) == 'work/epoch_2.pth'
+
+
+class TestNothingToResume:
+    @pytest.mark.parametrize('args', [['--resume'], ['--cfg-options', 'resume=True']])
+    def test_is_an_error_before_anything_is_trained(self, run, args):
+        expected = ('--resume: no checkpoint in work; name the work dir of the earlier run with --work-dir, or a file '
+                    'with --resume CHECKPOINT, or leave --resume out for a first start')
+        assert run('train', *args) == expected
+        assert not Path('work').exists()
+        Path('work').mkdir()
+        assert run('train', *args) == expected
+        assert not list(Path('work').iterdir())
+
+    def test_names_work_dirs_with_checkpoints_of_the_same_config(self, run, trained):
+        """The work dir of a run holds its config."""
+        shutil.copytree(trained, 'beside')
+        shutil.copytree(trained, 'work_dirs/some/where')
+        shutil.copytree(trained, 'work_dirs/of_another_config')
+        Path('work_dirs/of_another_config/config.py').rename('work_dirs/of_another_config/other.py')
+        for number, folder in enumerate(['work_dirs/some/where', 'beside']):
+            Path(folder, 'last_checkpoint').write_text(f'{folder}/epoch_2.pth')
+            os.utime(f'{folder}/last_checkpoint', (number, number))
+        assert run('train', '--resume').startswith(
+            '--resume: no checkpoint in work, but in beside (epoch_2.pth), work_dirs/some/where (epoch_2.pth) of the '
+            'same config; name the work dir of the earlier run with --work-dir')
