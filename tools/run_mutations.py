@@ -46,7 +46,6 @@ PATHS = ('convneur_mm/models', 'convneur_mm/engine', 'convneur_mm/datasets/check
 MORE_TESTS = {
     'convneur_mm/engine/safe_files.py': ['tests/test_engine/test_checkpoint.py'],
     'convneur_mm/engine/weights_file.py': ['tests/test_engine/test_checkpoint.py'],
-    'convneur_mm/models/global_memory.py': ['tests/test_models/test_convneur.py'],
 }
 # Imported once, before the process forks for each mutant; the package itself is not among them.
 SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmdet.datasets',
