@@ -175,16 +175,16 @@ def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state
     if with_state:
         state = MemoryState(*(s.detach().requires_grad_() for s in layer(torch.randn_like(x), return_state=True)[1]))
     x.requires_grad_()
-    for fast, plain in zip(gradients(layer, x, state, 'chunked'), gradients(layer, x, state, 'reference')):
-        assert (fast - plain).norm() <= 1e-10 * plain.norm()
+    for fast, exact in zip(gradients(layer, x, state, 'chunked'), gradients(layer, x, state, 'reference')):
+        assert (fast - exact).norm() <= 1e-10 * exact.norm()
 
 
 def test_layer_equals_reference_to_second_order(monkeypatch):
     monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
     layer = make_layer(chunk_size=8).double()
     x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
-    for fast, plain in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
-        assert (fast - plain).norm() <= 1e-9 * plain.norm()
+    for fast, exact in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
+        assert (fast - exact).norm() <= 1e-9 * exact.norm()
 
 
 def test_single_chunk_has_zero_gradients():
