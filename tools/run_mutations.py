@@ -53,7 +53,9 @@ SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.mo
                 'mmpretrain.datasets', 'mmpretrain.evaluation', 'timm', 'hypothesis.extra.numpy', 'PIL.Image')
 COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'requirements', 'setup.py', 'pyproject.toml', 'README.md',
           'LICENSE')
-PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '-p', 'no:cacheprovider', '-p', 'no:randomly', '-p', 'no:xdist')
+# Plain asserts, as nobody reads what they compared, and rewriting them takes half of a short run.
+PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:randomly',
+                  '-p', 'no:xdist')
 
 
 # ---- the changes

@@ -152,10 +152,10 @@ def count_forwards(block: ConvNeurBlock, x: torch.Tensor) -> int:
     return len(calls)
 
 
-@pytest.mark.parametrize('with_cp, forwards', [(False, 1), (True, 2)])
-def test_with_cp_recomputes(with_cp, forwards):
+@pytest.mark.parametrize('options, forwards', [(dict(), 1), (dict(with_cp=False), 1), (dict(with_cp=True), 2)])
+def test_with_cp_recomputes(options, forwards):
     x = torch.randn(1, 4, 5, 3)
-    block = make_block(4, dict(mem_channels=16), 'gate', with_cp=with_cp)
+    block = make_block(4, dict(mem_channels=16), 'gate', **options)
     assert count_forwards(block, x.clone().requires_grad_()) == forwards
     with torch.no_grad():
         assert count_forwards(block, x.clone().requires_grad_()) == 1
@@ -232,6 +232,15 @@ def test_drop_path(rate):
     dropped = (found == 0).flatten(1).all(1)
     assert abs(dropped.float().mean() - rate) < 0.05
     assert torch.allclose(found[~dropped], full[~dropped] / (1 - rate), atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(drop_path_rate=0.0)], ids=str)
+def test_without_a_rate_nothing_is_drawn(options):
+    """So that random numbers, and with them runs, are those of a model without drop path."""
+    block, x = ConvNeurBlock(4, **options), torch.randn(1, 4, 3, 3)
+    before = torch.get_rng_state()
+    block(x)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_drop_path_adds_no_names_to_checkpoints():
