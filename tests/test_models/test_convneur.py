@@ -1,4 +1,5 @@
 """The backbone: published counts, its plain form, ConvNeXt-V2, contiguity, gradients, options, errors."""
+import re
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
@@ -46,6 +47,14 @@ def classifier_counts(**kwargs) -> tuple[float, float]:
         head(model(torch.zeros(1, 3, 224, 224))[-1])
     params = sum(p.numel() for module in (model, head) for p in module.parameters())
     return params / 1e6, counter.get_total_flops() / 2 / 1e9
+
+
+def test_archs_are_those_of_the_docstring():
+    table = re.findall(r'^ +(m\d) +(\S.*?\S) {2,}(\S.*?\S) {2,}(\d+)$', ConvNeur.__doc__, re.MULTILINE)
+    assert {arch: (settings['depths'], settings['channels'], settings['mem_channels'])
+            for arch, settings in ConvNeur.arch_settings.items()} == {
+        arch: ([int(depth) for depth in depths.split(',')], [int(number) for number in channels.split(',')],
+               int(mem_channels)) for arch, depths, channels, mem_channels in table}
 
 
 @pytest.mark.parametrize('arch, params, flops', [

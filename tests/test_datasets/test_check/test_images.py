@@ -54,7 +54,9 @@ def test_images_of_another_size(root, form, kind):
     path = root / IMAGES[form]
     cv2.imwrite(str(path), np.zeros((SIZE, SIZE + 5, 3), np.uint8))
     named = path if form == 'coco' else root / 'ade20k/annotations/training/000002.png'
-    the_fault(check(form, root), named, kind, f'{SIZE + 5} x {SIZE}', f'{SIZE} x {SIZE}')
+    report = check(form, root)
+    the_fault(report, named, kind, f'{SIZE + 5} x {SIZE}', f'{SIZE} x {SIZE}')
+    assert 'EXIF' not in report.faults[0].reason
 
 
 @pytest.mark.parametrize('form, kind', [('coco', 'wrong size'), ('ade20k', 'sizes differ')])
