@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from data_sets import IMAGES, MAKERS, NUM_TRAIN, SIZE, arguments, check, the_fault
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from convneur_mm.datasets.check import check_ade20k, check_coco, check_imagenet, images
 
@@ -146,15 +147,15 @@ def test_formats_that_opencv_does_not_turn(tmp_path):
 @pytest.mark.parametrize('size, decoded', [((64, 40), (8, 5)), ((160, 16), (20, 2)), ((7, 5), (2, 2))])
 def test_jpegs_are_decoded_at_an_eighth_of_their_size(tmp_path, monkeypatch, size, decoded):
     """In greys: half the time."""
-    load, seen = Image.Image.load, []
+    load, seen = JpegImageFile.load, []
 
     def spy(image):
         seen.append((image.mode, image.size))
         return load(image)
 
     Image.new('RGB', size).save(tmp_path / '1.jpg')
-    monkeypatch.setattr('PIL.JpegImagePlugin.JpegImageFile.load', spy)
-    images.decode_image(str(tmp_path / '1.jpg'))
+    monkeypatch.setattr(JpegImageFile, 'load', spy)
+    assert images.decode_image(str(tmp_path / '1.jpg')) == (None, size, size)
     assert seen == [('L', decoded)]
 
 
