@@ -144,7 +144,8 @@ def test_formats_that_opencv_does_not_turn(tmp_path):
         assert images.decode_image(path) == (None, (40, 24), (40, 24))
 
 
-@pytest.mark.parametrize('size, decoded', [((64, 40), (8, 5)), ((160, 16), (20, 2)), ((7, 5), (2, 2))])
+@pytest.mark.parametrize('size, decoded', [((64, 40), (8, 5)), ((160, 16), (20, 2)), ((16, 160), (2, 20)),
+                                           ((7, 5), (2, 2))])
 def test_jpegs_are_decoded_at_an_eighth_of_their_size(tmp_path, monkeypatch, size, decoded):
     """In greys: half the time."""
     load, seen = JpegImageFile.load, []
