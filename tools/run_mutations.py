@@ -44,9 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = ('convneur_mm/models', 'convneur_mm/engine', 'convneur_mm/datasets/check', 'convneur_mm/stack.py')
 # Tests of a module beside those of the same name: tests/test_X/test_Y.py for convneur_mm/X/Y.py.
 MORE_TESTS = {
+    'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
+    'convneur_mm/datasets/check/folders.py': ['tests/test_datasets/test_check/test_images.py'],
     'convneur_mm/engine/safe_files.py': ['tests/test_engine/test_checkpoint.py'],
     'convneur_mm/engine/weights_file.py': ['tests/test_engine/test_checkpoint.py'],
-    'convneur_mm/models/global_memory.py': ['tests/test_models/test_convneur.py'],
 }
 # Imported once, before the process forks for each mutant; the package itself is not among them.
 SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmdet.datasets',
@@ -54,7 +55,9 @@ SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.mo
                 'mmpretrain.datasets', 'mmpretrain.evaluation', 'timm', 'hypothesis.extra.numpy', 'PIL.Image')
 COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'requirements', 'setup.py', 'pyproject.toml', 'README.md',
           'LICENSE')
-PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '-p', 'no:cacheprovider', '-p', 'no:randomly', '-p', 'no:xdist')
+# Plain asserts, as nobody reads what they compared, and rewriting them takes half of a short run.
+PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:randomly',
+                  '-p', 'no:xdist')
 
 
 # ---- the changes

@@ -152,13 +152,27 @@ def count_forwards(block: ConvNeurBlock, x: torch.Tensor) -> int:
     return len(calls)
 
 
-@pytest.mark.parametrize('with_cp, forwards', [(False, 1), (True, 2)])
-def test_with_cp_recomputes(with_cp, forwards):
+@pytest.mark.parametrize('options, forwards', [(dict(), 1), (dict(with_cp=False), 1), (dict(with_cp=True), 2)])
+def test_with_cp_recomputes(options, forwards):
     x = torch.randn(1, 4, 5, 3)
-    block = make_block(4, dict(mem_channels=16), 'gate', with_cp=with_cp)
+    block = make_block(4, dict(mem_channels=16), 'gate', **options)
     assert count_forwards(block, x.clone().requires_grad_()) == forwards
     with torch.no_grad():
         assert count_forwards(block, x.clone().requires_grad_()) == 1
+
+
+def test_with_cp_gives_the_same_gradients():
+    """Also of some inputs alone, which PyTorch's older, reentrant checkpoint refuses."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(1)
+        block = make_block(4, dict(mem_channels=16), 'gate', with_cp=with_cp).double()
+        y = block(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, block.norm.weight])))
+    for found, expected in zip(*results):
+        plain.assert_close(found, expected, 'with_cp')
 
 
 @pytest.mark.parametrize('fusion', ['gate', 'add', 'concat'])
@@ -213,6 +227,15 @@ def test_grn_scales_weights_or_features(size):
         assert block.float().local_features(torch.randn(1, 8, *size)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize('size, of_features', [((1, 31), True), ((4, 8), False), ((2, 17), False), ((17, 2), False)])
+def test_grn_scales_weights_from_4c_positions_on(size, of_features):
+    """Of 32 hidden channels, the weights have as many numbers as 32 positions."""
+    block, calls = ConvNeurBlock(8), []
+    block.grn.register_forward_hook(lambda *_: calls.append(1))
+    block(torch.randn(2, 8, *size))
+    assert bool(calls) == of_features
+
+
 def update(block: ConvNeurBlock, x: torch.Tensor) -> torch.Tensor:
     """What a block adds to (N, C, H, W), the same for each equal image unless it is dropped."""
     with torch.no_grad():
@@ -232,6 +255,11 @@ def test_drop_path(rate):
     dropped = (found == 0).flatten(1).all(1)
     assert abs(dropped.float().mean() - rate) < 0.05
     assert torch.allclose(found[~dropped], full[~dropped] / (1 - rate), atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(drop_path_rate=0.0)], ids=str)
+def test_without_a_rate_there_is_no_drop_path(options):
+    assert isinstance(ConvNeurBlock(4, **options).drop_path, nn.Identity)
 
 
 def test_drop_path_adds_no_names_to_checkpoints():

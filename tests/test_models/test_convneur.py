@@ -1,4 +1,5 @@
 """The backbone: published counts, its plain form, ConvNeXt-V2, contiguity, gradients, options, errors."""
+import re
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
@@ -46,6 +47,14 @@ def classifier_counts(**kwargs) -> tuple[float, float]:
         head(model(torch.zeros(1, 3, 224, 224))[-1])
     params = sum(p.numel() for module in (model, head) for p in module.parameters())
     return params / 1e6, counter.get_total_flops() / 2 / 1e9
+
+
+def test_archs_are_those_of_the_docstring():
+    table = re.findall(r'^ +(m\d) +(\S.*?\S) {2,}(\S.*?\S) {2,}(\d+)$', ConvNeur.__doc__, re.MULTILINE)
+    assert {arch: (settings['depths'], settings['channels'], settings['mem_channels'])
+            for arch, settings in ConvNeur.arch_settings.items()} == {
+        arch: ([int(depth) for depth in depths.split(',')], [int(number) for number in channels.split(',')],
+               int(mem_channels)) for arch, depths, channels, mem_channels in table}
 
 
 @pytest.mark.parametrize('arch, params, flops', [
@@ -129,7 +138,7 @@ def test_without_global_branch_equals_timm():
 @pytest.mark.parametrize('channels_last', [True, False])
 def test_channels_last(channels_last):
     """The memory that the first convolution sees; the outputs' is NCHW in both cases."""
-    model, seen = ConvNeur(TINY, channels_last=channels_last), []
+    model, seen = ConvNeur(TINY, **({} if channels_last else dict(channels_last=False))), []
     model.downsample_layers[0][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
     outs = model(torch.randn(2, 3, 32, 64))
     assert seen == [(6144, 1, 192, 3) if channels_last else (6144, 2048, 64, 1)]
@@ -254,6 +263,11 @@ def test_drop_path_of_a_single_block():
     assert isinstance(model.stages[0][0].drop_path, nn.Identity)
 
 
+def test_drop_path_of_two_blocks():
+    model = ConvNeur(dict(depths=[2], channels=[8], mem_channels=16), drop_path_rate=0.5, out_indices=0)
+    assert [getattr(block.drop_path, 'p', 0.0) for block in model.stages[0]] == [0, 0.5]
+
+
 @pytest.mark.parametrize('frozen_stages, out_indices', [(0, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (2, (0, 1, 2, 3)),
                                                         (4, (0, 1, 2, 3)), (4, 1)])
 def test_frozen_stages(frozen_stages, out_indices):
@@ -357,7 +371,8 @@ def test_init_weights_keeps_the_generators_biases():
     conv = model.stages[2][3].pointwise_conv1
     assert abs(conv.weight.std().item() - 0.02) < 0.001
     assert (conv.bias == 0).all()
-    assert (model.downsample_layers[0][0].bias != 0).all()
+    stem_bias = model.downsample_layers[0][0].bias
+    assert (stem_bias != 0).all() and stem_bias.abs().max() < 0.1
 
 
 def test_init_weights_twice_is_harmless():
@@ -424,6 +439,7 @@ def test_resolves_from_every_scope(scope):
     (dict(memory_cfg=dict(chunk_size=0)), 'chunk_size must be an integer of at least 1, got 0'),
     (dict(memory_cfg=dict(chunks=3)), r"memory_cfg takes the keys .*got \['chunks'\]"),
     (dict(memory_cfg=dict(mem_channels=100)), 'channels=100, head_dim=16'),
+    (dict(memory_cfg=dict(mem_channels=16.0)), 'mem_channels must be an integer of at least 1, got 16.0'),
     (dict(memory_cfg=dict(mem_channels=0)), 'mem_channels must be an integer of at least 1, got 0'),
     (dict(placement='head'), "placement must be one of .*got 'head'"),
     (dict(fusion='mul'), "fusion must be one of .*got 'mul'"),
@@ -441,6 +457,11 @@ def test_resolves_from_every_scope(scope):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ConvNeur(**options)
+
+
+def test_a_memory_of_one_channel():
+    model = ConvNeur(TINY, memory_cfg=dict(mem_channels=1, head_dim=1))
+    assert model.stages[0][0].global_branch.memory.channels == 1
 
 
 def test_too_small_an_image_is_named():
@@ -507,6 +528,16 @@ class TestPretrained:
         model.init_weights()
         for name, value in model.state_dict().items():
             assert torch.equal(value, trained[name]), name
+
+    @pytest.mark.parametrize('options, passed_on', [
+        (dict(), (None, False)), (dict(prefix='neck.', allow_pickle=True), ('neck.', True))])
+    def test_what_loading_is_told(self, monkeypatch, options, passed_on):
+        """Pickled objects are refused unless they are allowed."""
+        calls = []
+        monkeypatch.setattr('convneur_mm.models.convneur.load_pretrained', lambda *args: calls.append(args))
+        model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint='a.pth', **options))
+        model.init_weights()
+        assert calls == [(model, 'a.pth', *passed_on)]
 
     def test_two_checkpoints_are_refused(self):
         two = [dict(type='Pretrained', checkpoint=name) for name in ('a.pth', 'b.pth')]

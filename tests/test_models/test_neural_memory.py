@@ -1,10 +1,13 @@
-"""The memory as a layer: equality of its backends, chaining, autocast, and that it remembers."""
+"""The memory as a layer: its equations, equality of its backends, chaining, autocast, initial weights."""
 import importlib
 
+import numpy as np
+import plain_convneur as plain
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from mmengine.model import BaseModule
+from torch import nn
 
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops import MemoryState
@@ -38,6 +41,77 @@ def test_backends_agree(rule, retrieve, tokens):
         results.append((y, *gradients))
     for a, b in zip(*results):
         assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize('name', ['chunks of 9', 'inner_step', 'update_rule', 'retrieve', 'max_write_norm', 'head_dim',
+                                  'hidden_dim', 'mem_channels', 'defaults'])
+def test_options_are_those_of_the_plain_form(name):
+    """Also the defaults, over two chunks."""
+    options, weights, x = plain.case('global', name)
+    weights, options = plain.part(weights, 'memory'), plain.without(options, 'in_channels')
+    layer = NeuralMemory(options.pop('mem_channels'), **options).double()
+    layer.load_state_dict(weights)
+    tokens = plain.uniform((1, x[0, 0].numel(), layer.channels), np.random.default_rng(3))
+    plain.assert_close(layer(tokens)[0], plain.neural_memory(tokens[0], weights, **options), 'the tokens')
+
+
+@pytest.mark.parametrize('backend', ['auto', 'chunked', 'reference'])
+def test_backend_is_passed_on(monkeypatch, backend):
+    resolve, seen = LAYER.resolve_backend, []
+    monkeypatch.setattr(LAYER, 'resolve_backend', lambda name: seen.append(name) or resolve(name))
+    layer = NeuralMemory(16) if backend == 'auto' else NeuralMemory(16, backend=backend)
+    layer(torch.randn(1, 3, 16))
+    assert seen == [backend]
+
+
+def assert_initial(layer: NeuralMemory) -> None:
+    """Projections of std 0.02, M_0 of its fan-in's, a small step, a half momentum and hardly any decay."""
+    linears = (layer.query, layer.key, layer.value, layer.proj, layer.generators[0], layer.generators[2])
+    for linear in linears:
+        assert abs(linear.weight.std().item() - 0.02) < 0.001 and abs(linear.weight.mean().item()) < 0.002
+    assert all(linear.bias is None for linear in linears[:4])
+    assert abs(layer.w1.std().item() - 16**-0.5) < 0.02 and abs(layer.w2.std().item() - 8**-0.5) < 0.02
+    assert (layer.norm.weight == 1).all() and (layer.norm.bias == 0).all()
+    assert (layer.generators[0].bias == 0).all()
+    step, momentum, decay = layer.generators[2].bias.chunk(3)
+    assert (step == -2).all() and (momentum == 0).all() and (decay == -4).all()
+
+
+def test_initial_weights():
+    layer = NeuralMemory(128)
+    assert_initial(layer)
+    for p in layer.parameters():
+        p.data.fill_(0.5)
+    layer.reset_parameters()
+    assert_initial(layer)
+
+
+def test_a_model_s_init_cfg_does_not_reach_the_memory():
+    """It comes first, and the memory's own initialisation after it, once."""
+    model = BaseModule(init_cfg=[dict(type='Constant', layer=['Linear', 'LayerNorm'], val=0.5, bias=0.5)])
+    model.memory, model.other = NeuralMemory(128), nn.Linear(3, 3)
+    model.init_weights()
+    assert (model.other.weight == 0.5).all()
+    assert_initial(model.memory)
+    model.memory.w1.data.fill_(0.5)
+    model.memory.init_weights()
+    assert (model.memory.w1 == 0.5).all(), 'a second call changes nothing'
+
+
+def test_init_cfg():
+    """One's own comes on top of the layer's, and keeps what it does not name."""
+    layer = NeuralMemory(128, init_cfg=dict(type='Constant', layer='LayerNorm', val=0.25, bias=0.75))
+    w1 = layer.w1.clone()
+    layer.init_weights()
+    assert (layer.norm.weight == 0.25).all() and (layer.norm.bias == 0.75).all()
+    assert torch.equal(layer.w1, w1) and (layer.generators[2].bias[:128] == -2).all()
+
+
+def test_the_state_is_returned_if_asked_for():
+    layer = NeuralMemory(16, chunk_size=2)
+    y, state = layer(torch.randn(1, 5, 16), return_state=True)
+    assert isinstance(state, MemoryState) and y.shape == (1, 5, 16)
+    assert isinstance(layer(torch.randn(1, 5, 16)), torch.Tensor)
 
 
 def test_equations_by_hand():
@@ -101,16 +175,16 @@ def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state
     if with_state:
         state = MemoryState(*(s.detach().requires_grad_() for s in layer(torch.randn_like(x), return_state=True)[1]))
     x.requires_grad_()
-    for fast, plain in zip(gradients(layer, x, state, 'chunked'), gradients(layer, x, state, 'reference')):
-        assert (fast - plain).norm() <= 1e-10 * plain.norm()
+    for fast, exact in zip(gradients(layer, x, state, 'chunked'), gradients(layer, x, state, 'reference')):
+        assert (fast - exact).norm() <= 1e-10 * exact.norm()
 
 
 def test_layer_equals_reference_to_second_order(monkeypatch):
     monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
     layer = make_layer(chunk_size=8).double()
     x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
-    for fast, plain in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
-        assert (fast - plain).norm() <= 1e-9 * plain.norm()
+    for fast, exact in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
+        assert (fast - exact).norm() <= 1e-9 * exact.norm()
 
 
 def test_single_chunk_has_zero_gradients():
@@ -186,8 +260,12 @@ def test_autocast_keeps_the_inner_loop_in_float32():
 @pytest.mark.parametrize('options, message', [
     (dict(channels=40), 'channels must be a multiple of head_dim, got channels=40, head_dim=16'),
     (dict(channels=0), 'channels must be an integer of at least 1, got 0'),
+    (dict(channels=16.0), 'channels must be an integer of at least 1, got 16.0'),
+    (dict(channels=32, head_dim=-1), 'head_dim must be an integer of at least 1, got -1'),
     (dict(channels=32, hidden_dim=0), 'hidden_dim must be an integer of at least 1, got 0'),
     (dict(channels=32, chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+    (dict(channels=32, inner_step=1.5), 'inner_step .*1.5'),
+    (dict(channels=32, backend='gpu'), "backend .*'gpu'"),
 ])
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -214,51 +292,10 @@ def test_bad_state_is_named(backend):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r'expected tokens of shape \(B, N, 32\), got \(2, 5, 16\)'):
         make_layer()(torch.zeros(2, 5, 16))
+    with pytest.raises(ValueError, match=r'expected tokens of shape \(B, N, 32\), got \(5, 32\)'):
+        make_layer()(torch.zeros(5, 32))
 
 
-KEYS, VALUES, TOKENS = 12, 8, 256
-
-
-def draw_recall(batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, shown values (VALUES stands for none: the second half of the tokens asks) and the true values."""
-    table = torch.randint(VALUES, (batch, KEYS), generator=g)
-    keys = torch.randint(KEYS, (batch, TOKENS), generator=g)
-    values = table.gather(1, keys)
-    shown = values.clone()
-    shown[:, TOKENS // 2:] = VALUES
-    return keys, shown, values
-
-
-def recall_accuracy(**memory_cfg) -> float:
-    """Trains key-value recall for 150 iterations and returns the share of values named right."""
-    torch.manual_seed(0)
-    g = torch.Generator().manual_seed(1)
-    model = nn.ModuleDict(dict(
-        key=nn.Embedding(KEYS, 64), value=nn.Embedding(VALUES + 1, 64),
-        memory=NeuralMemory(64, chunk_size=32, **memory_cfg), norm=nn.LayerNorm(64), head=nn.Linear(64, VALUES)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-
-    def logits(keys, shown):
-        x = model['memory'](model['key'](keys) + model['value'](shown))
-        return model['head'](model['norm'](x))[:, TOKENS // 2:]
-
-    for _ in range(150):
-        keys, shown, values = draw_recall(32, g)
-        loss = F.cross_entropy(logits(keys, shown).flatten(0, 1), values[:, TOKENS // 2:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        keys, shown, values = draw_recall(256, g)
-        return (logits(keys, shown).argmax(-1) == values[:, TOKENS // 2:]).float().mean().item()
-
-
-@pytest.mark.parametrize('options', [
-    dict(), dict(update_rule='parallel'), dict(retrieve='final')], ids=['default', 'parallel', 'final'])
-def test_recall(options):
-    assert recall_accuracy(**options) >= 0.99
-
-
-def test_no_recall_without_writing():
-    """What the decay alone can tell of a sequence does not name its values."""
-    assert recall_accuracy(inner_step=0.0) <= 0.40
+def test_the_smallest_layer():
+    """One channel in one head of one hidden unit."""
+    assert NeuralMemory(1, chunk_size=1, head_dim=1, hidden_dim=1)(torch.randn(2, 3, 1)).shape == (2, 3, 1)

@@ -120,7 +120,9 @@ ANNOTATION_FAULTS = [
     (dict(bbox=[5, 60, 9, 4.6]), 'box outside the image', 'box [5, 60, 9, 4.6]'),
     (dict(bbox=[5, 5, 9]), 'bad box', 'must be four numbers, got [5, 5, 9]'),
     (dict(bbox=[5, 5, 9, float('nan')]), 'bad box', 'got [5, 5, 9, nan]'),
+    (dict(bbox=[5, 5, True, 9]), 'bad box', 'got [5, 5, True, 9]'),
     (dict(bbox='5 5 9 9'), 'bad box', "got '5 5 9 9'"),
+    (dict(area='9'), 'bad area', "must be a positive number, got '9'"),
     (dict(area=0), 'bad area', 'must be a positive number, got 0'),
     (dict(segmentation=[[1, 1, 5, 1, 5]]), 'bad polygon', 'polygon 0 has 5 numbers'),
     (dict(segmentation=[[1, 1, 5, 1, 5, 5], [1, 1, 5, 1]]), 'bad polygon', 'polygon 1 has 4 numbers'),
@@ -134,6 +136,11 @@ ANNOTATION_FAULTS = [
     (dict(segmentation=dict(size=[SIZE, SIZE], counts=[80, 1])), 'run lengths of another size', 'cover 81 pixels'),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts='1')), 'run lengths of another size', 'cover 1 pixels'),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts='1!')), 'bad run lengths', "character '!'"),
+    (dict(segmentation=dict(size=[SIZE, SIZE], counts='1p')), 'bad run lengths', "character 'p'"),
+    (dict(segmentation=dict(size=[SIZE, SIZE], counts='1/')), 'bad run lengths', "character '/'"),
+    (dict(segmentation=dict(size=[SIZE, SIZE], counts=None)), 'bad run lengths', 'a list or a string, got None'),
+    (dict(segmentation=dict(size=[SIZE, 64.0], counts=[SIZE * SIZE])), 'bad run lengths', 'must be [height, width]'),
+    (dict(segmentation=dict(counts=[1])), 'missing key', 'has no size'),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts='o')), 'bad run lengths', 'middle of a number'),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts=[SIZE**2 + 1, -1])), 'bad run lengths', '0 or more'),
     (dict(segmentation=dict(size=SIZE, counts=[1])), 'bad run lengths', 'must be [height, width]')]
@@ -152,6 +159,37 @@ def test_faults_of_annotations(root):
     for i, (fault, (_, _, words)) in enumerate(zip(faults, ANNOTATION_FAULTS, strict=True)):
         assert fault.reason.startswith(f'annotation {1000 + i}')
         assert words in fault.reason
+
+
+@pytest.mark.parametrize('right', [
+    dict(area=0.5), dict(segmentation=[[1, 1, 5, 1, 5, 5]]), dict(segmentation=[[1, 1, 5, 1.5, 5, 5, 1, 5]]),
+    dict(segmentation=dict(size=[SIZE, SIZE], counts=[0, SIZE**2])), dict(bbox=[0, 0, SIZE, SIZE])], ids=str)
+def test_what_is_right_with_an_annotation(root, right):
+    edit(root, lambda content: content['annotations'][0].update(right))
+    assert check('coco', root).clean
+
+
+def test_a_single_annotation_with_a_mask(root):
+    """All others lack one, then."""
+    def change(content):
+        content['annotations'] = content['annotations'][:3]
+        for annotation in content['annotations'][1:]:
+            del annotation['segmentation']
+
+    edit(root, change)
+    assert [(fault.kind, fault.reason.partition(' of ')[0]) for fault in check('coco', root).faults] == [
+        ('no segmentation', 'annotation 2'), ('no segmentation', 'annotation 3')]
+
+
+def test_an_image_of_one_pixel(root):
+    cv2.imwrite(str(root / 'coco/train/000001.jpg'), np.zeros((1, 1, 3), np.uint8))
+
+    def change(content):
+        content['images'][0].update(width=1, height=1)
+        content['annotations'] = [each for each in content['annotations'] if each['image_id'] != 1]
+
+    edit(root, change)
+    assert check('coco', root).clean
 
 
 def test_run_lengths_of_an_image_that_is_not_square(root):

@@ -79,6 +79,30 @@ def test_labels_out_of_range(root):
     assert report.notes == ['pixels of the value 255, which training ignores: 2, in 1 label maps']
 
 
+def test_a_single_pixel_counts(root):
+    paths = sorted((root / 'ade20k/annotations/training').iterdir())
+    for path in paths:
+        cv2.imwrite(str(path), np.zeros((SIZE, SIZE), np.uint8))
+    label = np.zeros((SIZE, SIZE), np.uint8)
+    label[3, 4], label[5, 6] = 2, 255
+    cv2.imwrite(str(paths[1]), label)
+    report = check('ade20k', root)
+    assert [(count.images, count.pixels) for count in report.counts] == [
+        (NUM_TRAIN, NUM_TRAIN * SIZE**2 - 2), (0, 0), (1, 1), (0, 0), (0, 0), (0, 0), (0, 0)]
+    assert report.notes == ['pixels of the value 255, which training ignores: 1, in 1 label maps']
+
+
+@pytest.mark.parametrize('num_classes', [1, 254])
+def test_as_few_and_as_many_classes_as_label_maps_can_have(root, num_classes):
+    for path in (root / 'ade20k/annotations/training').iterdir():
+        cv2.imwrite(str(path), np.full((SIZE, SIZE), num_classes, np.uint8))
+    report = check_ade20k(*arguments('ade20k', root), num_classes=num_classes, workers=1)
+    assert report.clean and not report.notes and len(report.counts) == num_classes + 1
+    assert report.counts[-1].images == NUM_TRAIN
+    with pytest.raises(ValueError, match='num_classes must be an integer from 1 to 254, got 255'):
+        check_ade20k(*arguments('ade20k', root), num_classes=255)
+
+
 def test_label_maps_whose_zero_is_a_class(root):
     """As mmsegmentation loads them with reduce_zero_label=False: 0 is the first class, and 6 of 6 does not exist."""
     labels = sorted((root / 'ade20k/annotations/training').iterdir())
@@ -204,7 +228,19 @@ def test_an_empty_list(listed):
     listed[1].write_text('')
     report = check_list(listed)
     assert [fault.kind for fault in report.faults] == ['no images'] + ['not in the list'] * NUM_TRAIN
-    assert report.images == 0
+    assert report.images == 0 and len(report.counts) == len(SHAPE_CLASSES)
+    assert check_list(listed, None).counts == []
+
+
+def test_a_list_of_one_image_and_the_label_0(listed):
+    folder, ann_file = listed
+    ann_file.write_text('000001.jpg 0')
+    for path in folder.iterdir():
+        if path.name != '000001.jpg':
+            path.unlink()
+    for num_classes in (None, 1):
+        report = check_list(listed, num_classes)
+        assert report.clean and [(count.name, count.images) for count in report.counts] == [('class 0', 1)]
 
 
 def test_as_many_class_folders_as_the_model_has_classes(root):

@@ -1,13 +1,19 @@
 """What all checks do alike: a clean set is clean, images are decoded as training will, paths and links are followed."""
+import os
+import signal
+import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from data_sets import IMAGES, MAKERS, NUM_TRAIN, SIZE, arguments, check, the_fault
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-from convneur_mm.datasets.check import check_ade20k, check_coco, check_imagenet
+from convneur_mm.datasets.check import check_ade20k, check_coco, check_imagenet, images
 
 
 @pytest.mark.parametrize('form', MAKERS)
@@ -49,7 +55,9 @@ def test_images_of_another_size(root, form, kind):
     path = root / IMAGES[form]
     cv2.imwrite(str(path), np.zeros((SIZE, SIZE + 5, 3), np.uint8))
     named = path if form == 'coco' else root / 'ade20k/annotations/training/000002.png'
-    the_fault(check(form, root), named, kind, f'{SIZE + 5} x {SIZE}', f'{SIZE} x {SIZE}')
+    report = check(form, root)
+    the_fault(report, named, kind, f'{SIZE + 5} x {SIZE}', f'{SIZE} x {SIZE}')
+    assert 'EXIF' not in report.faults[0].reason
 
 
 @pytest.mark.parametrize('form, kind', [('coco', 'wrong size'), ('ade20k', 'sizes differ')])
@@ -97,3 +105,146 @@ def test_a_file_is_no_folder(clean):
         check_coco(clean / 'coco', clean / 'coco/train')
     with pytest.raises(ValueError, match='num_classes must be an integer from 1 to 254, got 0'):
         check_ade20k(*arguments('ade20k', clean), num_classes=0)
+
+
+@pytest.mark.parametrize('workers', [0, 1025, 1.5, True])
+def test_workers_are_from_1_to_1024(workers):
+    assert [images.checked_workers(number) for number in (1, 1024)] == [1, 1024]
+    with pytest.raises(ValueError, match=f'workers must be an integer from 1 to 1024, got {workers}'):
+        images.checked_workers(workers)
+
+
+def test_a_worker_for_each_core_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {2, 5, 7} if process == 0 else None, raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    assert images.checked_workers(None) == 3
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    assert images.checked_workers(None) == 8
+    monkeypatch.setattr(os, 'cpu_count', lambda: None)
+    assert images.checked_workers(None) == 1
+
+
+def save_turned(path: str, orientation: int) -> str:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new('RGB', (40, 24)).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png'])
+@pytest.mark.parametrize('orientation', range(10))
+def test_sizes_of_turned_images_are_those_of_opencv(tmp_path, orientation, suffix):
+    path = save_turned(str(tmp_path / f'1.{suffix}'), orientation)
+    assert images.decode_image(path) == (None, cv2.imread(path).shape[1::-1], (40, 24))
+
+
+def test_formats_that_opencv_does_not_turn(tmp_path):
+    path = save_turned(str(tmp_path / '1.webp'), 6)
+    if cv2.imread(path).shape[1::-1] == (40, 24):  # not so in every version of OpenCV
+        assert images.decode_image(path) == (None, (40, 24), (40, 24))
+
+
+@pytest.mark.parametrize('size, decoded', [((64, 40), (8, 5)), ((160, 16), (20, 2)), ((16, 160), (2, 20)),
+                                           ((7, 5), (2, 2))])
+def test_jpegs_are_decoded_at_an_eighth_of_their_size(tmp_path, monkeypatch, size, decoded):
+    """In greys: half the time."""
+    load, seen = JpegImageFile.load, []
+
+    def spy(image):
+        seen.append((image.mode, image.size))
+        return load(image)
+
+    Image.new('RGB', size).save(tmp_path / '1.jpg')
+    monkeypatch.setattr(JpegImageFile, 'load', spy)
+    assert images.decode_image(str(tmp_path / '1.jpg')) == (None, size, size)
+    assert seen == [('L', decoded)]
+
+
+def test_errors_of_damaged_images(tmp_path):
+    empty, other = tmp_path / 'empty', tmp_path / 'other'
+    empty.write_bytes(b'')
+    other.write_bytes(b'1')
+    for path, error, kind, reason in (
+            (empty, FileNotFoundError('x'), 'missing', 'does not exist'),
+            (empty, UnidentifiedImageError('x'), 'unreadable', 'is empty'),
+            (other, UnidentifiedImageError('x'), 'unreadable', 'is no image'),
+            (other, OSError('truncated'), 'unreadable', 'does not decode: truncated'),
+            (other, EOFError(), 'unreadable', 'does not decode: EOFError')):
+        fault = images.unreadable(str(path), error)
+        assert (fault.path, fault.kind, fault.reason) == (str(path), kind, reason)
+
+
+def test_files_under_a_folder(tmp_path):
+    """As mmengine lists them: not those whose name starts with a dot, but those in such a folder."""
+    for name in ('a.jpg', '.hidden', 'b/.c/d', 'b/.e'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('')
+    assert sorted(images.files_under(tmp_path)) == ['a.jpg', 'b/.c/d']
+
+
+def look(item: int) -> tuple:
+    """What a worker sees; of a module, as workers find functions by name."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.warn('of Pillow', stacklevel=1)
+    return item, os.getpid() != PARENT, signal.getsignal(signal.SIGINT), Image.MAX_IMAGE_PIXELS, seen
+
+
+PARENT = os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere workers would have to import this file')
+def test_workers_ignore_signals_and_warnings_and_take_images_of_any_size(capfd):
+    found = list(images.in_parallel(look, range(9), 2))
+    assert found == [(i, True, signal.SIG_IGN, None, []) for i in range(9)]
+    out, err = capfd.readouterr()
+    assert not out and 'checking' in err and '9/9' in err
+
+
+class Pool:
+    """Stands in for the processes: notes how it is used and works in this one."""
+
+    def __init__(self, workers, context, **options):
+        self.used = {'workers': workers, 'context': context, **options}
+        Pool.last = self
+
+    def map(self, function, items, chunksize):
+        self.used['chunksize'] = chunksize
+        return map(function, items)
+
+    def shutdown(self, **options):
+        self.used['shutdown'] = options
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(images, 'ProcessPoolExecutor', Pool)
+    monkeypatch.setattr(images.multiprocessing, 'get_context', lambda method: method)
+    return Pool
+
+
+@pytest.mark.parametrize('items, workers, used, chunksize', [
+    (1, 4, 1, 1), (7, 1, 1, 1), (80, 2, 2, 10), (255, 2, 2, 31), (5000, 2, 2, 32), (16, 3, 3, 1)])
+def test_items_go_to_workers_in_chunks(pool, monkeypatch, items, workers, used, chunksize):
+    """Of at most 32, and four or more for each worker, so that none is left with much when the others are done."""
+    for platform, context in (('linux', 'fork'), ('darwin', None)):
+        monkeypatch.setattr(images.sys, 'platform', platform)
+        assert list(images.in_parallel(str, range(items), workers)) == [str(i) for i in range(items)]
+        assert pool.last.used == dict(workers=used, context=context, initializer=images._start_worker,
+                                      chunksize=chunksize, shutdown=dict(cancel_futures=True))
+
+
+def test_nothing_to_do_starts_nothing(pool):
+    pool.last = None
+    assert list(images.in_parallel(str, [], 2)) == [] and pool.last is None
+
+
+def test_an_error_ends_the_workers(pool):
+    with pytest.raises(ValueError, match='invalid literal'):
+        list(images.in_parallel(int, ['1', 'x'], 1))
+    assert pool.last.used['shutdown'] == dict(cancel_futures=True)
+
+
+@pytest.mark.parametrize('finished, speed, text', [(None, None, ''), (None, 7.4, '7 images/s'), (9, 7, '9 images/s')])
+def test_the_rate_beside_the_progress_bar(finished, speed, text):
+    task = SimpleNamespace(finished_speed=finished, speed=speed)
+    assert images._RateColumn().render(task).plain == text
