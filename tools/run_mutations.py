@@ -8,8 +8,6 @@
 Needs requirements/mutation.txt. The changes (mutants) are cosmic-ray's, and so is the file that keeps the results: an
 interrupted run goes on where it was. tests/README.md says which changes are made, and which tests are run.
 """
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
@@ -28,6 +26,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
+
+if importlib.util.find_spec('cosmic_ray') is None:
+    sys.exit('run_mutations: error: cosmic-ray is not installed: python -m pip install -r requirements/mutation.txt')
 
 import parso  # noqa: F401  before cosmic_ray, which imports its parts in an order that fails
 import pytest

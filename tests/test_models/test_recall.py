@@ -1,12 +1,13 @@
-"""That the memory remembers: it learns to name the values of keys that it was shown earlier in a sequence."""
+"""That the memory remembers: it learns to name the values of keys that it was shown earlier in a sequence.
+
+With the C++ kernels where they are compiled; that PyTorch's operators compute the same is tested with the operator.
+"""
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convneur_mm.models import NeuralMemory
-
-pytestmark = pytest.mark.usefixtures('both_codes')
 
 KEYS, VALUES, TOKENS = 12, 8, 256
 

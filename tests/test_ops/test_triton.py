@@ -25,6 +25,7 @@ def python(*args, **env: str) -> str:
 
 
 @needs_triton
+@pytest.mark.timeout(1200)  # the interpreter takes minutes, several times that with coverage
 @pytest.mark.parametrize('device', ['interpreter', *(['cuda'] if torch.cuda.is_available() else [])])
 def test_equals_reference(device, tmp_path):
     environment = dict(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='01'[device == 'interpreter'])
