@@ -44,8 +44,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = ('convneur_mm/models', 'convneur_mm/engine', 'convneur_mm/datasets/check', 'convneur_mm/stack.py')
 # Tests of a module beside those of the same name: tests/test_X/test_Y.py for convneur_mm/X/Y.py.
 MORE_TESTS = {
-    'convneur_mm/engine/safe_files.py': ['tests/test_engine/test_checkpoint.py'],
-    'convneur_mm/engine/weights_file.py': ['tests/test_engine/test_checkpoint.py'],
     'convneur_mm/models/global_memory.py': ['tests/test_models/test_convneur.py'],
 }
 # Imported once, before the process forks for each mutant; the package itself is not among them.

@@ -88,12 +88,6 @@ class TestSoundCheckpoints:
             assert sorted(flat(trained)) == sorted(flat(weights))
         assert 'cannot be resumed from, as it holds weights but no state of training' in run('train', '--resume', name)
 
-    def test_safetensors_are_missed_by_name(self, tmp_path, monkeypatch):
-        safetensors.save_file({'w': torch.ones(1)}, tmp_path / 'x.safetensors')
-        monkeypatch.setitem(sys.modules, 'safetensors', None)
-        with pytest.raises(CheckpointError, match=r'x\.safetensors is a safetensors file.*: pip install safetensors$'):
-            read_checkpoint(str(tmp_path / 'x.safetensors'))
-
 
 @pytest.mark.parametrize('name, message', [
     ('nowhere.pth', 'no such (file|checkpoint): nowhere.pth'),
@@ -140,13 +134,14 @@ FETCH = """
 import datetime, os, sys, time
 import torch.distributed
 from convneur_mm.engine.checkpoint import fetch_checkpoint
-store, rank, url = sys.argv[1:]
+store, rank, *urls = sys.argv[1:]
 torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=int(rank), world_size=2,
                                      timeout=datetime.timedelta(seconds=60))
-try:
-    print('path', fetch_checkpoint(url), flush=True)
-except ValueError as error:
-    print('error', error, flush=True)
+for url in urls:
+    try:
+        print('path', fetch_checkpoint(url), flush=True)
+    except ValueError as error:
+        print('error', error, flush=True)
 # The other one may still read what this one has sent.
 open(f'{store}.{rank}', 'w').close()
 while not os.path.exists(f'{store}.{1 - int(rank)}'):
@@ -155,35 +150,27 @@ os._exit(0)
 """
 
 
-def fetch_in_two_processes(tmp_path, url):
-    """What two processes print that fetch a URL into torch's folders ``hub0`` and ``hub1``, as on two machines."""
+def test_processes_of_two_machines_meet_whichever_has_the_file(tmp_path):
+    """The one that has it would else go on without the other, which would wait for it for ever."""
+    torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'there.pth')
+    there, gone = (tmp_path / 'there.pth').as_uri(), (tmp_path / 'gone.pth').as_uri()
+    hubs = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' for rank in range(2)]
+    hubs[0].mkdir(parents=True)
+    hubs[1].mkdir(parents=True)
+    (hubs[0] / 'there.pth').write_bytes((tmp_path / 'there.pth').read_bytes())
+    (hubs[1] / 'gone.pth').write_bytes(b'x')
     processes = [subprocess.Popen(
-        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), url], text=True, cwd=ROOT,
+        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), there, gone], text=True, cwd=ROOT,
         stdout=subprocess.PIPE,
         env={**os.environ, 'TORCH_HOME': str(tmp_path / f'hub{rank}'), 'OMP_NUM_THREADS': '1'}) for rank in range(2)]
     outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
-    return [[line for line in output if ' - INFO - downloading ' not in line] for output in outputs]
-
-
-def test_processes_of_two_machines_fetch_what_they_lack(tmp_path):
-    """One has the file; it meets the other nevertheless, which would else wait for it for ever."""
-    torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'source.pth')
-    paths = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' / 'source.pth' for rank in range(2)]
-    paths[0].parent.mkdir(parents=True)
-    paths[0].write_bytes((tmp_path / 'source.pth').read_bytes())
-    outputs = fetch_in_two_processes(tmp_path, (tmp_path / 'source.pth').as_uri())
-    assert outputs == [[f'path {path}'] for path in paths]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_all_processes_fail_where_one_cannot_fetch(tmp_path):
-    path = tmp_path / 'hub1' / 'hub' / 'checkpoints' / 'source.pth'
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b'x')
-    outputs = fetch_in_two_processes(tmp_path, (tmp_path / 'source.pth').as_uri())
-    for output in outputs:
-        assert len(output) == 1
-        assert re.match(r'error file://\S*/source\.pth could not be fetched \(.*\); check the address', output[0])
+    for hub, output in zip(hubs, outputs):
+        of_there, of_gone = [line for line in output if ' - INFO - downloading ' not in line]
+        # One of them fetches it.
+        assert of_there == f'path {hub}/there.pth'
+        assert (hub / 'there.pth').read_bytes() == (tmp_path / 'there.pth').read_bytes()
+        # Both fail where one cannot.
+        assert re.match(r'error file://\S*/gone\.pth could not be fetched \(.*\); check the address', of_gone)
 
 
 def test_processes_of_a_machine_download_once(tmp_path, monkeypatch):
