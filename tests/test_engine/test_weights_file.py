@@ -91,12 +91,12 @@ class TestLoadFile:
     def test_maps_memory_where_the_format_has_it(self, tmp_path):
         for kind in 'zip', 'old format':
             path = tmp_path / 'x.pth'
-            for mmap in False, True:
+            for mmap in (), (False,), (True,):
                 path.write_bytes(FORMATS[kind])
-                weight = load_file(path, 'cpu', False, mmap)['w']
+                weight = load_file(path, 'cpu', False, *mmap)['w']
                 with path.open('r+b') as file:  # the same file, so that a map of it changes
                     file.write(FORMATS[kind].replace(struct.pack('<f', 2), struct.pack('<f', 7)))
-                assert weight.tolist() == [0, 1, 7 if mmap and kind == 'zip' else 2]
+                assert weight.tolist() == [0, 1, 7 if mmap == (True,) and kind == 'zip' else 2]
         assert load_file(path, 'cpu', False)['w'].tolist() == [0, 1, 7]
 
     @pytest.mark.parametrize('allow_pickle', [False, True])
