@@ -419,6 +419,21 @@ class TestSafeLoading:
                 read_checkpoint(str(tmp_path / 'x.pth'))
             read_checkpoint(str(tmp_path / 'x.pth'), allow_pickle=True)
 
+    @pytest.mark.parametrize('name, reason', [
+        ('open-mmlab://no_such_net', "no model 'no_such_net'"),
+        ('s3://bucket/x.pth', 'Please install petrel_client.*')])
+    def test_names_what_cannot_be_fetched(self, name, reason):
+        with safe_loading(), pytest.raises(CheckpointError, match=(
+                rf'^{name} could not be fetched \({reason}\); check the name, or download the file and give its ')):
+            CheckpointLoader.load_checkpoint(name)
+
+    def test_has_weights_where_mmengines_hooks_look_for_them(self, tmp_path):
+        for saved, loaded in ((dict(w=1), dict(state_dict=dict(w=1))), (dict(model=dict(w=1), meta=2), dict(
+                state_dict=dict(w=1))), (dict(state_dict=dict(w=1), meta={}), dict(state_dict=dict(w=1), meta={}))):
+            torch.save(saved, tmp_path / 'x.pth')
+            with safe_loading():
+                assert CheckpointLoader.load_checkpoint(str(tmp_path / 'x.pth')) == loaded
+
     def test_maps_to_where_the_caller_wants(self, tmp_path):
         torch.save(dict(w=torch.ones(2)), tmp_path / 'x.pth')
         with safe_loading():

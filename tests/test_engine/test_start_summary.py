@@ -14,7 +14,6 @@ from torch import nn
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine import start_summary
-from convneur_mm.engine.launch import without_sync_bn
 from convneur_mm.engine.start_summary import chunk_lines, memory_groups, memory_path
 from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.ops.neural_memory import cpu
@@ -377,8 +376,3 @@ def test_the_named_path_is_the_one_taken(monkeypatch):
         calls.clear()
         memory(torch.rand(1, 9, 16))
         assert bool(calls) is memory_path(memory)[0].startswith('C++'), options
-
-
-def test_sync_bn_is_reported():
-    assert without_sync_bn(dict(head=dict(norm_cfg=dict(type='SyncBN')), necks=[dict(type='BN')]))
-    assert not without_sync_bn(dict(head=dict(norm_cfg=dict(type='BN')), necks=[dict(type='FPN')]))
