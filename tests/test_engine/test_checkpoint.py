@@ -315,9 +315,14 @@ class TestFetching:
         monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
         (tmp_path / 'checkpoints').mkdir()
         (tmp_path / 'checkpoints' / 'x.pth').touch()
-        monkeypatch.setattr(checkpoint, 'all_gather_object', lambda error: [error, 'no network there'])
+        monkeypatch.setattr(checkpoint, 'all_gather_object', lambda error: [error, 'no network there', 'nor here'])
         with pytest.raises(CheckpointError, match='^no network there$'):
             fetch_checkpoint('http://host/x.pth')
+
+    def test_what_holds_no_weights_is_no_checkpoint(self, tmp_path):
+        torch.save([1], tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match='x.pth is no checkpoint: it holds a list'):
+            read_checkpoint(str(tmp_path / 'x.pth'))
 
     def test_names_of_mmengine(self):
         assert is_mmengine_name('torchvision://resnet50') and is_mmengine_name('s3://bucket/x.pth')
@@ -389,9 +394,10 @@ class TestBackbones:
         with pytest.raises(CheckpointError, match='the model has a.weight, a.bias, the checkpoint weight$'):
             load_pretrained(nn.ModuleDict(dict(a=nn.Linear(2, 1))), str(tmp_path / 'x.pth'), 'neck')
 
-    @pytest.mark.parametrize('allow_pickle', [False, True])
-    def test_of_a_file_that_needs_pickle(self, allow_pickle, tmp_path):
+    @pytest.mark.parametrize('options', [{}, dict(allow_pickle=False), dict(allow_pickle=True)])
+    def test_of_a_file_that_needs_pickle(self, options, tmp_path):
         torch.save({'weight': torch.ones(1, 2), 'bias': torch.ones(1), 'call': functools.partial(int)},
                    tmp_path / 'x.pth')
-        with nullcontext() if allow_pickle else pytest.raises(UnsafeCheckpointError):
-            load_pretrained(nn.Linear(2, 1), str(tmp_path / 'x.pth'), allow_pickle=allow_pickle)
+        for read in read_checkpoint, functools.partial(load_pretrained, nn.Linear(2, 1)):
+            with nullcontext() if options.get('allow_pickle') else pytest.raises(UnsafeCheckpointError):
+                read(str(tmp_path / 'x.pth'), **options)
