@@ -147,8 +147,11 @@ class TestLeave:
 
         monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
         monkeypatch.setattr(os, '_exit', leave_at_once)
+        flushed = []
+        monkeypatch.setattr(sys.stdout, 'flush', lambda: flushed.append(True))
         with pytest.raises(InterruptedError, match='^143$'):
             leave(Interrupted(signal.SIGTERM), None)
+        assert flushed == [True]
 
 
 @pytest.mark.usefixtures('restored')
