@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 from collections import Counter, OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,9 @@ def test_items_go_to_the_last_value(opcodes, value):
     # Storages, not the classes whose source torch's oldest format compares.
     (b'(' + text('module') + BUFFER[:-2] + text('a.py') + text('source') + b'tQ', 'the persistent id'),
     (text('storage') + b'Q', 'the persistent id'),
+    *((b'(' + text('storage') + BUFFER[:-2] + key_location_number + b'tQ', f'a {kind} in an unexpected place')
+      for kind, key_location_number in (('NoneType', b'N' + text('cpu') + b'K\x01'), ('int', text('0') + b'K\x01K\x01'),
+                                        ('str', text('0') + text('cpu') + text('1')))),
     (b'P0\n', 'opcode'),
     # Buffers that are not in the file.
     (b'\x97', 'opcode'), (b'\x96' + struct.pack('<Q', 1) + b'a', 'opcode'),
@@ -260,3 +264,23 @@ def test_types_without_a_storage_class_load(dtype, tmp_path):
     assert loaded.float().tolist() == [0, 1, 2]
     load = dict(weights_only=False, pickle_module=restricted_pickle)
     assert torch.load(tmp_path / 'x.pth', map_location='meta', **load).is_meta
+
+
+@pytest.mark.parametrize('version, compares', [('2.1.2', True), ('2.11.0', True), ('2.12.0', False), ('2.13.1', False)])
+@pytest.mark.filterwarnings('error')
+def test_storages_are_compared_with_their_records_where_pytorch_does_not(version, compares, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.storage, '_always_warn_typed_storage_removal', True)
+    torch.save(torch.arange(3.0), tmp_path / 'x.pth')
+    with (tmp_path / 'x.pth').open('rb') as file:
+        for archive in torch._C.PyTorchFileReader(file), SimpleNamespace(get_record=lambda name: b'short'):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, '__version__', torch.torch_version.TorchVersion(version))
+                module = restricted_pickle.for_archive(archive)
+            assert module.__name__ == 'convneur_mm.engine.restricted_pickle'
+            assert module.load is restricted_pickle.load
+            if compares and isinstance(archive, SimpleNamespace):
+                with pytest.raises(pickle.UnpicklingError, match='^the storage 0 is longer than its record$'):
+                    torch.load(tmp_path / 'x.pth', pickle_module=module, weights_only=False)
+            else:
+                loaded = torch.load(tmp_path / 'x.pth', pickle_module=module, weights_only=False)
+                assert loaded.tolist() == [0, 1, 2]
