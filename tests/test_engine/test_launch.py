@@ -163,6 +163,15 @@ def test_the_arguments_by_default():
         make_parser('').parse_args(['x.py', '--launcher', 'mpi'])
 
 
+def test_the_help_of_the_arguments():
+    shown = ' '.join(make_parser('What it does.').format_help().split())
+    for part in ('What it does.', 'path of a config, or the name of one that convneur_mm ships',
+                 '(default: work_dirs/<name of the config>)', '--cfg-options KEY=VALUE [KEY=VALUE ...]',
+                 'a list is written key="[a,b]", without blanks', 'job launcher', 'without it they are refused'):
+        assert part in shown
+    assert 'local_rank' not in shown and 'local-rank' not in shown
+
+
 def test_the_work_dir(load):
     assert load().work_dir == 'work_dirs/own'
     assert load('work_dir = "there"').work_dir == 'there'
