@@ -170,7 +170,7 @@ class Unpickler(pickle._Unpickler):
 
     # Set by :func:`for_archive`.
     archive: torch._C.PyTorchFileReader | None = None
-    dispatch = _Opcodes({opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _PLAIN_OPCODES})
+    dispatch = _Opcodes({ord(opcode): pickle._Unpickler.dispatch[ord(opcode)] for opcode in _PLAIN_OPCODES})
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name stands for; it never imports anything."""
@@ -189,7 +189,7 @@ class Unpickler(pickle._Unpickler):
             raise ForbiddenPickleError(f'a call of {function!r}')
         self.stack[-1] = function(*arguments)
 
-    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[ord(pickle.REDUCE)] = load_reduce
 
     def load_newobj(self) -> None:
         """Makes an instance without calling its ``__init__``."""
@@ -198,7 +198,7 @@ class Unpickler(pickle._Unpickler):
             raise ForbiddenPickleError(f'an instance of {cls!r}')
         self.append(HistoryBuffer.__new__(HistoryBuffer))
 
-    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[ord(pickle.NEWOBJ)] = load_newobj
 
     def load_build(self) -> None:
         """Sets an object's state."""
@@ -225,7 +225,7 @@ class Unpickler(pickle._Unpickler):
         else:
             raise ForbiddenPickleError(f'a state for a {type(target).__name__}')
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[ord(pickle.BUILD)] = load_build
 
     @staticmethod
     def _build_log_buffer(buffer: HistoryBuffer, state: object) -> None:
@@ -245,7 +245,7 @@ class Unpickler(pickle._Unpickler):
         _require(self.stack[-1], list)
         self.stack[-1].append(item)
 
-    dispatch[pickle.APPEND[0]] = load_append
+    dispatch[ord(pickle.APPEND)] = load_append
 
     def load_appends(self) -> None:
         """Appends items to a list."""
@@ -253,7 +253,7 @@ class Unpickler(pickle._Unpickler):
         _require(self.stack[-1], list)
         self.stack[-1].extend(items)
 
-    dispatch[pickle.APPENDS[0]] = load_appends
+    dispatch[ord(pickle.APPENDS)] = load_appends
 
     def load_additems(self) -> None:
         """Adds items to a set."""
@@ -261,7 +261,7 @@ class Unpickler(pickle._Unpickler):
         _require(self.stack[-1], set)
         self.stack[-1].update(items)
 
-    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[ord(pickle.ADDITEMS)] = load_additems
 
     def load_setitem(self) -> None:
         """Sets one item of a dict."""
@@ -269,7 +269,7 @@ class Unpickler(pickle._Unpickler):
         _require(self.stack[-1], (dict, OrderedDict))
         self.stack[-1][key] = value
 
-    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[ord(pickle.SETITEM)] = load_setitem
 
     def load_setitems(self) -> None:
         """Sets items of a dict."""
@@ -277,7 +277,7 @@ class Unpickler(pickle._Unpickler):
         _require(self.stack[-1], (dict, OrderedDict))
         self.stack[-1].update(zip(items[::2], items[1::2]))
 
-    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[ord(pickle.SETITEMS)] = load_setitems
 
     def load_binpersid(self) -> None:
         """Asks torch for a storage, which lies in the file outside of the pickle."""
@@ -288,11 +288,14 @@ class Unpickler(pickle._Unpickler):
         for part, expected in zip(reference[2:5], (str, str, int)):
             _require(part, expected)
         storage = self.persistent_load(reference)
-        if self.archive is not None and storage.nbytes() > len(self.archive.get_record(f'data/{reference[2]}')):
-            raise pickle.UnpicklingError(f'the storage {reference[2]} is longer than its record')
+        if self.archive is not None:
+            # Not nbytes() of the typed one, which warns that PyTorch will do without it.
+            size = storage._untyped_storage.nbytes()
+            if size > len(self.archive.get_record(f'data/{reference[2]}')):
+                raise pickle.UnpicklingError(f'the storage {reference[2]} is longer than its record')
         self.append(storage)
 
-    dispatch[pickle.BINPERSID[0]] = load_binpersid
+    dispatch[ord(pickle.BINPERSID)] = load_binpersid
 
 
 def for_archive(archive: torch._C.PyTorchFileReader) -> SimpleNamespace:

@@ -336,7 +336,7 @@ def _results(runner: Runner, mode: str) -> str:
     if saving.max_keep_ckpts > 0:
         text += f', the last {saving.max_keep_ckpts} kept'
     if saving.save_best:
-        text += f', and the best ({saving.save_best})'
+        text += f', and the best ({", ".join(saving.save_best)})'  # MMEngine makes a list of it
     return text
 
 

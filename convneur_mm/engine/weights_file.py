@@ -80,7 +80,7 @@ def _load_opened(file: BinaryIO, name: str, map_location: Any, allow_pickle: boo
         if 'constants.pkl' in archive.get_all_records():
             raise UnsafeCheckpointError(f'{name} was not loaded, because it is a TorchScript program; save its '
                                         'state_dict() instead')
-    elif tarfile.is_tarfile(file):
+    elif start == 0 and tarfile.is_tarfile(file):  # further on, tarfile takes anything for one, and torch nothing
         raise UnsafeCheckpointError(f'{name} was not loaded, because it is a tar archive, which PyTorch wrote before '
                                     f'version 0.1.10; {ALLOW}')
     elif not head.startswith(b'\x80'):

@@ -124,13 +124,17 @@ def load_tool(name: str) -> ModuleType:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """Runs a tool on the config above in an empty folder, and returns the one line of its error, or None."""
+    """Runs a tool, on the config above in an empty folder, and returns the line that it ends with, or None.
+
+    By default that is of an error, and returned without the word; ``code`` is another exit code than that of errors.
+    ``config`` may name a shipped one.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'config.py').write_text(CONFIG)
 
-    def run(name, *args):
+    def run(name, *args, config='config.py', code=2):
         module = load_tool(name)
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', 'config.py', '--work-dir', 'work', *map(str, args)])
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', config, '--work-dir', 'work', *map(str, args)])
         capfd.readouterr()
         for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
             # A run is a process of its own; the loggers of former ones write to what pytest has closed.
@@ -138,10 +142,10 @@ def run(tmp_path, monkeypatch, capfd):
         try:
             module.launch.run(module.main)
         except SystemExit as error:
-            assert error.code == 2
+            assert error.code == code
             errors = capfd.readouterr().err.splitlines()
             assert 'Traceback' not in ''.join(errors)
-            assert errors[-1].startswith('error: ')
+            assert errors[-1].startswith('error: ') or code != 2
             return errors[-1].removeprefix('error: ')
         return None
 

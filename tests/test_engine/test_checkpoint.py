@@ -1,4 +1,6 @@
 """Checkpoints by path, URL and name, of this model and of others."""
+import functools
+import logging
 import os
 import pickle
 import re
@@ -7,21 +9,32 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from safetensors import torch as safetensors
 
-from convneur_mm.engine import safe_loading
-from convneur_mm.engine.checkpoint import fetch_checkpoint, load_pretrained, read_checkpoint
+from convneur_mm.engine import checkpoint, safe_loading
+from convneur_mm.engine.checkpoint import (
+    check_all_match,
+    check_backbone_shapes,
+    check_some_match,
+    checkpoint_weights,
+    compare_weights,
+    fetch_checkpoint,
+    is_mmengine_name,
+    load_pretrained,
+    read_checkpoint,
+)
 from convneur_mm.engine.launch import readable_checkpoint
-from convneur_mm.engine.weights_file import CheckpointError
+from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 from convneur_mm.models import ConvNeur
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +72,10 @@ class TestSoundCheckpoints:
             shutil.copytree(trained, 'work')
             Path('work/last_checkpoint').write_text('work/epoch_2.pth')
             assert run('train', '--resume', *args, '--cfg-options', 'train_cfg.max_epochs=3') is None
-            checkpoint = torch.load('work/epoch_3.pth', weights_only=False)
-            assert len(checkpoint['message_hub']['log_scalars']['train/loss'].data[0]) == 6
-            del checkpoint['meta'], checkpoint['message_hub']
-            results.append(flat(checkpoint))
+            saved = torch.load('work/epoch_3.pth', weights_only=False)
+            assert len(saved['message_hub']['log_scalars']['train/loss'].data[0]) == 6
+            del saved['meta'], saved['message_hub']
+            results.append(flat(saved))
         assert results[0] == results[1]
         assert results[0] != flat(torch.load(trained / 'epoch_2.pth', weights_only=False))
 
@@ -87,12 +100,6 @@ class TestSoundCheckpoints:
             trained = torch.load('work/epoch_2.pth', weights_only=False)['state_dict']
             assert sorted(flat(trained)) == sorted(flat(weights))
         assert 'cannot be resumed from, as it holds weights but no state of training' in run('train', '--resume', name)
-
-    def test_safetensors_are_missed_by_name(self, tmp_path, monkeypatch):
-        safetensors.save_file({'w': torch.ones(1)}, tmp_path / 'x.safetensors')
-        monkeypatch.setitem(sys.modules, 'safetensors', None)
-        with pytest.raises(CheckpointError, match=r'x\.safetensors is a safetensors file.*: pip install safetensors$'):
-            read_checkpoint(str(tmp_path / 'x.safetensors'))
 
 
 @pytest.mark.parametrize('name, message', [
@@ -140,13 +147,14 @@ FETCH = """
 import datetime, os, sys, time
 import torch.distributed
 from convneur_mm.engine.checkpoint import fetch_checkpoint
-store, rank, url = sys.argv[1:]
+store, rank, *urls = sys.argv[1:]
 torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=int(rank), world_size=2,
                                      timeout=datetime.timedelta(seconds=60))
-try:
-    print('path', fetch_checkpoint(url), flush=True)
-except ValueError as error:
-    print('error', error, flush=True)
+for url in urls:
+    try:
+        print('path', fetch_checkpoint(url), flush=True)
+    except ValueError as error:
+        print('error', error, flush=True)
 # The other one may still read what this one has sent.
 open(f'{store}.{rank}', 'w').close()
 while not os.path.exists(f'{store}.{1 - int(rank)}'):
@@ -155,35 +163,27 @@ os._exit(0)
 """
 
 
-def fetch_in_two_processes(tmp_path, url):
-    """What two processes print that fetch a URL into torch's folders ``hub0`` and ``hub1``, as on two machines."""
+def test_processes_of_two_machines_meet_whichever_has_the_file(tmp_path):
+    """The one that has it would else go on without the other, which would wait for it for ever."""
+    torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'there.pth')
+    there, gone = (tmp_path / 'there.pth').as_uri(), (tmp_path / 'gone.pth').as_uri()
+    hubs = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' for rank in range(2)]
+    hubs[0].mkdir(parents=True)
+    hubs[1].mkdir(parents=True)
+    (hubs[0] / 'there.pth').write_bytes((tmp_path / 'there.pth').read_bytes())
+    (hubs[1] / 'gone.pth').write_bytes(b'x')
     processes = [subprocess.Popen(
-        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), url], text=True, cwd=ROOT,
+        [sys.executable, '-c', FETCH, str(tmp_path / 'store'), str(rank), there, gone], text=True, cwd=ROOT,
         stdout=subprocess.PIPE,
         env={**os.environ, 'TORCH_HOME': str(tmp_path / f'hub{rank}'), 'OMP_NUM_THREADS': '1'}) for rank in range(2)]
     outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
-    return [[line for line in output if ' - INFO - downloading ' not in line] for output in outputs]
-
-
-def test_processes_of_two_machines_fetch_what_they_lack(tmp_path):
-    """One has the file; it meets the other nevertheless, which would else wait for it for ever."""
-    torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'source.pth')
-    paths = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' / 'source.pth' for rank in range(2)]
-    paths[0].parent.mkdir(parents=True)
-    paths[0].write_bytes((tmp_path / 'source.pth').read_bytes())
-    outputs = fetch_in_two_processes(tmp_path, (tmp_path / 'source.pth').as_uri())
-    assert outputs == [[f'path {path}'] for path in paths]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_all_processes_fail_where_one_cannot_fetch(tmp_path):
-    path = tmp_path / 'hub1' / 'hub' / 'checkpoints' / 'source.pth'
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b'x')
-    outputs = fetch_in_two_processes(tmp_path, (tmp_path / 'source.pth').as_uri())
-    for output in outputs:
-        assert len(output) == 1
-        assert re.match(r'error file://\S*/source\.pth could not be fetched \(.*\); check the address', output[0])
+    for hub, output in zip(hubs, outputs):
+        of_there, of_gone = [line for line in output if ' - INFO - downloading ' not in line]
+        # One of them fetches it.
+        assert of_there == f'path {hub}/there.pth'
+        assert (hub / 'there.pth').read_bytes() == (tmp_path / 'there.pth').read_bytes()
+        # Both fail where one cannot.
+        assert re.match(r'error file://\S*/gone\.pth could not be fetched \(.*\); check the address', of_gone)
 
 
 def test_processes_of_a_machine_download_once(tmp_path, monkeypatch):
@@ -204,6 +204,129 @@ def test_processes_of_a_machine_download_once(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert calls == ['http://host/x.pth'] and path.read_bytes() == b'x'
+
+
+def matching(own, weights, classes=None):
+    """The error of check_all_match, of weights with these shapes, without its beginning."""
+    own, weights = ({name: torch.empty(shape) for name, shape in shapes.items()} for shapes in (own, weights))
+    with pytest.raises(CheckpointError) as error:
+        check_all_match(own, compare_weights(own, weights), 'x.pth', classes)
+    return str(error.value).removeprefix('x.pth is not of this model: ')
+
+
+class TestDifferences:
+    """Between a model's weights and those of a checkpoint."""
+
+    def test_are_found_by_names_and_shapes(self):
+        own = {'backbone.a': torch.ones(2), 'backbone.b': torch.ones(3), 'head.c': torch.ones(4), 'same': torch.ones(1),
+               'missing': torch.ones(1), 'bn.num_batches_tracked': torch.tensor(0), 'extra_state': 'text'}
+        weights = {'backbone.a': torch.ones(3), 'same': torch.zeros(1), 'backbone.d': torch.ones(1),
+                   'extra_state': torch.ones(1), 'e': torch.ones(1)}
+        differences = compare_weights(own, weights)
+        assert differences == (['backbone.b', 'head.c', 'missing'], {'backbone.a': ((3,), (2,))},
+                               ['backbone.d', 'extra_state', 'e'])
+        assert differences.without('backbone.') == (['head.c', 'missing'], {}, ['extra_state', 'e'])
+        assert differences.without('head.') == (['backbone.b', 'missing'], {'backbone.a': ((3,), (2,))},
+                                                ['backbone.d', 'extra_state', 'e'])
+
+    def test_equal_weights_pass(self):
+        own = {'w': torch.ones(2)}
+        check_all_match(own, compare_weights(own, {'w': torch.zeros(2), 'other': torch.ones(1)}), 'x.pth', None)
+        check_backbone_shapes(compare_weights(own, {'w': torch.zeros(3)}), 'x.pth')
+        check_some_match(['a', 'b'], ['b', 'c'], 'x.pth')
+
+    def test_none_in_common(self):
+        with pytest.raises(CheckpointError) as error:
+            check_some_match(iter(['a', 'b']), iter(['c', 'd', 'e', 'f', 'g']), 'x.pth')
+        assert str(error.value) == ("x.pth holds none of the model's weights: the model has a, b, the checkpoint c, d, "
+                                    'e, f, … (5 in all)')
+        with pytest.raises(CheckpointError, match='the model has a, b, c, d, the checkpoint nothing$'):
+            check_some_match(list('abcd'), [], 'x.pth')
+
+    @pytest.mark.parametrize('own, weights, classes, message', [
+        ({'backbone.a': (2, 2), 'backbone.b': (2,), 'head.c': (3,)}, {'backbone.a': (3, 2), 'head.c': (3,)}, None,
+         'backbone: 1 of 2 weights missing; backbone: 1 of 2 of other shapes, such as backbone.a (3, 2) there, (2, 2) '
+         'here. Another arch of the backbone?'),
+        ({'backbone.a': (2,), 'neck.b': (2,)}, {'neck.b': (3,)}, (2, 3),
+         'backbone: 1 of 1 weights missing; neck: 1 of 1 of other shapes, such as neck.b (3,) there, (2,) here. '
+         'Another backbone?'),
+        ({'backbone.a': (2,), 'bbox_head.b': (2,), 'neck.c': (1,)}, {'backbone.a': (2,), 'neck.c': (2,)}, None,
+         'bbox_head: 1 of 1 weights missing; neck: 1 of 1 of other shapes, such as neck.c (2,) there, (1,) here. '
+         'Another head?'),
+        ({'neck.head': (2,)}, {}, None, 'neck: 1 of 1 weights missing. Another model?'),
+        ({'neck.a': (2,), 'head.b': (2, 4)}, {'neck.a': (2,), 'head.b': (3, 4)}, None,
+         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Other classes?'),
+        ({'head.b': (2, 4)}, {'head.b': (3, 4)}, (3, 2),
+         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Other classes: 3 there, 2 here?'),
+        ({'head.b': (2, 4)}, {'head.b': (3, 4)}, (3, 3),
+         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Other classes?'),
+        ({'head.b': (2, 4)}, {'head.b': (2, 5)}, (3, 2),
+         'head: 1 of 1 of other shapes, such as head.b (2, 5) there, (2, 4) here'),
+    ])
+    def test_are_named_with_a_guess(self, own, weights, classes, message):
+        assert matching(own, weights, classes) == message
+
+    def test_of_a_backbone_to_fine_tune(self):
+        own = {'backbone.a': torch.ones(2), 'backbone.b': torch.ones(2), 'head.c': torch.ones(2)}
+        with pytest.raises(CheckpointError) as error:
+            check_backbone_shapes(compare_weights(own, {name: torch.ones(3) for name in own}), 'x.pth')
+        assert str(error.value) == ('x.pth is of another backbone, and MMEngine would leave random what does not fit: '
+                                    'backbone.a (3,) there, (2,) here, … (2 in all). Another arch?')
+
+    def test_weights_are_tensors_without_the_prefix_of_ddp(self):
+        found = checkpoint_weights(dict(state_dict={'module.a': torch.ones(1), 'b.module.c': torch.ones(1), 'd': 1}))
+        assert list(found) == ['a', 'b.module.c']
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """(Level, message) of what is logged."""
+    lines = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append((record.levelname, record.getMessage()))
+
+    logger = logging.Logger('x')
+    logger.addHandler(Keep())
+    monkeypatch.setattr(MMLogger, 'get_current_instance', lambda: logger)
+    return lines
+
+
+class TestFetching:
+    def test_paths_may_begin_in_the_home_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv('HOME', str(tmp_path))
+        (tmp_path / 'x.pth').touch()
+        assert fetch_checkpoint('~/x.pth') == str(tmp_path / 'x.pth')
+        with pytest.raises(CheckpointNotFoundError, match='^no such checkpoint: ~/y.pth$'):
+            fetch_checkpoint('~/y.pth')
+
+    def test_downloads_are_logged_once(self, tmp_path, monkeypatch, logged):
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+        urls = [(tmp_path / name).as_uri() for name in ('x.pth', 'y.pth')]
+        for name in 'x.pth', 'y.pth':
+            (tmp_path / name).write_bytes(b'x')
+        for url in [*urls, *urls]:
+            assert fetch_checkpoint(url) == f'{tmp_path}/hub/checkpoints/{url[-5:]}'
+        assert logged == [('INFO', f'downloading {url} to {tmp_path}/hub/checkpoints/{url[-5:]}') for url in urls]
+
+    def test_the_error_of_another_process_is_an_error(self, tmp_path, monkeypatch):
+        """This one has the file."""
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+        (tmp_path / 'checkpoints').mkdir()
+        (tmp_path / 'checkpoints' / 'x.pth').touch()
+        monkeypatch.setattr(checkpoint, 'all_gather_object', lambda error: [error, 'no network there', 'nor here'])
+        with pytest.raises(CheckpointError, match='^no network there$'):
+            fetch_checkpoint('http://host/x.pth')
+
+    def test_what_holds_no_weights_is_no_checkpoint(self, tmp_path):
+        torch.save([1], tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match='x.pth is no checkpoint: it holds a list'):
+            read_checkpoint(str(tmp_path / 'x.pth'))
+
+    def test_names_of_mmengine(self):
+        assert is_mmengine_name('torchvision://resnet50') and is_mmengine_name('s3://bucket/x.pth')
+        assert not is_mmengine_name('http://host/x.pth') and not is_mmengine_name('work/torchvision.pth')
 
 
 class TestBackbones:
@@ -246,3 +369,35 @@ class TestBackbones:
         torch.save(weights, tmp_path / 'x.pth')
         with pytest.raises(CheckpointError, match='1 x 1 convolutions .*pointwise_conv1.weight'):
             load_pretrained(backbone, str(tmp_path / 'x.pth'))
+
+    @pytest.mark.parametrize('prefix, saved', [
+        (None, ''), (None, 'backbone.'), ('', ''), ('neck', 'neck.'), ('neck.', 'neck.'), ('model.backbone',
+                                                                                           'model.backbone.')])
+    def test_lie_below_a_prefix(self, prefix, saved, tmp_path, logged):
+        weights = {f'{saved}{name}': torch.full_like(value, 7) for name, value in nn.Linear(2, 1).state_dict().items()}
+        torch.save(dict(state_dict={**weights, 'other.weight': torch.ones(5)}), tmp_path / 'x.pth')
+        model = nn.Linear(2, 1)
+        load_pretrained(model, str(tmp_path / 'x.pth'), prefix)
+        assert model.weight.tolist() == [[7, 7]] and model.bias.tolist() == [7]
+        unused = [('INFO', f'1 weights of {tmp_path}/x.pth are not used: other.weight')]
+        assert logged == [('INFO', f'loaded 2 of 2 backbone weights from {tmp_path}/x.pth'), *(unused * (not saved))]
+
+    def test_what_is_missing_is_logged(self, tmp_path, logged):
+        torch.save({'weight': torch.ones(1, 2)}, tmp_path / 'x.pth')
+        load_pretrained(nn.Linear(2, 1), str(tmp_path / 'x.pth'))
+        assert logged == [
+            ('INFO', f'loaded 1 of 2 backbone weights from {tmp_path}/x.pth'),
+            ('WARNING', f'{tmp_path}/x.pth lacks 1 backbone weights, which stay as initialised: bias')]
+
+    def test_none_below_the_prefix(self, tmp_path):
+        torch.save({'weight': torch.ones(1, 2)}, tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match='the model has a.weight, a.bias, the checkpoint weight$'):
+            load_pretrained(nn.ModuleDict(dict(a=nn.Linear(2, 1))), str(tmp_path / 'x.pth'), 'neck')
+
+    @pytest.mark.parametrize('options', [{}, dict(allow_pickle=False), dict(allow_pickle=True)])
+    def test_of_a_file_that_needs_pickle(self, options, tmp_path):
+        torch.save({'weight': torch.ones(1, 2), 'bias': torch.ones(1), 'call': functools.partial(int)},
+                   tmp_path / 'x.pth')
+        for read in read_checkpoint, functools.partial(load_pretrained, nn.Linear(2, 1)):
+            with nullcontext() if options.get('allow_pickle') else pytest.raises(UnsafeCheckpointError):
+                read(str(tmp_path / 'x.pth'), **options)

@@ -3,12 +3,17 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import BaseDataElement
 
-from convneur_mm.engine.hooks import _path_below_prefix
+from convneur_mm.engine import hooks
+from convneur_mm.engine.hooks import DrawPredictionsHook, _check_optimizer, _path_below_prefix
 from convneur_mm.engine.launch import without_sync_bn
+from convneur_mm.engine.weights_file import CheckpointError
 
 
 class TestClasses:
@@ -76,11 +81,54 @@ class TestOptimizers:
         assert 'its optimizer had 4 parameters in 1 groups, and has 4 in 4 here; set' in self.resume(
             run, trained, 'optim_wrapper.paramwise_cfg.bias_lr_mult=2.0')
 
+    @pytest.mark.parametrize('there, here, same', [
+        (torch.optim.AdamW, torch.optim.Adam, True), (torch.optim.SGD, torch.optim.SGD, True),
+        (torch.optim.SGD, torch.optim.AdamW, False), (torch.optim.AdamW, torch.optim.SGD, False),
+        (torch.optim.RMSprop, torch.optim.SGD, False), (torch.optim.SGD, torch.optim.RMSprop, False),
+    ])
+    def test_are_told_apart_by_their_settings(self, there, here, same):
+        saved, own = (kind([torch.ones(1, requires_grad=True)], lr=0.1) for kind in (there, here))
+        if same:
+            _check_optimizer(own, saved.state_dict(), 'x.pth')
+            return
+        settings = ', '.join(sorted(set(saved.param_groups[0]) - {'params'}))
+        with pytest.raises(CheckpointError, match=(
+                f'^x.pth cannot be resumed from, as another optimizer than {here.__name__} was at work: its settings '
+                f'were {settings}; set optim_wrapper as it was')):
+            _check_optimizer(own, saved.state_dict(), 'x.pth')
+
+    def test_parameters_are_counted_by_group(self):
+        a, b, c = (torch.ones(1, requires_grad=True) for _ in range(3))
+        saved = torch.optim.SGD([dict(params=[a, b]), dict(params=[c])], lr=0.1).state_dict()
+        _check_optimizer(torch.optim.SGD([dict(params=[c, a]), dict(params=[b])], lr=0.1), saved, 'x.pth')
+        with pytest.raises(CheckpointError, match='its optimizer had 3 parameters in 2 groups, and has 3 in 2 here'):
+            _check_optimizer(torch.optim.SGD([dict(params=[a]), dict(params=[b, c])], lr=0.1), saved, 'x.pth')
+        with pytest.raises(CheckpointError, match='its optimizer had 3 parameters in 2 groups, and has 2 in 1 here'):
+            _check_optimizer(torch.optim.SGD([a, b], lr=0.1), saved, 'x.pth')
+
+    @pytest.mark.parametrize('state', [None, [], {}, dict(param_groups=[])])
+    def test_no_state_is_no_optimizer(self, state):
+        with pytest.raises(CheckpointError, match='^x.pth cannot be resumed from, as it holds no state of the optim'):
+            _check_optimizer(torch.optim.SGD([torch.ones(1)], lr=0.1), state, 'x.pth')
+
     def test_none_is_refused(self, run, trained):
         checkpoint = torch.load(trained / 'epoch_1.pth', weights_only=False)
         del checkpoint['optimizer']
         torch.save(checkpoint, 'x.pth')
         assert 'cannot be resumed from, as it holds no state of the optimizer' in run('train', '--resume', 'x.pth')
+
+
+class TestStateOfTraining:
+    @pytest.mark.parametrize('change', [
+        lambda saved: saved.pop('message_hub'), lambda saved: saved.update(message_hub=[]),
+        lambda saved: saved.pop('meta'), lambda saved: saved['meta'].pop('epoch'),
+        lambda saved: saved['meta'].pop('iter')])
+    def test_is_needed_to_resume(self, change, run, trained):
+        saved = torch.load(trained / 'epoch_1.pth', weights_only=False)
+        change(saved)
+        torch.save(saved, 'x.pth')
+        assert run('train', '--resume', 'x.pth') == (
+            'x.pth cannot be resumed from, as it holds weights but no state of training; name it as load_from instead')
 
 
 class TestModels:
@@ -147,6 +195,61 @@ class TestModels:
         assert run('train', '--resume', 'x.pth') == (
             'x.pth is not of this model: head: 1 of 2 weights missing. Another head?')
         assert run('train', '--cfg-options', 'load_from=x.pth') is None
+
+
+class TestPictures:
+    """Drawn by a visualizer that keeps what it is asked for, and whether it takes this for the first process."""
+
+    @pytest.fixture
+    def draw(self, tmp_path, monkeypatch):
+        def draw(method='add_datasample', size=(4, 6), rank=0, **settings):
+            image = np.zeros((*size, 3), np.uint8)
+            image[..., 2] = 255  # red
+            mmcv.imwrite(image, str(tmp_path / 'val' / 'x.png'))
+            kept = []
+            monkeypatch.setattr(hooks.dist_utils, 'get_rank', lambda group=None: rank)
+            visualizer = SimpleNamespace(**{method: lambda **kwargs: kept.append(
+                dict(kwargs, main=hooks.dist_utils.is_main_process()))})
+            dataset = SimpleNamespace(metainfo=dict(classes='ab'), data_prefix=dict(img=str(tmp_path)))
+            runner = SimpleNamespace(visualizer=visualizer, test_loop=SimpleNamespace(
+                dataloader=SimpleNamespace(dataset=dataset)))
+            hook = DrawPredictionsHook(**settings)
+            hook.before_test(runner)
+            assert visualizer.dataset_meta == dict(classes='ab')
+            sample = BaseDataElement(metainfo=dict(img_path=str(tmp_path / 'val' / 'x.png')))
+            hook.after_test_iter(runner, 0, None, [sample, sample])
+            assert [drawn['data_sample'] for drawn in kept] == [sample, sample]
+            assert {drawn['name'] for drawn in kept} == {'val/x.png'}
+            assert hooks.dist_utils.is_main_process() is (rank == 0)
+            return kept[0]
+
+        return draw
+
+    def test_go_to_a_folder_from_every_process(self, draw):
+        for rank in 0, 1:
+            drawn = draw(rank=rank, out_dir='out', draw_args=dict(pred_score_thr=0.3))
+            assert drawn['out_file'] == 'out/val/x.png' and drawn['main'] and drawn['pred_score_thr'] == 0.3
+            assert drawn['show'] is False and drawn['wait_time'] == 2.0
+
+    def test_go_to_a_window_and_the_backends_from_the_first_process(self, draw):
+        for rank in 0, 1:
+            drawn = draw(rank=rank, show=True, wait_time=0.5)
+            assert drawn['out_file'] is None and drawn['main'] is drawn['show'] is (rank == 0)
+            assert drawn['wait_time'] == 0.5
+
+    @pytest.mark.parametrize('method, size, shape', [
+        ('add_datasample', (4, 6), (4, 6, 3)), ('visualize_cls', (112, 168), (224, 336, 3)),
+        ('visualize_cls', (336, 112), (672, 224, 3)), ('visualize_cls', (224, 300), (224, 300, 3)),
+        ('visualize_cls', (223, 300), (224, 301, 3))])
+    def test_of_classifications_are_large_enough_for_their_text(self, draw, method, size, shape):
+        image = draw(method, size, out_dir='out')['image']
+        assert image.shape == shape
+        assert image[0, 0].tolist() == [255, 0, 0]
+
+
+def test_long_lists_of_classes_are_cut():
+    assert hooks._some('abcdefgh') == '(a, b, c, d, e, f, g, h)'
+    assert hooks._some('abcdefghi') == '(a, b, c, d, e, f, g, h, … 9 in all)'
 
 
 @pytest.mark.parametrize('path, prefixes, name', [

@@ -1,5 +1,8 @@
-"""Ctrl-C and SIGTERM, sent to real runs of the tools with data workers, in one process and in two."""
+"""Ctrl-C and SIGTERM: in this process, and sent to real runs of the tools with data workers, in one process and in two.
+"""
 import argparse
+import logging
+import multiprocessing
 import os
 import re
 import shlex
@@ -7,18 +10,300 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import nn
 
 from convneur_mm.datasets import make_shapes_imagenet
-from convneur_mm.engine.interrupts import Interrupted, command, raised_signals
+from convneur_mm.engine.interrupts import Interrupted, command, going_on, leave, no_more_signals, raised_signals
 
 ROOT = Path(__file__).parents[2]
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM
+
+
+@pytest.fixture
+def restored():
+    """Signals are as before afterwards, the timer of pytest-timeout among them."""
+    handlers, timer = {signum: signal.getsignal(signum) for signum in SIGNALS}, signal.getitimer(signal.ITIMER_REAL)
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def send(signum):
+    """To this process, which gets it before the next line."""
+    os.kill(os.getpid(), signum)
+    time.sleep(0)
+
+
+@pytest.mark.usefixtures('restored')
+class TestRaisedSignals:
+    @pytest.mark.parametrize('signum, name', [(signal.SIGINT, 'Ctrl-C'), (signal.SIGTERM, 'SIGTERM')])
+    def test_raise_once(self, signum, name):
+        signal.signal(signal.SIGCHLD, signal.default_int_handler)
+        with pytest.raises(Interrupted) as raised, raised_signals():
+            send(signum)
+            pytest.fail('not raised')
+        assert raised.value.signum == signum
+        assert str(raised.value) == f'ended by {name} before the run began'
+        # torchrun sends one again to processes that have got it from the terminal.
+        for other in signal.SIGINT, signal.SIGTERM:
+            send(other)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        # PyTorch's handler raises an error when a data worker ends.
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+
+    @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+    def test_are_raised_again_where_python_drops_the_exception(self):
+        class Swallows:
+            def __del__(self):
+                send(signal.SIGTERM)
+
+        started = time.monotonic()
+        with pytest.raises(Interrupted, match='SIGTERM'), raised_signals():
+            swallows = Swallows()
+            del swallows
+            time.sleep(30)
+        assert time.monotonic() - started < 1
+
+    def test_leave_everything_as_it_was(self):
+        before = [signal.getsignal(signum) for signum in SIGNALS]
+        for error in None, ZeroDivisionError:
+            with pytest.raises(error) if error else nullcontext(), raised_signals():
+                assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is not before[0]
+                if error:
+                    raise error
+            assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+    def test_keep_what_others_have_set_meanwhile(self):
+        with raised_signals():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+    def test_end_forked_workers_by_sigterm_alone(self):
+        """The main process, which gets Ctrl-C from the terminal as they do, ends them."""
+        with raised_signals():
+            worker = os.fork()
+            if not worker:
+                try:
+                    send(signal.SIGINT)
+                    os.write(2, b'still at work')
+                    send(signal.SIGTERM)
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(worker, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+    def test_no_more_of_them(self):
+        signal.setitimer(signal.ITIMER_REAL, 1000)
+        no_more_signals()
+        for signum in signal.SIGINT, signal.SIGTERM:
+            send(signum)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.usefixtures('restored')
+class TestLeave:
+    @pytest.fixture(autouse=True)
+    def shut_down(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(logging, 'shutdown', lambda: calls.append('shutdown'))
+        yield
+        assert calls == ['shutdown']
+
+    @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+    def test_with_a_shells_exit_code(self, signum, capsys):
+        no_more_signals()
+        with pytest.raises(SystemExit) as left:
+            leave(Interrupted(signum), 'one line')
+        assert left.value.code == 128 + signum
+        assert capsys.readouterr() == ('', 'one line\n')
+        # What Python does at its end may take long, and may be ended.
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def test_without_a_word(self, capsys):
+        with pytest.raises(SystemExit):
+            leave(Interrupted(signal.SIGINT), None)
+        assert capsys.readouterr() == ('', '')
+
+    def test_without_workers(self):
+        worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+        worker.start()
+        with pytest.raises(SystemExit):
+            leave(Interrupted(signal.SIGINT), None)
+        worker.join(10)
+        assert worker.exitcode == -signal.SIGTERM
+
+    def test_at_once_where_there_are_other_processes(self, monkeypatch):
+        """gloo's threads would abort this one now and then."""
+        def leave_at_once(code):
+            raise InterruptedError(code)
+
+        monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+        monkeypatch.setattr(os, '_exit', leave_at_once)
+        flushed = []
+        monkeypatch.setattr(sys.stdout, 'flush', lambda: flushed.append(True))
+        with pytest.raises(InterruptedError, match='^143$'):
+            leave(Interrupted(signal.SIGTERM), None)
+        assert flushed == [True]
+
+
+@pytest.mark.usefixtures('restored')
+class TestGoingOn:
+    """The advice, around a Runner with a checkpoint of an earlier run."""
+
+    @pytest.fixture
+    def interrupt(self, toy_runner, tmp_path, monkeypatch):
+        def interrupt(*saved, resume=False, checkpoint=None):
+            """What is said after files are saved; of a test, if a checkpoint is named."""
+            runner = toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3)))
+            runner._resume = resume
+            closed = []
+            monkeypatch.setattr(runner.visualizer, 'close', lambda: closed.append(True))
+            kind = dict(checkpoint=checkpoint) if checkpoint else dict(resume=None)
+            args = argparse.Namespace(work_dir='w', launcher='none', **kind)
+            with pytest.raises(Interrupted) as raised, going_on(runner, args):
+                for name, value in saved:
+                    self.save(tmp_path / name, value)
+                raise Interrupted(signal.SIGINT)
+            assert closed == [True]
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            return str(raised.value)
+
+        monkeypatch.setattr(sys, 'orig_argv', ['tools/train.py', 'x.py', '--work-dir', 'w'])
+        monkeypatch.chdir(tmp_path)
+        self.save(tmp_path / 'iter_1.pth', dict(w=torch.ones(1)))
+        os.utime(tmp_path / 'iter_1.pth', (1, 1))
+        return interrupt
+
+    def save(self, path, value):
+        if value is None:
+            path.mkdir()
+        elif isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            torch.save(value, path)
+
+    RESTART = 'ended by Ctrl-C before a checkpoint was saved; to start again: tools/train.py x.py --work-dir w'
+
+    def test_that_of_an_earlier_run_does_not_count(self, interrupt, tmp_path):
+        (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_1.pth'))
+        assert interrupt() == self.RESTART
+
+    def test_a_record_without_its_file_does_not_count(self, interrupt, tmp_path):
+        (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+        assert interrupt() == self.RESTART
+
+    @pytest.mark.parametrize('saved, newest', [
+        ([('iter_1.pth', {})], 'iter_1.pth'),  # once more
+        ([('iter_2.pth', {}), ('iter_3.pth', {})], 'iter_3.pth'),
+        ([('iter_2.pth', {}), ('iter_3.pth', b'cut off')], 'iter_2.pth'),
+        # Sound, for who allows pickle.
+        ([('iter_2.pth', dict(args=argparse.Namespace()))], 'iter_2.pth'),
+        # Written in parts.
+        ([('iter_2.pth', None)], 'iter_2.pth'),
+    ])
+    def test_the_newest_intact_one_counts(self, interrupt, saved, newest):
+        assert interrupt(*saved) == (f'ended by Ctrl-C after {newest} was saved; to go on: tools/train.py x.py '
+                                     '--work-dir w --resume')
+
+    def test_damaged_ones_do_not_count(self, interrupt):
+        assert interrupt(('iter_2.pth', b'cut off')) == self.RESTART
+
+    def test_a_resumed_training_can_go_on_from_where_it_began(self, interrupt):
+        assert interrupt(resume=True) == (
+            'ended by Ctrl-C after iter_1.pth was saved; to go on: tools/train.py x.py --work-dir w --resume')
+
+    def test_a_test_has_no_results(self, interrupt):
+        assert interrupt(checkpoint='x.pth') == (
+            'ended by Ctrl-C without results; to test again: tools/train.py x.py --work-dir w')
+
+    def test_all_else_passes(self, toy_runner):
+        runner = toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        with going_on(runner, argparse.Namespace(resume=None)):
+            runner.train()
+        with pytest.raises(ZeroDivisionError), going_on(runner, argparse.Namespace(resume=None)):
+            raise ZeroDivisionError
+        assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+@pytest.mark.parametrize('argv, settings, expected', [
+    (['python', 'tools/train.py', 'x.py'], {}, 'python tools/train.py x.py --work-dir work --resume'),
+    (['python', '-u', 'tools/train.py', 'x.py', '--resume', '--amp'], {},
+     'python -u tools/train.py x.py --amp --work-dir work --resume'),
+    (['./tools/train.py', 'x.py', '--resume', 'a.pth', '--work-dir', 'a b'], dict(work_dir='a b'),
+     "./tools/train.py x.py --work-dir 'a b' --resume"),
+    (['tools/train.py', 'x.py', '--resume=a.pth', 'b', '--cfg-options', 'a=[1,2]'], {},
+     "tools/train.py x.py b --cfg-options 'a=[1,2]' --work-dir work --resume"),
+    (['tools/train.py', '--resume', 'a.pth', 'x.py'], {}, 'tools/train.py x.py --work-dir work --resume'),
+    (['tools/train.py', '--resume', '--amp', 'bf16', 'x.py'], {},
+     'tools/train.py --amp bf16 x.py --work-dir work --resume'),
+    (['python', '-u', 'tools/train.py', 'x.py', '--amp', '--launcher', 'pytorch'], dict(launcher='pytorch'),
+     'tools/dist_train.sh x.py 4 --amp --work-dir work --resume'),
+    (['python', 'tools/train.py', 'x.py', '--launcher', 'slurm'], dict(launcher='slurm'),
+     'the same command with --resume'),
+])
+def test_commands(argv, settings, expected):
+    args = argparse.Namespace(**{**dict(work_dir=None, launcher='none', resume=None), **settings})
+    assert command(args, 'work', '--resume', argv=argv, env=dict(LOCAL_WORLD_SIZE='4')) == expected
+
+
+def test_the_command_of_a_test(monkeypatch):
+    args = argparse.Namespace(work_dir='work', launcher='pytorch', checkpoint='x.pth')
+    argv = ['python', 'tools/test.py', 'x.py', 'x.pth', '--work-dir', 'work', '--launcher', 'pytorch']
+    assert command(args, 'work', argv=argv, env=dict(LOCAL_WORLD_SIZE='2')) == (
+        'tools/dist_test.sh x.py x.pth 2 --work-dir work')
+    assert command(args, 'work', argv=argv, env={}) == 'tools/dist_test.sh x.py x.pth 1 --work-dir work'
+    monkeypatch.setattr(sys, 'orig_argv', argv)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    assert command(args, 'work') == 'tools/dist_test.sh x.py x.pth 3 --work-dir work'
+    args.launcher = 'slurm'
+    assert command(args, 'work') == 'the same command'
+
+
+# ---- the tools
+
+
+@HOOKS.register_module()
+class InterruptTestHook(Hook):
+    """Sends this process a signal before the training, in its second epoch, or in a test."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def before_run(self, runner):
+        if self.place == 'start':
+            send(signal.SIGTERM)
+
+    def before_train_epoch(self, runner):
+        if self.place == 'training' and runner.epoch == 1:
+            send(signal.SIGTERM)
+
+    def before_test_iter(self, runner, batch_idx, data_batch=None):
+        send(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures('restored')
+@pytest.mark.parametrize('args, place, said', [
+    (['train'], 'training', 'after work/epoch_1.pth was saved; to go on: tools/x/train.py --resume'),
+    (['train'], 'start', 'before a checkpoint was saved; to start again: tools/x/train.py'),
+    (['test', 'x.pth'], 'test', 'without results; to test again: tools/x/test.py'),
+])
+def test_the_tools_end_with_one_line(args, place, said, run, trained, monkeypatch, capfd):
+    Path('x.pth').write_bytes((trained / 'epoch_1.pth').read_bytes())
+    monkeypatch.setattr(logging, 'shutdown', lambda: None)  # this process goes on
+    monkeypatch.setattr(sys, 'orig_argv', [f'tools/x/{args[0]}.py'])
+    with Path('config.py').open('a') as file:
+        file.write(f'\ncustom_hooks = [dict(type="InterruptTestHook", place={place!r})]\n')
+    assert run(*args, code=143) == f'ended by SIGTERM {said}'
+
+
 CONFIG = """
 _base_ = __import__('convneur_mm').config('convneur_m1_shapes')
 arch = dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32], mem_channels=16)
@@ -26,8 +311,6 @@ model = dict(
     backbone=dict(_delete_=True, type='ConvNeur', arch=arch, out_indices=3, gap_before_final_norm=True),
     head=dict(in_channels=32))
 train_dataloader = dict(batch_size=2, num_workers=2)
-val_dataloader = dict(batch_size=1, num_workers=2)
-test_dataloader = val_dataloader
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
 train_cfg = dict(max_epochs=1000, val_interval=1000)
 param_scheduler = []
@@ -42,12 +325,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def end(arguments, signum, line, cwd, send=os.killpg, **env):
+def end(arguments, signum, line, cwd, send=os.killpg):
     """Starts a command, sends it a signal when it has printed such a line; returns exit code, output after that.
 
     By default all processes of the command get the signal, as they do from a terminal.
     """
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable, **env}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
     process = subprocess.Popen([str(argument) for argument in arguments], cwd=cwd, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
@@ -73,119 +356,21 @@ def assert_one_line(output, expected):
     assert re.fullmatch(expected, said[0]), said[0]
 
 
-TRAIN = [sys.executable, ROOT / 'tools' / 'train.py', 'child.py']
-DIST = [ROOT / 'tools' / 'dist_train.sh', 'child.py', 2]
-
-
-def test_a_training_names_its_checkpoint_and_how_to_go_on(folder, tmp_path):
-    arguments = [*TRAIN, '--work-dir', tmp_path / 'work']
+def test_a_training_with_workers_names_its_checkpoint_and_how_to_go_on(folder, tmp_path):
+    arguments = [sys.executable, ROOT / 'tools' / 'train.py', 'child.py', '--work-dir', tmp_path / 'work']
     code, output = end(arguments, signal.SIGINT, r'Epoch\(train\) +\[2\]', folder)
     assert code == 130, output
     said = shlex.join([*map(str, arguments), '--resume'])
     assert_one_line(output, rf'ended by Ctrl-C after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
-    code, output = end(shlex.split(output.partition('to go on: ')[2]), signal.SIGTERM, 'resumed epoch: ', folder)
-    assert code == 143, output
-    # Of the earlier run, or of this one, if it got that far.
-    assert_one_line(output, r'ended by SIGTERM (after \S*epoch_\d+\.pth was saved; .*|before the run began)')
 
 
-@pytest.mark.parametrize('signum, name, send', [
-    (signal.SIGINT, 'Ctrl-C', os.killpg), (signal.SIGTERM, 'SIGTERM', os.killpg), (signal.SIGTERM, 'SIGTERM', os.kill),
-], ids=['Ctrl-C', 'SIGTERM', 'SIGTERM to torchrun alone'])
+@pytest.mark.parametrize('signum, name, send', [(signal.SIGINT, 'Ctrl-C', os.killpg),
+                                                (signal.SIGTERM, 'SIGTERM', os.kill)],
+                         ids=['from the terminal', 'to torchrun alone'])
 def test_a_training_of_two_processes(folder, tmp_path, signum, name, send):
     """torchrun hands a signal on, which reaches the processes twice from a terminal, and once from Slurm."""
-    arguments = [*DIST, '--work-dir', tmp_path / 'work']
+    arguments = [ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', tmp_path / 'work']
     code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder, send)
     assert code == 128 + signum, output
     said = shlex.join([*map(str, arguments), '--resume'])
     assert_one_line(output, rf'ended by {name} after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
-
-
-def test_a_training_without_a_checkpoint(folder, tmp_path):
-    """That of an earlier run in the same work dir does not count."""
-    (tmp_path / 'epoch_1.pth').write_bytes(b'')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
-    code, output = end([*TRAIN, '--work-dir', tmp_path, '--cfg-options', 'default_hooks.checkpoint.interval=1000'],
-                       signal.SIGTERM, r'Epoch\(train\) +\[1\]', folder)
-    assert code == 143
-    assert_one_line(output, r'ended by SIGTERM before a checkpoint was saved; to start again: \S+ \S+/tools/train\.py '
-                            r'child\.py --work-dir \S+ --cfg-options default_hooks\.checkpoint\.interval=1000')
-
-
-def test_a_test(folder, tmp_path):
-    cfg = Config.fromfile(folder / 'child.py')
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), tmp_path / 'x.pth')
-    (tmp_path / 'slow.py').write_text(SLOW)
-    (tmp_path / 'config.py').write_text(
-        f"{CONFIG}custom_imports = dict(imports=['convneur_mm', 'slow'])\ncustom_hooks = [dict(type='Slow')]")
-    arguments = [sys.executable, ROOT / 'tools' / 'test.py', tmp_path / 'config.py', tmp_path / 'x.pth', '--work-dir',
-                 tmp_path]
-    code, output = end(arguments, signal.SIGINT, 'slowly', folder, PYTHONPATH=str(tmp_path))
-    assert code == 130, output
-    assert_one_line(output, 'ended by Ctrl-C without results; to test again: ' + re.escape(
-        shlex.join(map(str, arguments))))
-
-
-SLOW = """
-import time
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
-@HOOKS.register_module()
-class Slow(Hook):
-    def before_test_iter(self, runner, batch_idx, data_batch=None):
-        print('slowly', flush=True)
-        time.sleep(60)
-"""
-
-
-def test_before_the_run_begins(folder, tmp_path):
-    """While data workers are forked, say, where Python drops exceptions."""
-    code, output = end([*TRAIN, '--work-dir', tmp_path], signal.SIGINT, 'training starts', folder)
-    assert code == 130, output
-    assert_one_line(output[output.index('ended by'):], 'ended by Ctrl-C before .*')
-
-
-def test_an_exception_that_python_drops_is_raised_again():
-    class Swallows:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            [None for _ in range(10)]  # the interpreter looks for signals within
-
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        with pytest.raises(Interrupted, match='SIGTERM'), warnings.catch_warnings(), raised_signals():
-            warnings.simplefilter('ignore')
-            swallows = Swallows()
-            del swallows
-            time.sleep(30)
-    finally:
-        for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL),
-                                (signal.SIGCHLD, before)):
-            signal.signal(signum, handler)
-
-
-@pytest.mark.parametrize('argv, settings, expected', [
-    (['python', 'tools/train.py', 'x.py'], {}, 'python tools/train.py x.py --work-dir work --resume'),
-    (['python', '-u', 'tools/train.py', 'x.py', '--resume', '--amp'], {},
-     'python -u tools/train.py x.py --amp --work-dir work --resume'),
-    (['./tools/train.py', 'x.py', '--resume', 'a.pth', '--work-dir', 'a b'], dict(work_dir='a b'),
-     "./tools/train.py x.py --work-dir 'a b' --resume"),
-    (['tools/train.py', 'x.py', '--resume=a.pth', '--cfg-options', 'a=[1,2]'], {},
-     "tools/train.py x.py --cfg-options 'a=[1,2]' --work-dir work --resume"),
-    (['python', '-u', 'tools/train.py', 'x.py', '--amp', '--launcher', 'pytorch'], dict(launcher='pytorch'),
-     'tools/dist_train.sh x.py 4 --amp --work-dir work --resume'),
-    (['python', 'tools/train.py', 'x.py', '--launcher', 'slurm'], dict(launcher='slurm'),
-     'the same command with --resume'),
-])
-def test_commands(argv, settings, expected):
-    args = argparse.Namespace(**{**dict(work_dir=None, launcher='none', resume=None), **settings})
-    assert command(args, 'work', '--resume', argv=argv, env=dict(LOCAL_WORLD_SIZE='4')) == expected
-
-
-def test_the_command_of_a_test():
-    args = argparse.Namespace(work_dir='work', launcher='pytorch', checkpoint='x.pth')
-    argv = ['python', 'tools/test.py', 'x.py', 'x.pth', '--work-dir', 'work', '--launcher', 'pytorch']
-    assert command(args, 'work', argv=argv, env=dict(LOCAL_WORLD_SIZE='2')) == (
-        'tools/dist_test.sh x.py x.pth 2 --work-dir work')

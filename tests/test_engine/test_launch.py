@@ -2,42 +2,42 @@
 import argparse
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
 
 import convneur_mm
 from convneur_mm.datasets import make_shapes_coco
 from convneur_mm.engine import launch
+from convneur_mm.engine.interrupts import Interrupted
 from convneur_mm.engine.launch import (
     LaunchError,
     find_config,
     load_config,
+    make_parser,
+    read_config,
+    readable_checkpoint,
+    set_loader_defaults,
     set_up_processes,
     slurm_variables,
     why_no_gpu,
     without_sync_bn,
 )
+from convneur_mm.stack import StackError
 
 ROOT = Path(__file__).parents[2]
 SHAPES = 'cascade_rcnn_convneur_m1_shapes'
-
-
-def run_tool(*args, cwd=ROOT, tool='train.py', env=None):
-    return subprocess.run([sys.executable, str(ROOT / 'tools' / tool), *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, **(env or {})})
-
-
-def assert_only_error(done, message):
-    """One line, the last one: the upstream stack's packages warn of each other when they are imported."""
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == message
-    assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize('name', [
@@ -80,47 +80,211 @@ def test_sync_bn_becomes_bn():
     assert cfg == dict(head=dict(norm_cfg=dict(type='BN', requires_grad=True)), necks=[dict(norm_cfg=dict(type='BN'))])
 
 
-def test_work_dir_and_options(tmp_path, monkeypatch):
-    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1)
-    monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(config=SHAPES, work_dir=None, launcher='none', local_rank=0, allow_pickle=False,
-                              cfg_options={'model.backbone.memory_cfg.chunk_size': 4096})
-    cfg = load_config(args, ('train', 'val'))
-    assert cfg.work_dir == f'work_dirs/{SHAPES}'
-    assert cfg.model.backbone.memory_cfg == dict(chunk_size=4096, inner_step=1.0)
+def test_nested_sync_bn_is_found():
+    assert without_sync_bn([dict(type='BN'), [dict(type='SyncBN')], dict(type='BN')])
+    assert without_sync_bn(dict(type='SyncBN'))
+    assert not without_sync_bn(dict(head=dict(norm_cfg=dict(type='BN')), necks=[dict(type='FPN')]))
 
 
-@pytest.mark.parametrize('args, message', [
-    (['no_such_config'], "error: no config 'no_such_config'"),
-    (['cascade_rcnn_convneur_m3_1x_coco'], 'error: train_dataloader.dataset.ann_file: data/coco/annotations/instances_'
-                                           'train2017.json does not exist'),
-    ([SHAPES, '--amp'], 'error: --amp needs a CUDA GPU'),
-])
-def test_train_names_what_is_wrong(args, message, tmp_path):
-    if '--amp' in args and torch.cuda.is_available():
-        args = ['no_such_config']
-        message = "error: no config 'no_such_config'"
-    done = run_tool(*args, cwd=tmp_path)
+def test_the_tool_says_what_is_wrong_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / 'tools' / 'train.py'), 'no_such_config'], cwd=tmp_path, text=True,
+                          capture_output=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(message)
+    # The upstream stack's packages warn of each other when they are imported.
+    assert done.stderr.splitlines()[-1] == (f"error: no config 'no_such_config', neither here ({tmp_path}) nor among "
+                                            f"the shipped ones ({ROOT / 'configs'})")
     assert 'Traceback' not in done.stderr
 
 
-def test_test_names_what_is_wrong(tmp_path):
-    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1)
-    for args, message in [
-        (['x.pth'], 'error: checkpoint: no such file: x.pth'),
-        (['x.pth', '--out', 'results.json'], 'error: --out must end in .pkl or .pickle, got results.json'),
-    ]:
-        done = run_tool(SHAPES, *args, cwd=tmp_path, tool='test.py')
-        assert_only_error(done, message)
+@pytest.mark.parametrize('args, message', [
+    (['train'], 'train_dataloader.dataset.ann_file: data/coco/annotations/instances_train2017.json does not exist '),
+    (['train', '--amp'], '--amp needs a CUDA GPU, and none is visible; --amp bf16 does not'),
+])
+def test_the_tools_name_what_is_wrong(args, message, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert run(*args, config='cascade_rcnn_convneur_m3_1x_coco').startswith(message)
 
 
-def test_bad_architecture_is_named_by_the_tool(tmp_path):
-    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1)
-    done = run_tool(SHAPES, '--cfg-options', 'model.backbone.arch=m7', cwd=tmp_path)
-    assert done.returncode != 0
-    assert "arch must be one of ('m1', 'm2', 'm3', 'm4') or a dict, got 'm7'" in done.stderr
+def test_a_bad_architecture_is_named_by_the_tool(run, tmp_path):
+    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1, image_size=64)
+    with pytest.raises(ValueError, match=r"arch must be one of \('m1', 'm2', 'm3', 'm4'\) or a dict, got 'm7'"):
+        run('train', '--cfg-options', 'model.backbone.arch=m7', config=SHAPES)
+
+
+def test_predictions_and_pictures_are_saved(tiny_config, run):
+    """One of each image."""
+    config = tiny_config('cascade_rcnn')
+    config.dump('config.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        torch.save(dict(state_dict=MODELS.build(config.model).state_dict(), meta={}), 'x.pth')
+    assert run('test', 'x.pth', '--out', 'out/results.pkl', '--show-dir', 'pictures', '--cfg-options',
+               'model.test_cfg.rcnn.max_per_img=2') is None
+    assert [result['img_id'] for result in pickle.loads(Path('out/results.pkl').read_bytes())] == [*range(1, 7)]
+    assert sorted(path.name for path in Path('pictures').iterdir()) == [f'{i:06}.jpg' for i in range(1, 7)]
+
+
+# ---- the config
+
+
+OWN = """
+model = dict(type='CheckpointTestModel', necks=[dict(norm_cfg=dict(type='SyncBN'))])
+train_dataloader = dict(dataset=dict(type='CheckpointTestData', ann_file='train.json'))
+val_dataloader = dict(dataset=dict(type='CheckpointTestData', ann_file='val.json'))
+"""
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads the config above, with additions, as a tool with these arguments."""
+    def load(text='', *args, splits=('train', 'val')):
+        (tmp_path / 'own.py').write_text(f'{OWN}\n{text}')
+        return load_config(make_parser('').parse_args(['own.py', *args]), splits)
+
+    monkeypatch.chdir(tmp_path)
+    for split in 'train', 'val':
+        (tmp_path / f'{split}.json').write_text('{}')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    MMLogger.get_current_instance()  # where it is made it asks for the GPU, which there may be in name only
+    with patch.dict(os.environ):
+        yield load
+
+
+CHECKS = ['CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook']
+
+
+def test_the_arguments_by_default():
+    args = vars(make_parser('').parse_args(['x.py']))
+    assert args == dict(config='x.py', work_dir=None, cfg_options={}, launcher='none', allow_pickle=False, local_rank=0)
+    for option in '--local-rank=3', '--local_rank=3':
+        assert make_parser('').parse_args(['x.py', option]).local_rank == 3
+    assert make_parser('').parse_args(['x.py', '--cfg-options', 'a.b=1', 'c=[x,2]']).cfg_options == {
+        'a.b': 1, 'c': ['x', 2]}
+    with pytest.raises(SystemExit):
+        make_parser('').parse_args(['x.py', '--launcher', 'mpi'])
+
+
+def test_the_help_of_the_arguments():
+    shown = ' '.join(make_parser('What it does.').format_help().split())
+    for part in ('What it does.', 'path of a config, or the name of one that convneur_mm ships',
+                 '(default: work_dirs/<name of the config>)', '--cfg-options KEY=VALUE [KEY=VALUE ...]',
+                 'a list is written key="[a,b]", without blanks', 'job launcher', 'without it they are refused'):
+        assert part in shown
+    assert 'local_rank' not in shown and 'local-rank' not in shown
+
+
+def test_the_work_dir(load):
+    assert load().work_dir == 'work_dirs/own'
+    assert load('work_dir = "there"').work_dir == 'there'
+    assert load('work_dir = "there"', '--work-dir', 'here').work_dir == 'here'
+
+
+def test_the_hooks_of_the_tools(load):
+    cfg = load()
+    assert [hook['type'] for hook in cfg.custom_hooks] == [*CHECKS, 'StartSummaryHook']
+    assert cfg.launcher == 'none'
+    note, = cfg.custom_hooks[-1]['notes']
+    assert note.startswith('BN replaces SyncBN, which needs a GPU')
+    assert 'SyncBN' not in str(cfg.model)
+    # What an earlier run wrote to its work dir.
+    again = load('custom_hooks = [dict(type="EMAHook"), dict(type="ClassNamesHook", priority=3), '
+                 'dict(type="StartSummaryHook", notes=["old"])]\nmodel = dict(type="M")').custom_hooks
+    assert [hook['type'] for hook in again] == ['EMAHook', 'ClassNamesHook', 'CheckpointKeysHook', 'LabelRangeHook',
+                                                'StartSummaryHook']
+    assert again[1]['priority'] == 3
+    assert again[-1]['notes'] == []
+
+
+def test_sync_bn_stays_where_there_is_a_gpu(load, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    cfg = load()
+    assert 'SyncBN' in str(cfg.model) and cfg.custom_hooks[-1]['notes'] == []
+
+
+def test_the_local_rank_is_that_of_the_launcher(load):
+    os.environ.pop('LOCAL_RANK', None)
+    load('', '--local_rank', '2')
+    assert os.environ['LOCAL_RANK'] == '2'
+    load('', '--local_rank', '3')
+    assert os.environ['LOCAL_RANK'] == '2'
+
+
+def test_data_and_classes_are_checked(load, monkeypatch):
+    checked = []
+    monkeypatch.setattr(launch, 'check_classes', lambda cfg, splits: checked.append(splits))
+    Path('train.json').unlink()
+    with pytest.raises(LaunchError, match='^train_dataloader.dataset.ann_file: train.json does not exist'):
+        load()
+    load(splits=('val',))
+    assert checked == [('val',)]
+    Path('x.pkl').touch()
+    pickled = 'val_dataloader["dataset"]["ann_file"] = "x.pkl"'
+    with pytest.raises(LaunchError, match='x.pkl'):
+        load(pickled, splits=('val',))
+    load(pickled, '--allow-pickle', splits=('val',))
+
+
+def test_the_checkpoint_to_start_from_is_looked_into(load):
+    with pytest.raises(LaunchError, match='^load_from: no such file: x.pth$'):
+        load('load_from = "x.pth"')
+    torch.save(dict(state_dict={}), 'x.pth')
+    assert load('load_from = "x.pth"').load_from == 'x.pth'
+    torch.save(dict(state_dict={}, x=argparse.Namespace()), 'x.pth')
+    with pytest.raises(LaunchError, match='^load_from: x.pth was not loaded, because it needs pickle'):
+        load('load_from = "x.pth"')
+    assert load('load_from = "x.pth"', '--allow-pickle').load_from == 'x.pth'
+
+
+def test_names_of_mmengine_stay_as_they_are():
+    assert readable_checkpoint('torchvision://resnet50', 'checkpoint', False) == 'torchvision://resnet50'
+
+
+@pytest.mark.parametrize('scope, package', [('mmseg', 'mmseg.models'), ('mmpretrain', 'mmpretrain.models'),
+                                            ('mmdet', 'mmdet.models'), (None, None), ('other', None)])
+def test_the_package_of_a_config_is_imported(scope, package, tmp_path, monkeypatch):
+    (tmp_path / 'x.py').write_text(f'default_scope = {scope!r}\ntrain_dataloader = dict(num_workers=1)')
+    required, checked = [], []
+    monkeypatch.setattr(launch, 'require', required.append)
+    monkeypatch.setattr(launch, 'check_cuda_operators', checked.append)
+    cfg = read_config(str(tmp_path / 'x.py'), {'a.b': 1})
+    assert required == [package] * (package is not None)
+    assert len(checked) == (scope == 'mmdet')
+    assert cfg.a.b == 1
+    assert ('collate_fn' in cfg.train_dataloader) is (scope == 'mmpretrain')
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    def missing(name):
+        raise StackError(f'{name} is missing: install it')
+
+    monkeypatch.setattr(launch, 'require', missing)
+    (tmp_path / 'x.py').write_text('default_scope = "mmseg"')
+    with pytest.raises(LaunchError, match='^mmseg.models is missing: install it$'):
+        read_config(str(tmp_path / 'x.py'), {})
+    # Where MMEngine does not find that of a base.
+    for name, error in ('mmseg', LaunchError), ('other', ModuleNotFoundError):
+        def fromfile(path, name=name):
+            raise ModuleNotFoundError(f'{name} is not installed, please install {name}')
+
+        monkeypatch.setattr(Config, 'fromfile', fromfile)
+        with pytest.raises(error, match=f'^{name} is (missing: install it|not installed, please install other)$'):
+            read_config('x.py', {})
+
+
+@pytest.mark.parametrize('cuda', [False, True])
+def test_loaders_of_a_classifier(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    cfg = Config(dict(train_dataloader=dict(num_workers=1), val_dataloader=dict(num_workers=0), test_dataloader=dict(
+        collate_fn=dict(type='pseudo_collate'), pin_memory='as it is', persistent_workers=False, num_workers=2)))
+    set_loader_defaults(cfg)
+    default = dict(collate_fn=dict(type='default_collate'), pin_memory=cuda)
+    assert cfg.train_dataloader == dict(num_workers=1, persistent_workers=True, **default)
+    assert cfg.val_dataloader == dict(num_workers=0, persistent_workers=False, **default)
+    assert cfg.test_dataloader == dict(collate_fn=dict(type='pseudo_collate'), pin_memory='as it is',
+                                       persistent_workers=False, num_workers=2)
+    without = Config(dict(test_dataloader={'dataset': {}}, val_dataloader=None))
+    set_loader_defaults(without)
+    assert without.to_dict() == dict(val_dataloader=None, test_dataloader=dict(
+        dataset={}, persistent_workers=False, **default))
 
 
 # ---- several processes
@@ -161,6 +325,46 @@ def test_the_first_process_of_a_machine_prints_at_once(failing):
     # torchrun on one of the nodes that Slurm gave.
     assert failing(RANK='0', LOCAL_RANK='0', GROUP_RANK='0', GROUP_WORLD_SIZE='1', SLURM_NODEID='3',
                    SLURM_NNODES='4') == ('error: no data\n', 0)
+
+
+@pytest.mark.parametrize('env, said', [
+    (dict(), 'ended by SIGTERM before the run began'), (dict(LOCAL_RANK='1'), None), (dict(SLURM_LOCALID='1'), None),
+    (dict(LOCAL_RANK='0', SLURM_LOCALID='1'), 'ended by SIGTERM before the run began'),
+    (dict(LOCAL_RANK='0', GROUP_RANK='1', GROUP_WORLD_SIZE='2'),
+     f'node 1 ({socket.gethostname()}): ended by SIGTERM before the run began')])
+def test_a_signal_is_told_once_on_each_machine(env, said, monkeypatch):
+    left = []
+    monkeypatch.setattr(launch, 'leave', lambda interrupted, message: left.append(message))
+    monkeypatch.setattr(launch, 'raised_signals', nullcontext)
+    for name in ('LOCAL_RANK', 'GROUP_RANK', 'GROUP_WORLD_SIZE', 'SLURM_LOCALID', 'SLURM_NODEID', 'SLURM_NNODES'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+    def main():
+        raise Interrupted(signal.SIGTERM)
+
+    launch.run(main)
+    assert left == [said]
+
+
+@pytest.mark.parametrize('joined, waits', [(False, []), (True, [1])])
+def test_an_error_among_processes_waits_for_the_signal_that_it_may_come_from(joined, waits, monkeypatch):
+    waited = []
+    monkeypatch.setattr(launch.time, 'sleep', waited.append)
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: joined)
+
+    def main():
+        raise RuntimeError('connection closed by peer')
+
+    with pytest.raises(RuntimeError, match='connection closed'):
+        launch.run(main)
+    assert waited == waits
+
+
+def test_prints_of_other_packages_are_dropped(capsys):
+    launch.run(lambda: print('creating index...'))
+    assert capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize('env', [dict(RANK='1', LOCAL_RANK='1'), dict(SLURM_LOCALID='2')])
@@ -242,15 +446,82 @@ def test_more_processes_than_gpus(env, monkeypatch):
         set_up_processes(Config())
 
 
-def test_slurm_processes_without_gpus_join(tmp_path):
-    """One of them here. The checkpoint is looked for afterwards."""
-    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1)
-    env = dict(SLURM, SLURM_PROCID='0', SLURM_NTASKS='1', SLURM_LOCALID='0', MASTER_ADDR='127.0.0.1',
-               CUDA_VISIBLE_DEVICES='')
-    done = run_tool(SHAPES, '--launcher', 'slurm', '--cfg-options', 'load_from=x.pth', cwd=tmp_path, env=env)
-    assert_only_error(done, 'error: load_from: no such file: x.pth')
-    notes = [line for line in done.stderr.splitlines() if line.startswith('note: ')]
-    assert len(notes) == 1 and notes[0].endswith('; 1 CPU process over gloo instead')
+@pytest.fixture
+def one_process(monkeypatch):
+    """The variables of a launcher that starts one; its group is left afterwards."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: False)
+    with socket.socket() as free, patch.dict(os.environ):
+        free.bind(('127.0.0.1', 0))
+        os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
+                          MASTER_PORT=str(free.getsockname()[1]))
+        free.close()
+        yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_processes_without_gpus_join_over_gloo(one_process, capsys):
+    cfg = Config(dict(env_cfg=dict(dist_cfg=dict(timeout=7)), find_unused_parameters=True))
+    set_up_processes(cfg)
+    assert torch.distributed.get_backend() == 'gloo'
+    assert capsys.readouterr().err == (f'note: torch {torch.__version__} is a build without CUDA; 1 CPU process over '
+                                       'gloo instead\n')
+    assert cfg.env_cfg.dist_cfg == dict(timeout=7, backend='gloo')
+    assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+                                         find_unused_parameters=True)
+
+
+@pytest.mark.parametrize('wrapper, found', [
+    ({}, dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+              find_unused_parameters=False)),
+    (dict(model_wrapper_cfg=dict(type='Own')), dict(type='Own'))])
+def test_the_others_join_without_a_word(wrapper, found, one_process, monkeypatch, capsys):
+    joined = []
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: joined.append((args, kwargs)))
+    os.environ.update(RANK='1', WORLD_SIZE='2')
+    cfg = Config(wrapper)
+    set_up_processes(cfg)
+    assert joined == [(('gloo',), dict(timeout=timedelta(seconds=1800)))]
+    assert capsys.readouterr().err == ''
+    assert cfg.model_wrapper_cfg == found
+    os.environ['RANK'] = '0'
+    set_up_processes(cfg)
+    assert '; 2 CPU processes over gloo' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('error', [RuntimeError, OSError])
+def test_who_does_not_join_is_missed(error, one_process, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error('timed out\nsomewhere')
+
+    monkeypatch.setattr(torch.distributed, 'init_process_group', fail)
+    os.environ['WORLD_SIZE'] = '3'
+    with pytest.raises(LaunchError, match=r'^the 3 processes did not all join within 5 s \(timed out\); see what the '
+                                          'others printed, on every machine$'):
+        set_up_processes(Config(dict(env_cfg=dict(dist_cfg=dict(timeout=5)))))
+
+
+@pytest.mark.parametrize('env', [dict(LOCAL_WORLD_SIZE='2', LOCAL_RANK='0'), dict(LOCAL_RANK='1')])
+def test_with_gpus_mmengine_sets_up_the_processes(env, one_process, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    os.environ.pop('LOCAL_WORLD_SIZE', None)
+    os.environ.update(env)
+    cfg = Config()
+    set_up_processes(cfg)
+    assert cfg.to_dict() == {} and not torch.distributed.is_initialized()
+
+
+def test_slurm_processes_join(one_process, load):
+    """The checkpoint is looked for afterwards."""
+    port = os.environ['MASTER_PORT']
+    for name in 'RANK', 'WORLD_SIZE', 'LOCAL_RANK':
+        del os.environ[name]
+    os.environ.update(SLURM, SLURM_PROCID='0', SLURM_NTASKS='1', SLURM_LOCALID='0', MASTER_PORT=port)
+    with pytest.raises(LaunchError, match='^load_from: no such file: x.pth$'):
+        load('', '--launcher', 'slurm', '--cfg-options', 'load_from=x.pth')
+    assert torch.distributed.is_initialized()
 
 
 OLD_DRIVER = ('The NVIDIA driver on your system is too old (found version {}). Please update your GPU driver by '
@@ -262,6 +533,7 @@ OLD_DRIVER = ('The NVIDIA driver on your system is too old (found version {}). P
     ('13.0', 'No CUDA GPUs are available', ['no usable CUDA device: No CUDA GPUs are available']),
     ('13.0', OLD_DRIVER.format(12040), ['is for CUDA 12.4', 'for CUDA 13.0', 'install a newer driver',
                                         'tools/setup_env.sh --stack openmmlab', 'TORCH_INDEX_URL']),
+    ('13.0', OLD_DRIVER.format(12000), ['is for CUDA 12.0', '(tools/setup_env.sh --stack openmmlab, for CUDA 12, or ']),
     ('13.0', OLD_DRIVER.format(11080), ['is for CUDA 11.8', 'for CUDA 13.0', '(tools/setup_env.sh with TORCH_']),
     ('12.1', OLD_DRIVER.format(11040), ['is for CUDA 11.4', 'for CUDA 12.1', '(tools/setup_env.sh with TORCH_']),
 ])
@@ -282,17 +554,7 @@ def test_a_torch_without_cuda_is_named(monkeypatch):
     assert why_no_gpu() == f'torch {torch.__version__} is a build without CUDA'
 
 
-def test_results_file_is_readable(tmp_path):
-    """--out of a tiny evaluation holds one prediction per image."""
-    make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=3, image_size=64)
-    cfg = Config.fromfile(convneur_mm.config(SHAPES))
-    from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
-    init_default_scope('mmdet')
-    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), tmp_path / 'random.pth')
-    done = run_tool(SHAPES, 'random.pth', '--out', 'out/results.pkl', '--show-dir', 'pictures', cwd=tmp_path,
-                    tool='test.py')
-    assert done.returncode == 0, done.stderr
-    results = pickle.loads((tmp_path / 'out' / 'results.pkl').read_bytes())
-    assert [r['img_id'] for r in results] == [1, 2, 3]
-    assert sorted(p.name for p in (tmp_path / 'pictures').iterdir()) == ['000001.jpg', '000002.jpg', '000003.jpg']
+def test_a_gpu_that_cannot_be_used_for_no_known_reason(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'init', lambda: None)
+    assert why_no_gpu() == 'no usable CUDA device: torch.cuda.is_available() is false'

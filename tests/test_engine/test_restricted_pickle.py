@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 from collections import Counter, OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,11 @@ ORDERED = name('collections', 'OrderedDict') + b')R'
 LATIN1 = name('_codecs', 'encode') + text('ab')
 
 
+def log_buffer_state(**items):
+    """The opcodes of a dict."""
+    return b'}' + b''.join(text(key) + value + b's' for key, value in items.items())
+
+
 def read(opcodes):
     return restricted_pickle.load(io.BytesIO(b'\x80\x04' + opcodes + b'.'), encoding='utf-8')
 
@@ -43,6 +49,14 @@ def test_the_pieces_of_the_hostile_pickles_are_sound():
     assert read(ORDERED) == OrderedDict()
     assert read(LATIN1 + text('latin1') + b'\x86R') == b'ab'
     assert read(b'}' + text('a') + b'K\x01s') == {'a': 1}
+
+
+@pytest.mark.parametrize('opcodes, value', [
+    (b']K\x01a', [1]), (b'](K\x01K\x02e', [1, 2]), (b'\x8f(K\x01K\x02\x90', {1, 2}), (b'}K\x01K\x02s', {1: 2}),
+    (b'}(K\x01K\x02K\x03K\x04u', {1: 2, 3: 4}),
+])
+def test_items_go_to_the_last_value(opcodes, value):
+    assert read(b'K\x07K\x08' + opcodes + b'\x87') == (7, 8, value)
 
 
 @pytest.mark.parametrize('opcodes, asked_for', [
@@ -69,7 +83,20 @@ def test_the_pieces_of_the_hostile_pickles_are_sound():
     (name('collections', 'OrderedDict') + b')\x81', 'an instance of'),
     (BUFFER[:-2] + b'K\x05\x85\x81', 'an instance of'),
     (BUFFER[:-2] + b')}\x92', 'opcode'),
+    (name('collections', 'OrderedDict') + b']R', 'a list in an unexpected place'),
+    # Arguments that could bring methods of their own.
+    (name('collections', 'OrderedDict') + BUFFER + b'\x85R', 'HistoryBuffer in an unexpected place'),
+    (name('collections', 'Counter') + BUFFER + b'\x85R', 'HistoryBuffer in an unexpected place'),
+    (name('builtins', 'set') + BUFFER + b'\x85R', 'HistoryBuffer in an unexpected place'),
+    (name('torch', 'Size') + BUFFER + b'\x85R', 'HistoryBuffer in an unexpected place'),
     # The state of an object.
+    (ORDERED + b'Nb', 'OrderedDict with attributes'),
+    (BUFFER + log_buffer_state(max_length=b'K\x05', _log_history=b']', _count_history=ARRAY) + b'b',
+     'a list in an unexpected place'),
+    (BUFFER + log_buffer_state(max_length=b'K\x05', _log_history=ARRAY, _count_history=b']') + b'b',
+     'a list in an unexpected place'),
+    (BUFFER + log_buffer_state(max_length=b'N', _log_history=ARRAY, _count_history=ARRAY) + b'b',
+     'a NoneType in an unexpected place'),
     (ORDERED + b'}' + text('__setstate__') + name('builtins', 'slice') + b'sb', 'attributes'),
     (ORDERED + b'N}' + text('__class__') + BUFFER[:-2] + b's\x86b', 'attributes'),
     (BUFFER + b'}' + text('statistics') + name('builtins', 'slice') + b'sb', 'HistoryBuffer with the attributes'),
@@ -86,7 +113,14 @@ def test_the_pieces_of_the_hostile_pickles_are_sound():
     (ARRAY + b'(K\x01K\x01\x85' + name('torch', 'float32') + b'\x89]tb', 'NumPy array of'),
     (ARRAY + b'(K\x01K\x01\x85' + DTYPE + b'\x89]K\x01atb', 'a list in an unexpected place'),
     (name('numpy._core.multiarray', 'scalar') + name('torch', 'float32') + text('x') + b'\x86R', 'NumPy array of'),
+    (name('numpy', 'dtype') + BUFFER + b'\x89\x88\x87R', 'HistoryBuffer in an unexpected place'),
+    (name('numpy._core.multiarray', 'scalar') + DTYPE + text('x') + b'\x86R', 'a str in an unexpected place'),
+    (DTYPE + b']b', r'dtype with the state \[\]'),
+    (DTYPE + b')b', r'dtype with the state \(\)'),
+    (DTYPE + b'(K\x04' + text('>') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb', 'dtype with the state'),
+    (ARRAY + b']b', 'a list in an unexpected place'),
     # Bytes by any codec but the one that pickle uses.
+    (name('_codecs', 'encode') + BUFFER + text('latin1') + b'\x86R', 'HistoryBuffer in an unexpected place'),
     (LATIN1 + text('rot13') + b'\x86R', "the codec 'rot13'"),
     (LATIN1 + text('unicode_escape') + b'\x86R', "the codec 'unicode_escape'"),
     # Items, for lists, dicts and sets alone: other objects may have such methods of their own.
@@ -98,6 +132,9 @@ def test_the_pieces_of_the_hostile_pickles_are_sound():
     # Storages, not the classes whose source torch's oldest format compares.
     (b'(' + text('module') + BUFFER[:-2] + text('a.py') + text('source') + b'tQ', 'the persistent id'),
     (text('storage') + b'Q', 'the persistent id'),
+    *((b'(' + text('storage') + BUFFER[:-2] + key_location_number + b'tQ', f'a {kind} in an unexpected place')
+      for kind, key_location_number in (('NoneType', b'N' + text('cpu') + b'K\x01'), ('int', text('0') + b'K\x01K\x01'),
+                                        ('str', text('0') + text('cpu') + text('1')))),
     (b'P0\n', 'opcode'),
     # Buffers that are not in the file.
     (b'\x97', 'opcode'), (b'\x96' + struct.pack('<Q', 1) + b'a', 'opcode'),
@@ -129,9 +166,9 @@ def test_registered_extensions_are_refused(registered):
 
 def test_a_log_buffer_brings_no_methods_for_the_others():
     """MMEngine would put them into the table of the class."""
-    state = (b'}' + text('max_length') + b'K\x05s' + text('_log_history') + ARRAY + b's' + text('_count_history')
-             + ARRAY + b's' + text('statistics_methods') + b'}' + text('mean') + name('builtins', 'slice') + b'ss')
-    buffer = read(BUFFER + state + b'b')
+    buffer = read(BUFFER + log_buffer_state(
+        max_length=b'K\x05', _log_history=ARRAY, _count_history=ARRAY,
+        statistics_methods=b'}' + text('mean') + name('builtins', 'slice') + b's') + b'b')
     assert buffer.max_length == 5
     assert HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
 
@@ -183,6 +220,39 @@ def test_weights_that_share_memory_still_do(tmp_path):
     assert loaded['b'][0] == 7
 
 
+def storage_on(numbers):
+    return torch.storage.TypedStorage(wrap_storage=torch.tensor(numbers).untyped_storage(), dtype=torch.float32,
+                                      _internal=True)
+
+
+def test_tensors_of_the_oldest_files_are_not_trained():
+    """Their calls end with the strides."""
+    tensor = restricted_pickle._tensor(storage_on([1.0, 2.0]), 0, (2,), (1,))
+    assert tensor.tolist() == [1, 2] and not tensor.requires_grad
+
+
+def test_tensors_of_a_dtype_lie_on_storages():
+    for storage, dtype in ([1.0], torch.float32), (storage_on([1.0]), 'float32'):
+        with pytest.raises(ForbiddenPickleError, match='a (list|str) in an unexpected place'):
+            restricted_pickle._tensor_of_dtype(storage, 0, (1,), (1,), False, None, dtype)
+
+
+@pytest.mark.parametrize('read_tensor, rest', [(restricted_pickle._tensor, ()),
+                                               (restricted_pickle._tensor_of_dtype, (torch.float32,))])
+def test_tensors_of_another_view_are_refused(read_tensor, rest):
+    """PyTorch sets the attributes that the file names."""
+    args = storage_on([1.0]), 0, (1,), (1,), False, None, *rest
+    assert read_tensor(*args, {}).tolist() == [1]
+    with pytest.raises(ForbiddenPickleError, match='a conjugated or negated tensor'):
+        read_tensor(*args, dict(neg=True))
+
+
+def test_conjugated_tensors_are_refused(tmp_path):
+    torch.save(torch.ones(2, dtype=torch.complex64).conj(), tmp_path / 'x.pth')
+    with pytest.raises(ForbiddenPickleError, match='a conjugated or negated tensor'):
+        torch.load(tmp_path / 'x.pth', weights_only=False, pickle_module=restricted_pickle)
+
+
 @pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'uint16'])
 def test_types_without_a_storage_class_load(dtype, tmp_path):
     if not hasattr(torch, 'uint16'):
@@ -192,3 +262,25 @@ def test_types_without_a_storage_class_load(dtype, tmp_path):
     loaded = torch.load(tmp_path / 'x.pth', weights_only=False, pickle_module=restricted_pickle)
     assert loaded.dtype == tensor.dtype
     assert loaded.float().tolist() == [0, 1, 2]
+    load = dict(weights_only=False, pickle_module=restricted_pickle)
+    assert torch.load(tmp_path / 'x.pth', map_location='meta', **load).is_meta
+
+
+@pytest.mark.parametrize('version, compares', [('2.1.2', True), ('2.11.0', True), ('2.12.0', False), ('2.13.1', False)])
+@pytest.mark.filterwarnings('error')
+def test_storages_are_compared_with_their_records_where_pytorch_does_not(version, compares, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.storage, '_always_warn_typed_storage_removal', True)
+    torch.save(torch.arange(3.0), tmp_path / 'x.pth')
+    with (tmp_path / 'x.pth').open('rb') as file:
+        for archive in torch._C.PyTorchFileReader(file), SimpleNamespace(get_record=lambda name: b'short'):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, '__version__', torch.torch_version.TorchVersion(version))
+                module = restricted_pickle.for_archive(archive)
+            assert module.__name__ == 'convneur_mm.engine.restricted_pickle'
+            assert module.load is restricted_pickle.load
+            if compares and isinstance(archive, SimpleNamespace):
+                with pytest.raises(pickle.UnpicklingError, match='^the storage 0 is longer than its record$'):
+                    torch.load(tmp_path / 'x.pth', pickle_module=module, weights_only=False)
+            else:
+                loaded = torch.load(tmp_path / 'x.pth', pickle_module=module, weights_only=False)
+                assert loaded.tolist() == [0, 1, 2]

@@ -1,20 +1,28 @@
 """The start of a run on the console: short, complete, and nothing missing in the log file."""
+import io
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.runner import ValLoop
+from mmengine.visualization import Visualizer
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine import start_summary
-from convneur_mm.engine.launch import without_sync_bn
+from convneur_mm.engine.optim import BFloat16OptimWrapper
 from convneur_mm.engine.start_summary import chunk_lines, memory_groups, memory_path
 from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.ops.neural_memory import cpu
@@ -57,7 +65,11 @@ def run_tool(*command, cwd):
                                   str(ROOT), os.environ.get('PYTHONPATH')])),
                               'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout[-4000:]
-    lines = re.sub(r'\x1b\[\d+m', '', done.stdout).splitlines()
+    return parts(done.stdout)
+
+
+def parts(text):
+    lines = re.sub(r'\x1b\[\d+m', '', text).splitlines()
     first_step = next(i for i, line in enumerate(lines) if re.search(r'(Epoch|Iter)\((train|test)\)', line))
     return lines[:first_step], lines[first_step:]
 
@@ -93,8 +105,9 @@ def segmentation(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def classification(tmp_path_factory):
-    """A training from a checkpoint that lacks a weight, has one of another shape and three of no use."""
+def classification(tmp_path_factory, tool):
+    """A training from a checkpoint that lacks a weight, has one of another shape and three of no use; in this process.
+    """
     folder = tmp_path_factory.mktemp('classification')
     make_shapes_imagenet(folder / 'data' / 'shapes_imagenet', num_train=6, num_val=6, image_size=64)
     (folder / 'config.py').write_text(CLASSIFICATION)
@@ -106,9 +119,16 @@ def classification(tmp_path_factory):
     weights['head.fc.bias'] = torch.ones(5)
     weights.update({f'neck.{i}': torch.zeros(1) for i in range(3)})
     torch.save(dict(state_dict=weights, meta={}), folder / 'weights.pth')
-    start, rest = run_tool(sys.executable, ROOT / 'tools' / 'train.py', 'config.py', '--work-dir', 'work',
-                           '--cfg-options', 'load_from=weights.pth', 'train_cfg.max_epochs=1', cwd=folder)
-    return start, rest, log_text(folder / 'work')
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', ['train.py', 'config.py', '--work-dir', 'work', '--cfg-options',
+                                    'load_from=weights.pth', 'train_cfg.max_epochs=1'])
+        for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
+            manager._instance_dict.clear()
+        train = tool('train')
+        train.launch.run(train.main)
+    return *parts(output.getvalue()), log_text(folder / 'work')
 
 
 @pytest.fixture(params=['detection', 'segmentation', 'classification'])
@@ -379,6 +399,116 @@ def test_the_named_path_is_the_one_taken(monkeypatch):
         assert bool(calls) is memory_path(memory)[0].startswith('C++'), options
 
 
-def test_sync_bn_is_reported():
-    assert without_sync_bn(dict(head=dict(norm_cfg=dict(type='SyncBN')), necks=[dict(type='BN')]))
-    assert not without_sync_bn(dict(head=dict(norm_cfg=dict(type='BN')), necks=[dict(type='FPN')]))
+class Images(list):
+    """A data set with classes."""
+
+    def __init__(self, length, classes=None):
+        super().__init__(range(length))
+        self.metainfo = dict(classes=classes)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class TestFacts:
+    """The lines of the summary, one by one."""
+
+    @pytest.mark.parametrize('train, val, expected', [
+        (Images(3), None, 'train 3 images'),
+        (Images(3, ['a', 'b']), Images(2, ('a', 'b')), 'train 3 images; val 2 images; 2 classes: a, b'),
+        (Images(3, 'ab'), Images(2, 'ba'), 'train 3 images; val 2 images; 2 classes in train: a, b; 2 classes in val: '
+                                           'b, a'),
+        (Images(3, 'abcdef'), None, 'train 3 images; 6 classes: a, b, c, d, e, f'),
+        (Images(3, 'abcdefg'), None, 'train 3 images; 7 classes: a, b, c, d, e, f, …'),
+        (Endless(), None, 'train unknown number of images'),
+    ])
+    def test_data(self, train, val, expected):
+        runner = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=train), _val_loop=None)
+        if val is not None:
+            runner._val_loop, runner.val_dataloader = ValLoop.__new__(ValLoop), SimpleNamespace(dataset=val)
+        assert start_summary._data(runner, 'train') == expected
+        runner.test_dataloader = SimpleNamespace(dataset=Images(9))
+        assert start_summary._data(runner, 'test') == 'test 9 images'
+
+    def test_batches(self, toy_runner):
+        runner = toy_runner(nn.Conv2d(3, 4, 3))
+        runner.optim_wrapper = OptimWrapper(torch.optim.SGD([torch.ones(1)], lr=0.1), accumulative_counts=1)
+        loader = DataLoader(Images(4), 2)
+        assert start_summary._batches(runner, 'train', loader) == '2 images x 1 process = 2 a step; 2 iterations'
+        runner.optim_wrapper._accumulative_counts = 3
+        runner._world_size = 4
+        assert start_summary._batches(runner, 'train', loader) == (
+            '2 images x 4 processes = 8 a step, 3 steps an update; 2 iterations')
+        assert start_summary._batches(runner, 'test', loader) == '2 images x 4 processes = 8 a step, 2 steps'
+        data = Images(3)
+        loader = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 3, False))
+        assert start_summary._batches(runner, 'test', loader) == '3 images x 4 processes = 12 a step, 1 step'
+
+    @pytest.mark.parametrize('wrapper, precision', [(OptimWrapper, 'no mixed precision'),
+                                                    (BFloat16OptimWrapper, 'mixed precision')])
+    def test_device(self, wrapper, precision, monkeypatch):
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+        runner = SimpleNamespace(world_size=2, optim_wrapper=wrapper(torch.optim.SGD([torch.ones(1)], lr=0.1)))
+        for model, name in (nn.Linear(1, 1), 'CPU'), (nn.Identity(), 'CPU'), (nn.Linear(1, 1).to('meta'), 'META'):
+            assert start_summary._device(runner, model, SimpleNamespace(num_workers=1)) == (
+                f'{name}, 2 processes, each with 3 threads and 1 data worker; {precision}')
+
+    @pytest.mark.parametrize('hooks, expected', [
+        ([], 'NO checkpoint is saved'), ([dict(interval=0)], 'NO checkpoint is saved'),
+        ([dict(interval=-1)], 'NO checkpoint is saved'),
+        ([dict(interval=1)], 'checkpoint every epoch'),
+        ([dict(interval=1, by_epoch=False)], 'checkpoint every iteration'),
+        ([dict(interval=2, max_keep_ckpts=1)], 'checkpoint every 2 epochs, the last 1 kept'),
+        ([dict(interval=5, by_epoch=False, max_keep_ckpts=0, save_best='mIoU')],
+         'checkpoint every 5 iterations, and the best (mIoU)'),
+    ])
+    def test_results(self, hooks, expected, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        runner = SimpleNamespace(work_dir=f'{tmp_path}/work', hooks=[object(), *(
+            CheckpointHook(**options, **({'rule': 'greater'} if 'save_best' in options else {})) for options in hooks)])
+        assert start_summary._results(runner, 'train') == f'work; {expected}'
+        assert start_summary._results(runner, 'test') == 'work'
+        monkeypatch.chdir('/')
+        runner.work_dir = '/work'
+        assert start_summary._results(runner, 'test') == 'work'
+        monkeypatch.chdir(tmp_path)
+        assert start_summary._results(runner, 'test') == '/work'
+
+    def test_model(self):
+        model = nn.ModuleList([ConvNeur(TINY), ConvNeur('m1')])
+        for parameter in model[1].parameters():
+            parameter.requires_grad = False
+        counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model[0])]
+        assert start_summary._model(model) == (
+            'ModuleList with ConvNeur (depths [1, 1, 1, 1], channels [8, 16, 24, 32]) and ConvNeur-m1; '
+            f'{counts[0]:.2f} M parameters, {counts[1]:.2f} M of them trainable')
+
+    def test_memory(self, monkeypatch):
+        monkeypatch.setattr(cpu, 'kernels', None)
+        monkeypatch.delenv('CONVNEUR_MEMORY_BACKEND', raising=False)
+        lines = start_summary._memory(nn.ModuleList([NeuralMemory(16, chunk_size=4), NeuralMemory(16, inner_step=0.0),
+                                                     NeuralMemory(16, inner_step=0.0)]), False)
+        assert [label for label, _ in lines] == ['memory', 'memory', 'note', 'computed', 'note']
+        assert lines[0][1].startswith('1 memory: chunk size 4 tokens, inner step 1')
+        assert lines[1][1].startswith('2 memories: chunk size ') and 'inner step 0,' in lines[1][1]
+        assert lines[2][1] == 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'
+        assert start_summary._memory(nn.Linear(1, 1), False) == [('memory', 'none')]
+
+    def test_weights(self, tmp_path):
+        model = nn.ModuleDict(dict(a=nn.Linear(1, 1), b=nn.Linear(1, 1), c=nn.Linear(1, 1)))
+        runner = SimpleNamespace(_load_from=None, _resume=False, work_dir=str(tmp_path), epoch=3, iter=7)
+        random = [('weights', 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH')]
+        model.b.init_cfg, model.c.init_cfg = dict(type='Normal'), dict(type='Pretrained', checkpoint='')
+        assert start_summary._weights(runner, model, None) == random
+        model.a.pretrained = dict(type='Pretrained', checkpoint='x.pth')
+        model.c.init_cfg = dict(type='Pretrained', checkpoint='y.pth')
+        assert start_summary._weights(runner, model, None) == [
+            ('weights', 'pretrained: a from x.pth, c from y.pth; others random')]
+        model.init_cfg = dict(type='Pretrained', checkpoint='z.pth')
+        assert ': all from z.pth, a from' in start_summary._weights(runner, model, None)[0][1]
+        assert start_summary._weights(runner, model, '6 of 6') == [('weights', 'from a checkpoint: 6 of 6')]
+        runner._resume, runner._load_from = True, 'x.pth'
+        assert start_summary._weights(runner, model, '6 of 6') == [
+            ('weights', 'resumed from x.pth at epoch 3, iteration 7: 6 of 6')]
