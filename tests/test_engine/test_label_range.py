@@ -136,6 +136,7 @@ class TestLabelMaps:
                             'evaluators; if the maps count the classes from 1, set reduce_zero_label=True in the data '
                             'sets'),
         ([7, 9], 'labels 7, 9', ''),
+        ([-1, 7], 'labels -1, 7', ''),
         ([*range(14, 7, -1), -1], 'labels -1, 8, 9, 10, 11, 12, …', ''),
         ([*range(12, 6, -1)], 'labels 7, 8, 9, 10, 11, 12', ''),
     ])
