@@ -190,7 +190,7 @@ class TestDetectors:
         assert 'names would be swapped' in message(detector)
 
     def test_data_sets_of_own_code_pass(self, detector):
-        """A subclass may number the categories in its own way; MMEngine takes classes for names."""
+        """A subclass may number the categories in its own way. Types may be classes, not names alone."""
         class Own(CocoDataset):
             pass
 

@@ -353,7 +353,8 @@ def applied(**changes):
 
 
 class TestPlaces:
-    @pytest.mark.parametrize('names', [[name] for name in OLD if name != 'classes'] + [list(OLD)], ids='-'.join)
+    @pytest.mark.parametrize('names', [[name] for name in OLD if name != 'classes'] + [list(OLD)],
+                             ids=lambda names: names[0] if len(names) == 1 else 'all')
     def test_what_was_written_for_other_values_equals_what_is_written_for_these(self, names):
         changes = {name: NEW[name] for name in names}
         settings = {**OLD, **changes}
@@ -362,7 +363,7 @@ class TestPlaces:
         assert applied(**changes) == as_lists(written_for(settings).to_dict())
 
     def test_new_classes_alone(self):
-        """Colours and weights were those of others; the third best of three is no figure, but it is there."""
+        """Colours and weights of the former ones go, and so does every k beyond their number."""
         expected = {**OLD, 'classes': NEW['classes'], 'palette': None, 'class_weight': None, 'topk': [1, 3]}
         assert applied(classes=list(NEW['classes'])) == as_lists(written_for(expected).to_dict())
         # What is set along with them stays, even to the same value as before.
