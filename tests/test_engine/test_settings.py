@@ -405,6 +405,10 @@ class TestPlaces:
         cfg.train_dataloader.dataset = dict()
         expected = ('x', 'y') if key == 'classes' else dict(classes=('x', 'y'))
         assert apply_settings(cfg).train_dataloader.dataset == {key: expected}
+        # Where other settings change alone they go on without.
+        cfg = written_for(OLD, max_epochs=30, default_scope=scope)
+        cfg.train_dataloader.dataset = dict()
+        assert apply_settings(cfg).train_dataloader.dataset == dict()
 
     def test_a_number_of_classes_in_the_hook(self):
         """The data sets know the names."""
@@ -482,8 +486,10 @@ class TestPlaces:
 
     def test_smallest_values(self):
         assert applied(image_size=1)['image_size'] == applied(image_size=[1, 1])['image_size'] == [1, 1]
-        cfg = Config(dict(max_iters=1, train_cfg=dict(max_iters=4), default_hooks=dict(settings=dict(max_iters=4))))
-        assert apply_settings(cfg).train_cfg.max_iters == 1
+        cfg = apply_settings(Config(dict(
+            max_iters=1, train_cfg=dict(max_iters=4), param_scheduler=dict(by_epoch=False, end=4),
+            default_hooks=dict(settings=dict(max_iters=4)))))
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler.end == 1
 
 
 class TestHook:
