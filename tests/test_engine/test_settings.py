@@ -439,6 +439,9 @@ class TestPlaces:
         """The place is filled; it may have no entry before."""
         cfg = written_for({**OLD, 'pretrained': dict(m1=None)}, pretrained=dict(m1='own.pth'))
         assert apply_settings(cfg).model.backbone.init_cfg.checkpoint == 'own.pth'
+        cfg = written_for(OLD, pretrained=dict(m1='own.pth'))
+        cfg.model.backbone.init_cfg = dict(type='Pretrained')
+        assert apply_settings(cfg).model.backbone.init_cfg.checkpoint == 'own.pth'
         cfg = written_for(OLD, pretrained=dict(m1=None))
         assert apply_settings(cfg).model.backbone.init_cfg == dict(type='Pretrained')
 
