@@ -1,6 +1,7 @@
 """A model and data that disagree on the classes are refused with one line before any data are read."""
 import copy
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -371,6 +372,12 @@ class TestClassifiers:
         classifier.train_dataloader.dataset = {**dataset, **changes}
         check_classes(classifier, ('train',))
 
+    def test_files_beside_the_folders(self, classifier, folders, tmp_path):
+        shutil.copytree(folders / 'train', tmp_path / 'train')
+        (tmp_path / 'train/notes.txt').touch()
+        classifier.train_dataloader.dataset.data_root = str(tmp_path)
+        check_classes(classifier, ('train',))
+
     def test_a_list_of_the_split(self, classifier, folders, tmp_path):
         shutil.copytree(folders, tmp_path / 'data')
         dataset = dict(type='ImageNet', data_root=str(tmp_path / 'data'), split='train', classes=SHAPES)
@@ -415,10 +422,11 @@ class TestCategories:
     def test_the_rest_of_a_large_file_is_not_decoded(self, tmp_path):
         """That takes seconds for COCO's own, and here it cannot be done."""
         annotations = b'{"segmentation": [[239.97, 260.24, 222.04, 270.49]], "bbox": [1, 2, 3, 4], NOT JSON}, ' * 1000
-        for first in (True, False):
-            parts = [b'"categories": ' + json.dumps(self.LIST).encode(), b'"annotations": [' + annotations + b'{}]']
+        many = [dict(id=i, name=f'class {i}') for i in range(3000)]  # 100 kB
+        for first, categories in itertools.product((True, False), (self.LIST, many)):
+            parts = [b'"categories": ' + json.dumps(categories).encode(), b'"annotations": [' + annotations + b'{}]']
             (tmp_path / 'x.json').write_bytes(b'{' + b', '.join(parts if first else parts[::-1]) + b'}')
-            assert coco_categories(str(tmp_path / 'x.json')) == self.NAMES
+            assert coco_categories(str(tmp_path / 'x.json')) == tuple(category['name'] for category in categories)
 
     @pytest.mark.parametrize('content, expected', [
         ('', 'is not a JSON file, or damaged: '),
