@@ -59,7 +59,6 @@ def check_classes(cfg: Config, splits: tuple[str, ...]) -> None:
         return  # models with a language model take other classes for each data set
     found = []
     for split in splits:
-        checked = set()
         for key, dataset in data_sets(cfg, split):
             kind = _class_of(dataset.get('type'), cfg.get('default_scope'))
             classes = _classes_of(dataset, kind, key)
@@ -67,11 +66,10 @@ def check_classes(cfg: Config, splits: tuple[str, ...]) -> None:
                 continue
             found.append(classes)
             if _defined_in(kind, 'load_data_list', 'mmdet.datasets.coco') and local_path(dataset, 'ann_file'):
-                checked.add(local_path(dataset, 'ann_file'))
                 _check_categories(classes, local_path(dataset, 'ann_file'))
         for key, metric in evaluators(cfg, split):
             path = local_path(metric, 'ann_file')
-            if found and path and path not in checked and str(metric.get('type')).endswith('CocoMetric'):
+            if found and path and str(metric.get('type')).endswith('CocoMetric'):
                 _check_categories(found[-1], path, f'{key}.ann_file: ')
     if not found:
         return

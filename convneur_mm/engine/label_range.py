@@ -114,8 +114,8 @@ def _check_image_label(model: nn.Module, sample: object) -> None:
         raise LaunchError(
             f'{path} has {_values(wrong)}: model.head takes 0 to {number - 1} (num_classes={number}); mend the '
             'annotations, or set num_classes of head and data_preprocessor and the classes of the data sets')
-    if isinstance(scores, Tensor) and scores.shape[-1:] != (number, ):
-        raise LaunchError(f'{path} has scores of {scores.shape[-1]} classes: model.head takes {number} (num_classes); '
+    if isinstance(scores, Tensor) and len(scores) != number:
+        raise LaunchError(f'{path} has scores of {len(scores)} classes: model.head takes {number} (num_classes); '
                           'set num_classes of head and data_preprocessor to the number of classes')
 
 

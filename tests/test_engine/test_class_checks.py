@@ -1,10 +1,13 @@
 """A model and data that disagree on the classes are refused with one line before any data are read."""
 import copy
 import functools
+import itertools
 import json
 import re
+import shutil
 
 import pytest
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 
 import convneur_mm
@@ -182,6 +185,59 @@ class TestDetectors:
         check_classes(detector, TRAINING)
         check_classes(Config(dict(model=dict(type='Unknown', head=None, neck=[dict(type='x')]))), TRAINING)
 
+    def test_behind_what_is_not_known(self, detector):
+        wrong = {**detector.train_dataloader.dataset, 'metainfo': dict(classes=('square', 'disk'))}
+        detector.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[dict(type='NoSuchDataset'), wrong])
+        assert 'names would be swapped' in message(detector)
+
+    def test_data_sets_of_own_code_pass(self, detector):
+        """A subclass may number the categories in its own way. Types may be classes, not names alone."""
+        class Own(CocoDataset):
+            pass
+
+        set_classes(detector, SHAPES[::-1])
+        detector.val_evaluator.type = 'CocoPanopticMetric'
+        for split in TRAINING:
+            detector[f'{split}_dataloader'].dataset.type = Own
+        assert 'names would be swapped' in message(detector)
+        Own.load_data_list = lambda self: []
+        check_classes(detector, TRAINING)
+
+    def test_files_on_other_machines_pass(self, detector):
+        for split in TRAINING:
+            detector[f'{split}_dataloader'].dataset.backend_args = dict(backend='petrel')
+        detector.val_evaluator.pop('ann_file')
+        check_classes(detector, TRAINING)
+
+    def test_an_evaluators_file_alone(self, detector, tmp_path):
+        (tmp_path / 'other.json').write_text('{"categories": [{"id": 1, "name": "cat"}]}')
+        detector.test_evaluator.ann_file = str(tmp_path / 'other.json')
+        assert message(detector, ('test',)).startswith('test_evaluator.ann_file: test_dataloader.dataset.metainfo.')
+        detector.test_dataloader.dataset = dict(type='NoSuchDataset')
+        check_classes(detector, ('test',))
+
+    def test_a_test_on_more_than_the_models_classes(self, detector):
+        """That is no choice, but a mistake."""
+        set_heads(detector, 5)
+        assert message(detector, ('test',)).endswith(': set num_classes=6 there')
+        detector.model.roi_head.mask_head.num_classes = 7
+        assert message(detector, ('test',)).endswith('lists them anyway')
+        assert message(detector, ('train', 'test')).endswith(': set num_classes=6 there')
+
+    def test_without_a_model_nothing_is_compared(self, detector):
+        set_classes(detector, ('no', 'such'))
+        detector.model = None
+        check_classes(detector, TRAINING)
+
+    @pytest.mark.parametrize('count, expected', [
+        (1, "('c0',)"), (2, "('c0', 'c1')"), (12, "(" + ', '.join(f"'c{i}'" for i in range(12)) + ')'),
+        (13, "(" + ', '.join(f"'c{i}'" for i in range(12)) + ', …)')])
+    def test_the_advice_can_be_copied(self, detector, tmp_path, count, expected):
+        path = tmp_path / 'x.json'
+        path.write_text(json.dumps(dict(categories=[dict(id=i, name=f'c{i}') for i in range(count)])))
+        detector.train_dataloader.dataset.ann_file = str(path)
+        assert f'such as {expected}, and num_classes' in message(detector)
+
     def test_models_that_read_the_names_pass(self, detector):
         set_heads(detector, 256)
         detector.model.language_model = dict(type='BertModel')
@@ -224,6 +280,21 @@ class TestSegmentors:
         names = list(segmentor.val_dataloader.dataset.metainfo.classes)
         set_classes(segmentor, [*names[:2], names[3], names[2], *names[4:]], ['val'])
         assert "label 2 is 'square' there and 'triangle' here; set the same classes" in message(segmentor)
+
+    def test_some_of_a_data_sets_names(self, segmentor):
+        for split in TRAINING:
+            segmentor[f'{split}_dataloader'].dataset.type = 'ADE20KDataset'
+        set_classes(segmentor, ('floor', 'wall'))
+        segmentor.model.decode_head.num_classes = 2
+        check_classes(segmentor, TRAINING)
+
+    def test_a_name_twice(self, segmentor):
+        set_classes(segmentor, ('soil', 'crop'), ['train'])
+        set_classes(segmentor, ('soil', 'crop', 'crop'), ['val'])
+        assert message(segmentor) == (
+            'train_dataloader.dataset.metainfo.classes has 2 classes (soil, crop), val_dataloader.dataset.metainfo.'
+            'classes has 3 classes (soil, crop, crop): a name is there twice; set the same classes, in the same order, '
+            'in all data sets')
 
     @pytest.mark.parametrize('head, passes', [
         (dict(num_classes=2, out_channels=1), True), (dict(num_classes=2), True), (dict(num_classes=1), True),
@@ -277,6 +348,45 @@ class TestClassifiers:
             type='CustomDataset', ann_file='val.txt', data_prefix='val', classes=FOLDERS[:5])
         assert 'only the former has (triangle); set the same classes' in message(classifier)
 
+    @pytest.mark.parametrize('prefix', ['train', 'train/', dict(img_path='train')])
+    def test_folders_by_their_prefix(self, classifier, prefix):
+        classifier.train_dataloader.dataset.update(data_prefix=prefix, classes=FOLDERS[:5])
+        assert 'train has 6 class folders' in message(classifier)
+
+    @pytest.mark.parametrize('prefix', [None, '', dict(), dict(img_path=None)])
+    def test_folders_without_a_prefix(self, classifier, folders, prefix):
+        classifier.train_dataloader.dataset.update(
+            data_root=str(folders / 'train'), data_prefix=prefix, classes=FOLDERS[:5])
+        classifier.train_dataloader.dataset.pop('split', None)
+        assert f' whereas {folders / "train"} has 6 class folders' in message(classifier)
+
+    @pytest.mark.parametrize('changes', [
+        dict(with_label=False), dict(split='test'), dict(data_prefix='nowhere'), dict(backend_args=dict(backend='s3')),
+        dict(ann_file='list.txt')])
+    def test_folders_that_are_not_numbered(self, classifier, changes):
+        """Those without labels, not there or elsewhere, or listed in a file."""
+        dataset = dict(type='CustomDataset', data_prefix='train', classes=SHAPES,
+                       data_root=classifier.train_dataloader.dataset.data_root)
+        classifier.train_dataloader.dataset = dataset
+        assert 'names would be swapped' in message(classifier, ('train',))
+        classifier.train_dataloader.dataset = {**dataset, **changes}
+        check_classes(classifier, ('train',))
+
+    def test_files_beside_the_folders(self, classifier, folders, tmp_path):
+        shutil.copytree(folders / 'train', tmp_path / 'train')
+        (tmp_path / 'train/notes.txt').touch()
+        classifier.train_dataloader.dataset.data_root = str(tmp_path)
+        check_classes(classifier, ('train',))
+
+    def test_a_list_of_the_split(self, classifier, folders, tmp_path):
+        shutil.copytree(folders, tmp_path / 'data')
+        dataset = dict(type='ImageNet', data_root=str(tmp_path / 'data'), split='train', classes=SHAPES)
+        classifier.train_dataloader.dataset = dataset
+        assert 'names would be swapped' in message(classifier, ('train',))
+        (tmp_path / 'data/meta').mkdir(exist_ok=True)
+        (tmp_path / 'data/meta/train.txt').write_text('a.jpg 0')
+        check_classes(classifier, ('train',))
+
     def test_imagenets_own_list(self, classifier, folders):
         """With meta/train.txt the folders are not numbered."""
         for split in TRAINING:
@@ -312,10 +422,11 @@ class TestCategories:
     def test_the_rest_of_a_large_file_is_not_decoded(self, tmp_path):
         """That takes seconds for COCO's own, and here it cannot be done."""
         annotations = b'{"segmentation": [[239.97, 260.24, 222.04, 270.49]], "bbox": [1, 2, 3, 4], NOT JSON}, ' * 1000
-        for first in (True, False):
-            parts = [b'"categories": ' + json.dumps(self.LIST).encode(), b'"annotations": [' + annotations + b'{}]']
+        many = [dict(id=i, name=f'class {i}') for i in range(3000)]  # 100 kB
+        for first, categories in itertools.product((True, False), (self.LIST, many)):
+            parts = [b'"categories": ' + json.dumps(categories).encode(), b'"annotations": [' + annotations + b'{}]']
             (tmp_path / 'x.json').write_bytes(b'{' + b', '.join(parts if first else parts[::-1]) + b'}')
-            assert coco_categories(str(tmp_path / 'x.json')) == self.NAMES
+            assert coco_categories(str(tmp_path / 'x.json')) == tuple(category['name'] for category in categories)
 
     @pytest.mark.parametrize('content, expected', [
         ('', 'is not a JSON file, or damaged: '),

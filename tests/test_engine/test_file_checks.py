@@ -1,4 +1,5 @@
 """Files that a config names are looked for, and those that could run code refused, before any of them is read."""
+import copy
 import re
 from pathlib import Path
 
@@ -14,10 +15,15 @@ SHAPES = 'cascade_rcnn_convneur_m1_shapes'
 SPLITS = ('train', 'val', 'test')
 
 
+@pytest.fixture(scope='module')
+def shipped():
+    return Config.fromfile(convneur_mm.config(SHAPES))
+
+
 @pytest.fixture
-def cfg(tmp_path):
-    make_shapes_coco(tmp_path, num_train=1, num_val=1)
-    cfg = Config.fromfile(convneur_mm.config(SHAPES))
+def cfg(shipped, tmp_path):
+    make_shapes_coco(tmp_path, num_train=1, num_val=1, image_size=64)
+    cfg = copy.deepcopy(shipped)
     for split in SPLITS:
         cfg[f'{split}_dataloader'].dataset.data_root = str(tmp_path)
     for split in ('val', 'test'):
@@ -52,6 +58,37 @@ def test_wrapped_and_joined_datasets_are_checked():
         check_data_files(Config(dict(train_dataloader=dict(dataset=remote))), ('train',))
 
 
+@pytest.mark.parametrize('dataset, key', [
+    (dict(data_prefix=dict(img='a/', seg='b/')), 'data_prefix.seg: here/b'),
+    (dict(ann_file='c.txt', data_prefix='a'), 'ann_file: here/c.txt'),
+    (dict(data_prefix='b'), 'data_prefix.img_path: here/b'),
+    (dict(data_prefix='a'), None),
+    (dict(), None),
+    (dict(data_root='there'), 'data_root: there'),
+    (dict(data_root='there', ann_file=''), 'data_root: there'),
+    (dict(data_root='', ann_file='there/c.txt', data_prefix=None), 'ann_file: there/c.txt'),
+    (dict(data_root='', ann_file=''), None),
+    (dict(data_root='', ann_file=['there/c.txt']), None),
+    (dict(data_root='there', ann_file='/c.txt'), 'ann_file: /c.txt'),
+])
+def test_places_of_a_data_set(dataset, key, tmp_path, monkeypatch):
+    """In data_root, unless they are absolute; without any of them data_root itself."""
+    monkeypatch.chdir(tmp_path)
+    Path('here/a').mkdir(parents=True)
+    cfg = Config(dict(test_dataloader=dict(dataset={'data_root': 'here', **dataset})))
+    if key is None:
+        check_data_files(cfg, ('test',))
+    else:
+        with pytest.raises(LaunchError, match=rf'^test_dataloader\.dataset\.{re.escape(key)} does not exist \(looked '
+                                              rf'for from {re.escape(str(tmp_path))}\); set data_root, ann_file'):
+            check_data_files(cfg, ('test',))
+
+
+@pytest.mark.parametrize('loader', [None, dict(), dict(dataset=[1, 2]), [dict(dataset=dict(ann_file='no.json'))]])
+def test_loaders_of_other_kinds_pass(loader):
+    check_data_files(Config(dict(train_dataloader=loader)), ('train', 'val'))
+
+
 @pytest.mark.parametrize('split', ['val', 'test'])
 def test_files_of_evaluators_are_looked_for(tmp_path, cfg, split):
     cfg[f'{split}_evaluator'].ann_file = 'data/coco/annotations/instances_val2017.json'
@@ -74,6 +111,23 @@ def test_files_of_one_of_several_evaluators_are_looked_for(cfg, name):
     check_data_files(cfg, SPLITS)
     cfg.val_evaluator[1] = dict(type='CocoPanopticMetric', **{name: None}, outfile_prefix='results/not_yet')
     check_data_files(cfg, SPLITS)
+
+
+def test_without_a_data_sets_file_the_evaluators_is_just_missed():
+    cfg = Config(dict(val_dataloader=dict(dataset=dict(ann_file='s3://bucket/a.json')),
+                      val_evaluator=[object, dict(ann_file='no.json')]))
+    with pytest.raises(LaunchError, match=r'^val_evaluator\[1\]\.ann_file: no.json .*; set it to where the data is$'):
+        check_data_files(cfg, ('val',))
+    cfg.val_dataloader.dataset = dict(ann_file=__file__)
+    cfg.val_evaluator = dict(seg_prefix='no')
+    with pytest.raises(LaunchError, match=r'^val_evaluator\.seg_prefix: no .*; set it to where the data is$'):
+        check_data_files(cfg, ('val',))
+
+
+def test_what_is_not_unpickled_passes():
+    pipeline = [dict(type='LoadBiomedicalData', decode_backend='numpy'), dict(name='pickle')]
+    dataset = dict(ann_file='a.pkl.json', pipeline=pipeline, classes=('a', 3, None))
+    check_no_pickled_data(Config(dict(val_dataloader=dict(dataset=dataset))), ('val',))
 
 
 @pytest.mark.parametrize('dataset, key', [

@@ -1,10 +1,12 @@
 """Optimizer wrappers of our own, and what --amp makes of a config's."""
+import contextlib
 import copy
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from mmcv.ops import ModulatedDeformConv2dPack
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from torch import nn
 
@@ -61,6 +63,16 @@ def test_bfloat16_on_a_cpu():
     assert 'loss_scaler' not in optim_wrapper.state_dict()
 
 
+def test_bfloat16_is_not_left_to_the_device(monkeypatch):
+    """A GPU's own is float16, which needs a scaler."""
+    found = {}
+    monkeypatch.setattr('convneur_mm.engine.optim.autocast', lambda **kwargs: found.update(kwargs) or
+                        contextlib.nullcontext())
+    net = Net()
+    step(net, build_optim_wrapper(net, sgd(type='BFloat16OptimWrapper')), torch.ones(1, 4))
+    assert found == dict(dtype=torch.bfloat16)
+
+
 def test_bfloat16_accumulates():
     """As OptimWrapper does: it is one, but for the context."""
     torch.manual_seed(0)
@@ -110,7 +122,7 @@ class Head(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+        self.linear, self.norm = nn.Linear(2, 2), nn.BatchNorm2d(2)
         self.factor = nn.Parameter(torch.ones(()))
 
 
@@ -124,9 +136,9 @@ def test_flat_parameters_of_custom_keys():
     found = {name: (groups[id(param)]['lr'], groups[id(param)]['weight_decay'])
              for name, param in model.named_parameters()}
     for name, lr_decay in {
-            'backbone.conv.weight': (1, 0.1), 'backbone.conv.bias': (1, 0.05), 'backbone.norm.weight': (1, 0.05),
-            'head.conv.weight': (3, 0.1), 'head.conv.bias': (3, 0.05), 'head.norm.weight': (3, 0.05),
-            'head.factor': (3, 0.05), 'other.conv.weight': (2, 0.025), 'other.conv.bias': (2, 0.025)}.items():
+            'backbone.linear.weight': (1, 0.1), 'backbone.linear.bias': (1, 0.05), 'backbone.norm.weight': (1, 0.05),
+            'head.linear.weight': (3, 0.1), 'head.linear.bias': (3, 0.05), 'head.norm.weight': (3, 0.05),
+            'head.factor': (3, 0.05), 'other.linear.weight': (2, 0.025), 'other.linear.bias': (2, 0.025)}.items():
         assert found[name] == pytest.approx(lr_decay), name
 
 
@@ -163,3 +175,15 @@ def test_without_weight_decay():
         constructor='GroupingConstructor', optimizer=dict(type='SGD', lr=1.0),
         paramwise_cfg=dict(flat_decay_mult=0.0, custom_keys={'head.': dict(lr_mult=3.0)})))
     assert {(group['lr'], group['weight_decay']) for group in optim_wrapper.optimizer.param_groups} == {(3.0, 0)}
+
+
+def test_offsets_of_deformable_convolutions():
+    """MMEngine's option for them: their biases are no biases of a layer, and have a learning rate of their own."""
+    model = nn.ModuleDict(dict(dcn=ModulatedDeformConv2dPack(2, 2, 1), linear=nn.Linear(2, 2)))
+    optim_wrapper = build_optim_wrapper(model, dict(
+        constructor='GroupingConstructor', optimizer=dict(type='SGD', lr=1.0, weight_decay=0.1),
+        paramwise_cfg=dict(dcn_offset_lr_mult=0.25, bias_decay_mult=0.0)))
+    groups = {id(param): group for group in optim_wrapper.param_groups for param in group['params']}
+    offset, bias = groups[id(model.dcn.conv_offset.bias)], groups[id(model.linear.bias)]
+    assert (offset['lr'], offset['weight_decay']) == (0.25, 0.1)
+    assert (bias['lr'], bias['weight_decay']) == (1.0, 0.0)

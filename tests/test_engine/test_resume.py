@@ -1,5 +1,6 @@
 """``--resume``: the checkpoint it goes on from, and what it says where there is none."""
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from mmengine.logging import MMLogger
 
 from convneur_mm.engine.errors import LaunchError
-from convneur_mm.engine.resume import latest_checkpoint
+from convneur_mm.engine.resume import latest_checkpoint, saved_checkpoints
 
 
 class TestResumeAlone:
@@ -82,3 +83,68 @@ class TestNothingToResume:
         assert run('train', '--resume').startswith(
             '--resume: no checkpoint in work, but in beside (epoch_2.pth), work_dirs/some/where (epoch_2.pth) of the '
             'same config; name the work dir of the earlier run with --work-dir')
+
+
+class TestWithoutATraining:
+    """Small files in the places of checkpoints."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    @staticmethod
+    def save(path, content=None):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content or dict(state_dict={}), path)
+
+    @staticmethod
+    def work_dir(path, checkpoint='epoch_1.pth', time=0, config='config.py'):
+        """A work dir with MMEngine's record and the config of its run."""
+        Path(path).mkdir(parents=True)
+        Path(path, config).touch()
+        Path(path, 'last_checkpoint').write_text(f'{path}/{checkpoint}')
+        os.utime(f'{path}/last_checkpoint', (time, time))
+
+    def test_the_record_comes_first_then_falling_numbers(self):
+        for name in 'epoch_9', 'iter_10', 'epoch_2', 'best_acc_epoch_30', 'epoch_40_ema':
+            self.save(f'work/{name}.pth')
+        assert saved_checkpoints('work') == ['work/iter_10.pth', 'work/epoch_9.pth', 'work/epoch_2.pth']
+        Path('work/last_checkpoint').write_text(f'{Path("work/epoch_9.pth").absolute()}\n')
+        assert saved_checkpoints('work') == [
+            str(Path('work/epoch_9.pth').absolute()), 'work/iter_10.pth', 'work/epoch_2.pth']
+
+    def test_one_that_needs_pickle_is_not_passed_over(self):
+        self.save('work/epoch_1.pth')
+        self.save('work/epoch_2.pth', dict(state_dict={}, config=Path('x')))
+        with pytest.raises(LaunchError, match='^--resume: work/epoch_2.pth was not loaded, because it needs pickle'):
+            latest_checkpoint('work', 'config.py', False)
+        assert latest_checkpoint('work', 'config.py', True) == 'work/epoch_2.pth'
+
+    def test_one_in_parts_is_not_read(self):
+        self.save('work/epoch_1.pth')
+        Path('work/epoch_2.pth').mkdir()
+        assert latest_checkpoint('work', 'config.py', False) == 'work/epoch_2.pth'
+
+    @pytest.mark.parametrize('allow_pickle', [False, True])
+    def test_one_that_is_gone_is_passed_over(self, allow_pickle):
+        self.save('work/epoch_1.pth')
+        Path('work/last_checkpoint').write_text('work/epoch_2.pth')
+        assert latest_checkpoint('work', 'config.py', allow_pickle) == 'work/epoch_1.pth'
+
+    def test_other_work_dirs_of_the_config(self):
+        def message():
+            with pytest.raises(LaunchError) as error:
+                latest_checkpoint('runs/work', 'configs/config.py', False)
+            return re.match(r'--resume: no checkpoint in runs/work(.*); name the work dir', str(error.value))[1]
+
+        assert message() == ''
+        self.work_dir('runs/other', config='other.py')
+        self.work_dir('runs/a/b/too_deep')
+        assert message() == ''
+        self.work_dir('runs/d', 'epoch_7.pth', time=1)
+        self.work_dir('runs/x/c', 'iter_500.pth', time=3)
+        self.work_dir('work_dirs/b', time=2)
+        found = ', but in runs/x/c (iter_500.pth), work_dirs/b (epoch_1.pth), runs/d (epoch_7.pth)'
+        assert message() == f'{found} of the same config'
+        self.work_dir('work_dirs/oldest', time=0)
+        assert message() == f'{found}, … of the same config'

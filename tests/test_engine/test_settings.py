@@ -1,7 +1,9 @@
 """Variables of a child config or of the command line reach every place that the shipped config has them in."""
+import copy
 import re
 import shutil
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.data import Dataset
 
 import convneur_mm
 from convneur_mm.engine.launch import LaunchError, read_config, set_loader_defaults
-from convneur_mm.engine.settings import SettingsError, apply_settings
+from convneur_mm.engine.settings import SettingsError, SettingsHook, apply_settings
 from convneur_mm.paths import config_root
 
 DETECTOR, SEGMENTOR = 'cascade_rcnn_convneur_m1_shapes', 'semantic_fpn_convneur_m1_shapes'
@@ -219,20 +221,9 @@ def test_variables_that_are_no_settings_are_left_alone(child, tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ("classes = ('cat')", r"classes must be a list of different names, got 'cat'; one name is written \('cat', \)"),
-    ("classes = ('cat', 'cat')", r"classes must be a list of different names, got \('cat', 'cat'\)"),
-    ("classes = ()", r"classes must be a list of different names, got \(\)"),
-    ("classes = ('cat', 3)", r"classes must be a list of different names, got \('cat', 3\)"),
-    ("classes = 3", "classes must be a list of names, got 3"),
-    ("image_size = (64, 64, 3)", r"image_size must be \(width, height\) in pixels, .* got \(64, 64, 3\)"),
-    ("image_size = 0", "image_size must be .* got 0"),
-    ("max_iters = 1.5", "max_iters must be a whole number of at least 1, got 1.5"),
     ("default_hooks = dict(_delete_=True, timer=dict(type='IterTimerHook'))",
      "default_hooks.settings is missing, .* keep it where you replace default_hooks, or set runner_type = 'Runner'"),
     ("max_iters = 50", r"max_iters must be more than 50, where param_scheduler\[1\] begins, got 50"),
-    ("data_root = ['a']", r"data_root must be a string, got \['a'\]"),
-    ("pretrained = 'm1.pth'", r"as in pretrained = dict\(m3='weights.pth'\), got 'm1.pth'"),
-    ("pretrained = dict(m3='m3.pth')", r"pretrained names weights of \(m3\), but model.backbone.arch is 'm1'"),
     ("pretrained = dict(m1='m1.pth')\nmodel = dict(backbone=dict(init_cfg=None))",
      "pretrained.m1 is 'm1.pth', but model.backbone.init_cfg was set to None: leave one of the two out"),
 ])
@@ -303,3 +294,227 @@ def test_other_tools_are_stopped(tmp_path):
     runner = Runner.from_cfg(by_hand)
     runner.train()
     assert runner.epoch == 2
+
+
+OLD = dict(
+    classes=('a', 'b', 'c', 'd', 'e', 'f'), palette=[[1, 1, 1], [2, 2, 2]], class_weight=[0.5, 1.5], topk=[1, 3, 5],
+    data_root='data', train_ann='train.json', val_ann='val.json', train_images='train/i', val_images='val/i',
+    train_labels='train/l', val_labels='val/l', img_suffix='.jpg', seg_map_suffix='.png', image_size=(64, 48),
+    max_epochs=12, milestones=[8, 11], pretrained=dict(m1='m1.pth', m2='m2.pth'))
+NEW = dict(
+    classes=('x', 'y', 'z'), palette=[[3, 3, 3]], class_weight=[2.5], topk=[2], data_root='own', train_ann='t.json',
+    val_ann='v.json', train_images='t/i', val_images='v/i', train_labels='t/l', val_labels='v/l', img_suffix='.tif',
+    seg_map_suffix='.bmp', image_size=(96, 32), max_epochs=30, milestones=[13, 17],
+    pretrained=dict(m1='other.pth', m2='m2.pth'))
+
+
+def written_for(settings, **changes):
+    """A small config with everything that settings reach, and things of the same names that they do not."""
+
+    def data_set(side):
+        pipeline = [dict(type='Resize', scale=settings['image_size']), dict(type='RandomCrop', scale=(64, 48)),
+                    dict(type='Resize', size=(64, 48))]
+        meta = {key: settings[key] for key in ('classes', 'palette') if settings[key]}
+        return dict(
+            metainfo=meta, data_root=settings['data_root'], ann_file=settings[f'{side}_ann'],
+            data_prefix=dict(img_path=settings[f'{side}_images'], seg_map_path=settings[f'{side}_labels']),
+            img_suffix=settings['img_suffix'], seg_map_suffix=settings['seg_map_suffix'], pipeline=pipeline)
+
+    def resize():
+        return dict(type='Resize', scale=settings['image_size'])
+
+    classes, weight, epochs = len(settings['classes']), settings['class_weight'], settings['max_epochs']
+    annotations = f'{settings["data_root"]}/{settings["val_ann"]}'
+    return Config(copy.deepcopy(dict(
+        model=dict(
+            data_preprocessor=dict(size=settings['image_size'][::-1]),
+            backbone=dict(arch='m1', init_cfg=dict(type='Pretrained', checkpoint=settings['pretrained']['m1'])),
+            neck=dict(init_cfg=dict(type='Pretrained', checkpoint='m1.pth'), size=(48, 64)),
+            rpn_head=dict(num_classes=6), decode_head=dict(num_classes=classes, loss_decode=[
+                dict(class_weight=weight) if weight else dict(), dict(weight=1.0)]),
+            heads=[dict(num_classes=classes), dict(num_classes=7), dict(num_classes='six')]),
+        data_preprocessor=dict(num_classes=classes, size=(48, 64)),
+        train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=data_set('train'))),
+        val_dataloader=dict(dataset=data_set('val')), test_dataloader=dict(dataset=data_set('val')),
+        val_evaluator=[dict(ann_file=annotations), dict(topk=settings['topk'])],
+        test_evaluator=dict(ann_file=annotations, topk=settings['topk']),
+        train_pipeline=[resize()], test_pipeline=[dict(type='Pad'), resize()],
+        tta_pipeline=[dict(type='TestTimeAug', transforms=[[resize(), dict(type='Pad')]])],
+        train_cfg=dict(max_epochs=epochs, max_iters=12), param_scheduler=[
+            dict(begin=0, end=5), dict(begin=5, by_epoch=True, end=epochs, T_max=epochs),
+            dict(milestones=settings['milestones'], total_iters=epochs), dict(by_epoch=False, end=12)],
+        default_hooks=dict(logger=dict(interval=12), settings=dict(type='SettingsHook', **settings)),
+        **{**settings, **changes})))
+
+
+def applied(**changes):
+    """The config for the old values after these variables were set."""
+    return as_lists(apply_settings(written_for(OLD, **changes)).to_dict())
+
+
+class TestPlaces:
+    @pytest.mark.parametrize('names', [[name] for name in OLD if name != 'classes'] + [list(OLD)],
+                             ids=lambda names: names[0] if len(names) == 1 else 'all')
+    def test_what_was_written_for_other_values_equals_what_is_written_for_these(self, names):
+        changes = {name: NEW[name] for name in names}
+        settings = {**OLD, **changes}
+        if names == ['max_epochs']:
+            settings['milestones'] = [20, 28]  # 8 and 11 of 12 are 20 and 27.5 of 30
+        assert applied(**changes) == as_lists(written_for(settings).to_dict())
+
+    def test_new_classes_alone(self):
+        """Colours and weights of the former ones go, and so does every k beyond their number."""
+        expected = {**OLD, 'classes': NEW['classes'], 'palette': None, 'class_weight': None, 'topk': [1, 3]}
+        assert applied(classes=list(NEW['classes'])) == as_lists(written_for(expected).to_dict())
+        # What is set along with them stays, even to the same value as before.
+        kept = applied(classes=NEW['classes'], class_weight=NEW['class_weight'])
+        assert kept['model']['decode_head']['loss_decode'][0] == dict(class_weight=[2.5])
+
+    def test_the_runner_type_has_done_its_work(self):
+        cfg = written_for(OLD, runner_type='SettingsRunner')
+        assert apply_settings(cfg) is cfg and 'runner_type' not in cfg
+        assert apply_settings(written_for(OLD, runner_type='Own')).runner_type == 'Own'
+
+    def test_without_the_hook_nothing_is_a_setting(self):
+        cfg = written_for(OLD, classes='?')
+        del cfg.default_hooks['settings']
+        before = cfg.to_dict()
+        assert apply_settings(cfg) is cfg and cfg.to_dict() == before
+        assert apply_settings(Config(dict(classes='?'))).to_dict() == dict(classes='?')
+
+    def test_a_variable_of_none_is_none(self):
+        assert applied(max_epochs=None, classes=None) == as_lists(written_for(OLD).to_dict())
+
+    def test_a_setting_without_a_variable_stays_as_it_was(self):
+        cfg = written_for(OLD, data_root='own')
+        cfg.pop('classes')
+        apply_settings(cfg)
+        assert 'classes' not in cfg and cfg.default_hooks.settings.classes == OLD['classes']
+
+    @pytest.mark.parametrize('prefix', ['train/i', dict(img='train/i', seg='x'), dict(img_path='train/i', img='x')])
+    def test_folders_of_images(self, prefix):
+        cfg = written_for(OLD, train_images='own')
+        cfg.train_dataloader.dataset.dataset.data_prefix = prefix
+        found = apply_settings(cfg).train_dataloader.dataset.dataset.data_prefix
+        expected = 'own' if prefix == 'train/i' else dict(img='own', seg='x') if 'seg' in prefix else prefix
+        assert found == expected
+
+    @pytest.mark.parametrize('scope, key', [('mmpretrain', 'classes'), ('mmdet', 'metainfo'), (None, 'metainfo')])
+    def test_names_reach_data_sets_without_any(self, scope, key):
+        cfg = written_for(OLD, classes=('x', 'y'), default_scope=scope)
+        cfg.train_dataloader.dataset = dict()
+        expected = ('x', 'y') if key == 'classes' else dict(classes=('x', 'y'))
+        assert apply_settings(cfg).train_dataloader.dataset == {key: expected}
+        # Where other settings change alone they go on without.
+        cfg = written_for(OLD, max_epochs=30, default_scope=scope)
+        cfg.train_dataloader.dataset = dict()
+        assert apply_settings(cfg).train_dataloader.dataset == dict()
+
+    def test_a_number_of_classes_in_the_hook(self):
+        """The data sets know the names."""
+        cfg = written_for(OLD)
+        cfg.default_hooks.settings.classes = 6
+        cfg.classes = ('x', 'y', 'z')
+        del cfg.train_dataloader.dataset.dataset.metainfo['classes']
+        apply_settings(cfg)
+        assert cfg.model.decode_head.num_classes == 3
+        assert cfg.train_dataloader.dataset.dataset.metainfo.classes == ('x', 'y', 'z')
+
+    def test_iterations(self):
+        settings = dict(max_iters=400)
+        cfg = Config(dict(max_iters=900, train_cfg=dict(max_iters=400), default_hooks=dict(settings=settings),
+                          param_scheduler=dict(by_epoch=False, begin=100, end=400, T_max=400, total_iters=300)))
+        apply_settings(cfg)
+        assert cfg.train_cfg == dict(max_iters=900)
+        assert cfg.param_scheduler == dict(by_epoch=False, begin=100, end=900, T_max=900, total_iters=300)
+
+    @pytest.mark.parametrize('epochs', [4, 5])
+    def test_a_schedule_that_would_end_before_it_begins(self, epochs):
+        with pytest.raises(SettingsError, match=rf'^max_epochs must be more than 5, where param_scheduler\[1\] begins, '
+                                                rf'got {epochs}$'):
+            applied(max_epochs=epochs)
+        assert applied(max_epochs=6)['param_scheduler'][1] == dict(begin=5, by_epoch=True, end=6, T_max=6)
+
+    def test_weights_of_an_arch_without_any(self):
+        """The place is filled; it may have no entry before."""
+        cfg = written_for({**OLD, 'pretrained': dict(m1=None)}, pretrained=dict(m1='own.pth'))
+        assert apply_settings(cfg).model.backbone.init_cfg.checkpoint == 'own.pth'
+        cfg = written_for(OLD, pretrained=dict(m1='own.pth'))
+        cfg.model.backbone.init_cfg = dict(type='Pretrained')
+        assert apply_settings(cfg).model.backbone.init_cfg.checkpoint == 'own.pth'
+        cfg = written_for(OLD, pretrained=dict(m1=None))
+        assert apply_settings(cfg).model.backbone.init_cfg == dict(type='Pretrained')
+
+    def test_weights_that_have_no_place(self):
+        """Those of another arch are an error where there are none of the config's."""
+        cfg = written_for({**OLD, 'pretrained': dict(m1=None, m2=None)}, pretrained=dict(m1=None, m2='a', m3='b'))
+        with pytest.raises(SettingsError, match=r'^pretrained names weights of \(m2, m3\), but model.backbone.arch is '
+                                                "'m1': set those of this arch$"):
+            apply_settings(cfg)
+        assert applied(pretrained=dict(m1='m1.pth', m3='b'))['model'] == as_lists(written_for(OLD).model.to_dict())
+        cfg = written_for(OLD, pretrained=dict(m3='b'))
+        cfg.model.backbone.arch = dict(depths=[1])
+        with pytest.raises(SettingsError, match=r"model.backbone.arch is {'depths': \[1\]}: set"):
+            apply_settings(cfg)
+        for init_cfg in None, dict(type='TruncNormal'):
+            cfg = written_for(OLD, pretrained=dict(m1='own.pth'))
+            cfg.model.backbone.init_cfg = init_cfg
+            with pytest.raises(SettingsError, match="^pretrained.m1 is 'own.pth', but model.backbone.init_cfg was set "
+                                                    f'to {init_cfg!r}: leave one of the two out$'):
+                apply_settings(cfg)
+            cfg.pretrained, cfg.image_size = OLD['pretrained'], (8, 8)
+            assert apply_settings(cfg).model.backbone.init_cfg == init_cfg
+
+    @pytest.mark.parametrize('name, value, message', [
+        ('classes', 'cat', r"must be a list of different names, got 'cat'; one name is written \('cat', \)"),
+        ('classes', ('cat', 'cat'), r"must be a list of different names, got \('cat', 'cat'\)"),
+        ('classes', (), r'must be a list of different names, got \(\)'),
+        ('classes', ('cat', 3), r"must be a list of different names, got \('cat', 3\)"),
+        ('classes', 3, 'must be a list of names, got 3'),
+        ('classes', ('cat', ''), r"must be a list of different names, got \('cat', ''\)"),
+        ('image_size', (64, 0), r'must be \(width, height\) in pixels, or one number for both, got \(64, 0\)'),
+        ('image_size', (64, 64, 3), r'must be .* got \(64, 64, 3\)'), ('image_size', 0, 'must be .* got 0'),
+        ('image_size', (64.0, 64), r'must be .*, got \(64.0, 64\)'), ('image_size', '64', "must be .*, got '64'"),
+        ('max_epochs', 1.5, 'must be a whole number of at least 1, got 1.5'),
+        ('max_epochs', 0, 'must be a whole number of at least 1, got 0'),
+        ('pretrained', dict(m1=3), "must name a path or URL for each arch, as in pretrained = .*, got {'m1': 3}"),
+        ('palette', 'ade', "must be a list, got 'ade'"), ('milestones', 3, 'must be a list, got 3'),
+        ('class_weight', 1.0, 'must be a list, got 1.0'), ('topk', 1, 'must be a list, got 1'),
+        ('pretrained', 'm1.pth', r"must .*, as in pretrained = dict\(m3='weights.pth'\), got 'm1.pth'"),
+        ('img_suffix', 3, 'must be a string, got 3'), ('data_root', ['a'], r"must be a string, got \['a'\]"),
+    ])
+    def test_values_that_cannot_be(self, name, value, message):
+        with pytest.raises(SettingsError, match=f'^{name} {message}$'):
+            applied(**{name: value})
+
+    def test_smallest_values(self):
+        assert applied(image_size=1)['image_size'] == applied(image_size=[1, 1])['image_size'] == [1, 1]
+        cfg = apply_settings(Config(dict(
+            max_iters=1, train_cfg=dict(max_iters=4), param_scheduler=dict(by_epoch=False, end=4),
+            default_hooks=dict(settings=dict(max_iters=4)))))
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler.end == 1
+
+
+class TestHook:
+    @staticmethod
+    def before_run(cfg):
+        SettingsHook().before_run(SimpleNamespace(cfg=cfg))
+
+    def test_what_was_not_applied_stops_a_run(self):
+        self.before_run(written_for(OLD))
+        self.before_run(apply_settings(written_for(OLD, **NEW)))
+        with pytest.raises(SettingsError, match=r"^data_root was set, but val_evaluator\[0\].ann_file is still "
+                                                "'data/val.json' instead of 'own/val.json': use tools/train.py "):
+            cfg = written_for(OLD, data_root='own')
+            for loader in (cfg.train_dataloader.dataset, cfg.val_dataloader, cfg.test_dataloader):
+                loader.dataset.data_root = 'own'
+            self.before_run(cfg)
+        with pytest.raises(SettingsError, match='^data_root and val_ann was set'):
+            cfg.val_ann = 'v.json'
+            for loader in cfg.val_dataloader, cfg.test_dataloader:
+                loader.dataset.ann_file = 'v.json'
+            self.before_run(cfg)
+
+    def test_runs_of_other_configs_pass(self):
+        self.before_run(Config(dict(classes='?')))
+        self.before_run(Config(dict(classes='?', default_hooks=dict(timer=dict()))))
