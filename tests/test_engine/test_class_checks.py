@@ -435,6 +435,8 @@ class TestCategories:
         ('[]', "has no list 'categories' of objects with id and name"),
         ('{"images": []}', "has no list 'categories'"),
         ('{"categories": ["cat"]}', "has no list 'categories'"),
+        ('{"categories": [{"id": 1}]}', "has no list 'categories'"),
+        ('{"categories": [{"name": "cat"}]}', "has no list 'categories'"),
     ])
     def test_are_missing(self, content, expected, tmp_path):
         (tmp_path / 'x.json').write_text(content)
