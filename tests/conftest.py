@@ -8,6 +8,7 @@ Tests run in another order each time, and always with the same random numbers: a
 """
 import importlib.util
 import random
+import signal
 import subprocess
 import sys
 import zlib
@@ -31,6 +32,8 @@ settings.load_profile('fixed')
 
 
 def pytest_configure(config):
+    # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start and send it to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # pytest-randomly shuffles the tests; its own seeds would give them other numbers in each run.
     config.option.randomly_reset_seed = False
     config.addinivalue_line('markers', "needs(name, ...): packages a test needs beside the core; 'kernels' for those "
