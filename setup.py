@@ -46,6 +46,17 @@ def kernels() -> dict:
             except (OSError, subprocess.CalledProcessError) as error:
                 self.announce(f'without CPU kernels, as the compiler does not run: {error}', level=3)
 
+        def build_extension(self, extension: CppExtension) -> None:
+            # What an editable install has compiled from the same files; another compilation takes a minute.
+            compiled = ROOT / self.get_ext_filename(extension.name)
+            sources = [ROOT / name for name in ('setup.py', *extension.sources, *extension.depends)]
+            if compiled.exists() and compiled.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+                target = Path(self.get_ext_fullpath(extension.name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(compiled, target)
+            else:
+                super().build_extension(extension)
+
     # Compiled code fits one version of torch, so its name says which: cpu.py looks for that of the running one.
     version = re.sub(r'\W', '_', torch.__version__.split('+')[0])
     extension = CppExtension(

@@ -57,7 +57,7 @@ def raised_signals() -> Iterator[None]:
                 os._exit(128 + signum)
             return
         # PyTorch raises an error when the signal has ended a data worker too.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, ignore)
         signal.signal(signal.SIGALRM, lambda *_: handle(signum, frame))
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         raise Interrupted(signum)
@@ -74,10 +74,14 @@ def raised_signals() -> Iterator[None]:
                 signal.signal(signum, handler)
 
 
+def ignore(signum: int, frame: FrameType | None) -> None:
+    """For a signal that may be under way already, which Python reports as an error where it finds SIG_IGN."""
+
+
 def no_more_signals() -> None:
     """Has further signals ignored: torchrun sends one again to processes that have got it from the terminal."""
     for signum in NAMES:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, ignore)
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 

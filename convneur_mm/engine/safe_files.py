@@ -30,6 +30,8 @@ from .weights_file import (
     weights_of,
 )
 
+# MMEngine looks for a config of another package in all of that package's model cards: seconds in pure Python.
+SAFE_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 # Whether :func:`safe_loading` lets all files of the process run code.
 PICKLE_ALLOWED = ContextVar('pickle_allowed', default=False)
 
@@ -183,7 +185,7 @@ class _SafeYamlHandler(YamlHandler):
 
     def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
         try:
-            return super().load_from_fileobj(file, Loader=yaml.SafeLoader)
+            return super().load_from_fileobj(file, Loader=SAFE_LOADER)
         except yaml.constructor.ConstructorError as error:
             raise UnsafeCheckpointError(f'a YAML file was not loaded, because it asks for more than plain values '
                                         f'({one_line(error)}); {ALLOW}') from None

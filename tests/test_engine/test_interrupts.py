@@ -20,7 +20,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from convneur_mm.datasets import make_shapes_imagenet
-from convneur_mm.engine.interrupts import Interrupted, command, going_on, leave, no_more_signals, raised_signals
+from convneur_mm.engine.interrupts import Interrupted, command, going_on, ignore, leave, no_more_signals, raised_signals
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM
@@ -57,7 +57,20 @@ class TestRaisedSignals:
             send(other)
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         # PyTorch's handler raises an error when a data worker ends.
-        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+        send(signal.SIGCHLD)
+
+    @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
+    def test_with_others_under_way(self):
+        """Data workers end, and torchrun hands the signal on, while the first one is looked at."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # PyTorch's handler is one of Python's too
+        together = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
+        with pytest.raises(Interrupted), raised_signals():
+            signal.pthread_sigmask(signal.SIG_BLOCK, together)
+            try:
+                for signum in together:
+                    send(signum)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, together)
 
     @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
     def test_are_raised_again_where_python_drops_the_exception(self):
@@ -173,7 +186,7 @@ class TestGoingOn:
                     self.save(tmp_path / name, value)
                 raise Interrupted(signal.SIGINT)
             assert closed == [True]
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGINT) is ignore
             return str(raised.value)
 
         monkeypatch.setattr(sys, 'orig_argv', ['tools/train.py', 'x.py', '--work-dir', 'w'])
@@ -230,7 +243,7 @@ class TestGoingOn:
             runner.train()
         with pytest.raises(ZeroDivisionError), going_on(runner, argparse.Namespace(resume=None)):
             raise ZeroDivisionError
-        assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is not ignore
 
 
 @pytest.mark.parametrize('argv, settings, expected', [

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -143,11 +144,12 @@ def test_fewer_classes_than_the_checkpoint_has_are_refused(trained):
 
 def test_resume_goes_on(trained):
     folder, size, _ = trained
-    done = run(ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', 'work', '--resume', '--cfg-options',
+    shutil.copytree(folder / 'work', folder / 'resumed')  # other tests need the checkpoint that gives way to the next
+    done = run(ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', 'resumed', '--resume', '--cfg-options',
                *size, 'train_cfg.max_epochs=2', cwd=folder, PORT='29611')
     assert done.returncode == 0, done.stdout[-4000:]
     assert 'resumed epoch: 1, iter: 2' in done.stdout
-    assert (folder / 'work' / 'epoch_2.pth').exists()
+    assert (folder / 'resumed' / 'epoch_2.pth').exists()
 
 
 def start_nodes(folders, *args):
