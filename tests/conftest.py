@@ -26,6 +26,10 @@ IS_CORE = not any(importlib.util.find_spec(name) for name in ('mmcv', 'mmdet', '
 # Fixtures of tests/helpers. They need pycocotools, which the core environment does without.
 pytest_plugins = [] if IS_CORE else ['data_sets']
 
+# Of few tests that take long. Processes take a file each: begun last, one of these would keep the others waiting.
+SLOW_FILES = {'test_compile', 'test_dist', 'test_inheritance', 'test_launchers', 'test_own_data', 'test_recall',
+              'test_test', 'test_triton'}
+
 # --hypothesis-profile=default looks for new examples.
 settings.register_profile('fixed', derandomize=True)
 settings.load_profile('fixed')
@@ -38,6 +42,11 @@ def pytest_configure(config):
     config.option.randomly_reset_seed = False
     config.addinivalue_line('markers', "needs(name, ...): packages a test needs beside the core; 'kernels' for those "
                                        'of the memory in C++')
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)  # and else as pytest-randomly has them
 
 
 def seed(name: str) -> None:

@@ -28,4 +28,4 @@ elif [ $# = 0 ]; then
 fi
 # A process for each core, up to four: most of a test's time goes into what a single thread does.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+"$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
