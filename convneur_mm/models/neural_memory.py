@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor
 
 from ..ops import LayerWeights, MemoryState, neural_memory_layer
-from ..ops.neural_memory import check_options
+from ..ops.neural_memory import MemoryOptions, check_backend
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
@@ -48,7 +48,8 @@ class NeuralMemory(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        check_options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, backend)
+        MemoryOptions(chunk_size, inner_step, max_write_norm, update_rule, retrieve).check()
+        check_backend(backend)
         for name, value in (('channels', channels), ('head_dim', head_dim), ('hidden_dim', hidden_dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')

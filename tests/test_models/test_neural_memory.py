@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures('both_codes')
 
 # By name: the package's attribute of this name is the function.
 LAYER = importlib.import_module('convneur_mm.ops.neural_memory.layer')
+MEMORY = importlib.import_module('convneur_mm.ops.neural_memory.memory')
 
 
 def make_layer(seed: int = 0, **kwargs) -> NeuralMemory:
@@ -165,7 +166,7 @@ def short_tokens(layer):
 @pytest.mark.parametrize('with_state', [False, True], ids=['fresh', 'state'])
 def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state):
     """The segmented layer against its plain form around the reference, all gradients; 45 tokens are 5.6 chunks."""
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
+    monkeypatch.setattr(MEMORY, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
     layer = make_layer(**dict(dict(chunk_size=8), **options))
     short_tokens(layer)
     layer.double()
@@ -180,7 +181,7 @@ def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state
 
 
 def test_layer_equals_reference_to_second_order(monkeypatch):
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
+    monkeypatch.setattr(MEMORY, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
     layer = make_layer(chunk_size=8).double()
     x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
     for fast, exact in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
@@ -215,7 +216,7 @@ def test_segments_without_gradients(monkeypatch, rule):
     layer = make_layer(chunk_size=8, update_rule=rule).double()
     x = torch.randn(2, 45, 32, dtype=torch.float64)
     expected, expected_state = layer(x, return_state=True)
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', 40)
+    monkeypatch.setattr(MEMORY, 'CPU_SEGMENT_TOKENS', 40)
     with torch.no_grad():
         y, state = layer(x, return_state=True)
         assert (layer(x) - expected).norm() <= 1e-12 * expected.norm()

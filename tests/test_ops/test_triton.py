@@ -36,7 +36,8 @@ def test_equals_reference(device, tmp_path):
 
 
 @needs_triton
-@pytest.mark.parametrize('capability, settings', [(80, ['classification', 'detection']), (90, [])])
+@pytest.mark.parametrize('capability, settings', [(80, ['classification', 'detection']), (90, []),
+                                                  (120, ['classification', 'detection'])])
 def test_compiles(capability, settings, tmp_path):
     """Every kernel, for a GPU that need not be there, with hardly a register spilled."""
     report = python(FOLDER / 'compile_triton.py', capability, *settings, TRITON_CACHE_DIR=str(tmp_path),
@@ -53,8 +54,7 @@ def test_imports_without_triton():
 import sys
 sys.modules['triton'] = None  # what an import of it then raises is an ImportError
 import torch
-from convneur_mm.ops.neural_memory.triton import HAS_TRITON, unsupported
+from convneur_mm.ops.neural_memory.triton import HAS_TRITON, refuses
 assert not HAS_TRITON
-x = torch.zeros(1, 1, 2, 3)
-assert 'needs Triton 3.3 or newer and CUDA tensors' in unsupported(x, x, x, torch.zeros(1, 3, 2))
+assert 'needs Triton 3.3 or newer and CUDA tensors' in refuses(torch.zeros(1, 1, 2, 3), torch.zeros(4, 2), None)
 ''')
