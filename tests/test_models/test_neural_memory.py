@@ -265,6 +265,8 @@ def test_autocast_keeps_the_inner_loop_in_float32():
     (dict(channels=32, head_dim=-1), 'head_dim must be an integer of at least 1, got -1'),
     (dict(channels=32, hidden_dim=0), 'hidden_dim must be an integer of at least 1, got 0'),
     (dict(channels=32, chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+    (dict(channels=32, num_chunks=0), 'num_chunks must be an integer of at least 1, got 0'),
+    (dict(channels=32, num_chunks=2.0), 'num_chunks must be an integer of at least 1, got 2.0'),
     (dict(channels=32, inner_step=1.5), 'inner_step .*1.5'),
     (dict(channels=32, backend='gpu'), "backend .*'gpu'"),
 ])

@@ -22,7 +22,7 @@ class Written(NamedTuple):
 
     Attributes:
         states (Tensor): For each chunk t what its coefficients multiply, (T + 1, 3, B, h, 2e, d): the gradient of Eq. 3
-            over 2/d, the momentum P_t and the memory M_t. Nothing is the gradient of the last one, t = T.
+            over 2/d, the momentum P_t and the memory M_t. The gradient of the last one, t = T, is zero.
         surprises (Tensor): Mean squared errors, (T, B, Cm).
         pre_hidden (Tensor): The generators' hidden units before their GELU, (T, B, 4Cm).
         coefficients (Tensor): Step (without inner_step), momentum and decay, (T, B, 3Cm).

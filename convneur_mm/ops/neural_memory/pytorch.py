@@ -11,14 +11,14 @@ chunks where all chunks run at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .contract import WriteGradients, Written
-from .types import MemoryOptions, UpdateGenerators, is_compiling
+from .types import MemoryOptions, UpdateGenerators
 
 _gelu_backward = torch.ops.aten.gelu_backward
 
@@ -37,6 +37,7 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     num_chunks = math.ceil(k.size(-1) / options.chunk_size)
     states = rows.new_empty(num_chunks + 1, 3, *rows.shape)
     states[0, 1], states[0, 2] = momentum, rows
+    states[-1, 0].zero_()
     # Views are made for all chunks at once: one by one, they take longer than many of the operations on them.
     gradients, momenta, memories = (x.unbind() for x in states.unbind(1))
 
@@ -46,9 +47,9 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
         surprises, pre_hidden, coefficients = [], [], []
         out = states[:, 0].flatten(1, 2).unbind()
         weights = zip(*(x.unbind() for x in states[:, 2].flatten(1, 2).chunk(2, dim=2)))
-        chunks = zip(_split(k, options), _split(v, options), weights)
-        for t, (k_t, v_t, (w1, w2)) in enumerate(chunks):
-            surprise = _surprise(k_t, v_t, w1, w2, out=out[t]).view(batch, -1)
+        chunks = zip(_split(k, options), _split(k - v, options), weights)
+        for t, (k_t, residual, (w1, w2)) in enumerate(chunks):
+            surprise = _surprise(k_t, residual, w1, w2, out=out[t]).view(batch, -1)
             pre_hidden_t, coefficients_t = generate(surprise, generators)
             _write(gradients[t], momenta[t:t + 2], memories[t:t + 2], coefficients_t, options)
             surprises.append(surprise)
@@ -60,7 +61,8 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
         n = chunks.stop - chunks.start
         at = initial.repeat_interleave(n, dim=0).repeat(batch, 1, 1)
         gradient = torch.empty_like(at)
-        surprise = _surprise(_take(k, tokens, n), _take(v, tokens, n), *at.chunk(2, dim=1), out=gradient)
+        k_t, v_t = _take(k, tokens, n), _take(v, tokens, n)
+        surprise = _surprise(k_t, k_t - v_t, *at.chunk(2, dim=1), out=gradient)
         states[chunks, 0] = gradient.view(batch, heads, n, *head).movedim(2, 0)
         surprises[chunks] = surprise.view(batch, heads, n, -1).movedim(2, 0)
     surprises = surprises.flatten(2)
@@ -70,12 +72,12 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     return Written(states, surprises, pre_hidden, coefficients)
 
 
-def _surprise(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, out: Tensor) -> Tensor:
+def _surprise(k: Tensor, residual: Tensor, w1: Tensor, w2: Tensor, out: Tensor) -> Tensor:
     """Gradient of Eq. 3 at memories of weights ``w1`` (transposed) and ``w2``, and each channel's mean squared error.
 
     Args:
         k (Tensor): (n, d, L).
-        v (Tensor): (n, d, L).
+        residual (Tensor): Keys less values, (n, d, L).
         w1 (Tensor): (n, e, d).
         w2 (Tensor): (n, e, d).
         out (Tensor): Takes the gradient over 2/d, (n, 2e, d).
@@ -85,7 +87,7 @@ def _surprise(k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, out: Tensor) -> Tens
     """
     hidden = torch.bmm(w1, k)
     active = F.gelu(hidden)
-    error = _add_product(k - v, w2.mT, active)
+    error = torch.baddbmm(residual, w2.mT, active)
     d_hidden = _gelu_backward(torch.bmm(w2, error), hidden)
     torch.cat((torch.bmm(d_hidden, k.mT), torch.bmm(active, error.mT)), dim=1, out=out)
     return error.square().mean(dim=2)
@@ -106,8 +108,8 @@ class _Workspace:
         self.ones = like.new_ones(n, e, length)  # expanded from one number it would be several times as slow
 
 
-def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v, work: _Workspace) -> Tensor:
-    """Gradients of ``k``, ``v`` (written to ``grad_k``, ``grad_v``) and ``rows`` (returned) of :func:`_surprise`.
+def _surprise_backward(k, residual, rows, grad_gradient, grad_surprise, grad_k, grad_v, work: _Workspace) -> Tensor:
+    """Gradients of keys, values (written to ``grad_k``, ``grad_v``) and ``rows`` (returned) of :func:`_surprise`.
 
     With h, a, E of :func:`_surprise`, which are computed anew, u = W2·E and b = u ⊙ GELU'(h), the inner gradients are
     b·kᵀ and a·Eᵀ; ``g1`` and ``g2`` are what comes back to them.
@@ -115,37 +117,23 @@ def _surprise_backward(k, v, rows, grad_gradient, grad_surprise, grad_k, grad_v,
     torch.stack((rows.unflatten(1, (2, -1)), grad_gradient.unflatten(1, (2, -1))), dim=2, out=work.weights)
     torch.bmm(work.w1_g1, k, out=work.hidden_grad_b)
     slope = _gelu_backward(work.ones, work.hidden)
-    _store(work.active, torch.ops.aten.gelu, work.hidden)
-    _store(work.grad_u, torch.mul, work.grad_b, slope)
-    error = _add_product(k - v, work.w2.mT, work.active)
+    torch.ops.aten.gelu(work.hidden, out=work.active)
+    torch.mul(work.grad_b, slope, out=work.grad_u)
+    error = torch.baddbmm(residual, work.w2.mT, work.active)
     torch.bmm(work.w2_g2, error, out=work.u_grad_active)
     grad_error = error * (grad_surprise * (2 / k.size(2))).unsqueeze(2)
-    grad_error = _add_product(grad_error, work.w2_g2.mT, work.grad_u_active)
-    _store(grad_v, torch.neg, grad_error)
+    torch.baddbmm(grad_error, work.w2_g2.mT, work.grad_u_active, out=grad_error)
+    torch.neg(grad_error, out=grad_v)
 
     grad_active = torch.bmm(work.w2, grad_error).add_(work.grad_active).mul_(slope)
     # GELU''(h) = φ(h)·(2 − h²)
     square = work.hidden.square()
     curvature = (square * -0.5).exp_().mul_(2 - square).mul_(work.u)
-    _store(work.b, torch.mul, work.u, slope)
-    _store(work.grad_hidden, torch.addcmul, grad_active, work.grad_b, curvature, value=1 / math.sqrt(2 * math.pi))
-    _store(grad_k, torch.add, grad_error, torch.bmm(work.w1_g1.mT, work.grad_hidden_b))
-    grad_w2 = _add_product(torch.bmm(work.grad_u, error.mT), work.active, grad_error.mT)
+    torch.mul(work.u, slope, out=work.b)
+    torch.addcmul(grad_active, work.grad_b, curvature, value=1 / math.sqrt(2 * math.pi), out=work.grad_hidden)
+    torch.baddbmm(grad_error, work.w1_g1.mT, work.grad_hidden_b, out=grad_k)
+    grad_w2 = torch.baddbmm(torch.bmm(work.grad_u, error.mT), work.active, grad_error.mT)
     return torch.cat((torch.bmm(work.grad_hidden, k.mT), grad_w2), dim=1)
-
-
-def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``x + a @ b`` in the memory of ``x``. Unlike of ``baddbmm_``, FLOP counters know of it."""
-    _store(x, torch.baddbmm, x, a, b)
-    return x
-
-
-def _store(out: Tensor, function: Callable, *args: Tensor, **kwargs: float) -> None:
-    """Writes a result to where it belongs, with a copy only for a compiler, which takes no ``out`` with gaps."""
-    if is_compiling():
-        out.copy_(function(*args, **kwargs))
-    else:
-        function(*args, **kwargs, out=out)
 
 
 def generate(surprise: Tensor, generators: UpdateGenerators) -> tuple[Tensor, Tensor]:
@@ -219,15 +207,15 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
                for x in (grad_k, grad_v)]
     grad_k, grad_v = (out for _, out in outputs)
     if sequential:
-        tokens = list(zip(*(_split(x, options) for x in (k, v, grad_k, grad_v))))
+        tokens = list(zip(*(_split(x, options) for x in (k, k - v, grad_k, grad_v))))
         flat_memories = states[:, 2].flatten(1, 2).unbind()
-    workspaces: dict[tuple[int, int], _Workspace] = {}  # by memories and tokens: of whole chunks, and of a shorter rest
+    work: _Workspace | None = None  # of whole chunks, and of a shorter rest before them
 
     def surprise_backward(k_t: Tensor, *args: Tensor) -> Tensor:
-        size = len(k_t), k_t.size(2)
-        if size not in workspaces:
-            workspaces[size] = _Workspace(size[0], head[0] // 2, head[1], size[1], states)
-        return _surprise_backward(k_t, *args, workspaces[size])
+        nonlocal work
+        if work is None or (work.ones.size(0), work.ones.size(2)) != (k_t.size(0), k_t.size(2)):
+            work = _Workspace(len(k_t), head[0] // 2, head[1], k_t.size(2), states)
+        return _surprise_backward(k_t, *args, work)
 
     for t, (state, write, factor, curb, step_t, eta_t, keep, slope, grad_read) in reversed(list(enumerate(each))):
         grad_p += grad_m
@@ -242,10 +230,10 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
             grad_pre_hidden_t, grad_surprise = generate_backward(
                 grad_out[-1], pre_hidden[t], generators)
             grad_pre_hidden.append(grad_pre_hidden_t)
-            k_t, v_t, grad_k_t, grad_v_t = tokens[t]
+            k_t, residual, grad_k_t, grad_v_t = tokens[t]
             grad_m += surprise_backward(
-                k_t, v_t, flat_memories[t], grad_gradient.flatten(0, 1), grad_surprise.view(-1, head[-1]), grad_k_t,
-                grad_v_t).view(grad_m.shape)
+                k_t, residual, flat_memories[t], grad_gradient.flatten(0, 1), grad_surprise.view(-1, head[-1]),
+                grad_k_t, grad_v_t).view(grad_m.shape)
         else:
             grad_gradients.append(grad_gradient)
 
@@ -261,8 +249,9 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
             n = chunks.stop - chunks.start
             at = initial.repeat_interleave(n, dim=0).repeat(batch, 1, 1)
             grad_k_t, grad_v_t = _slot(grad_k, span, n), _slot(grad_v, span, n)
+            k_t = _take(k, span, n)
             rows_grad = surprise_backward(
-                _take(k, span, n), _take(v, span, n), at, grad_gradients[chunks].movedim(0, 2).flatten(0, 2),
+                k_t, k_t - _take(v, span, n), at, grad_gradients[chunks].movedim(0, 2).flatten(0, 2),
                 grad_surprises[chunks].unflatten(-1, (heads, -1)).movedim(0, 2).flatten(0, 2), grad_k_t, grad_v_t)
             _put(grad_k, span, n, grad_k_t)
             _put(grad_v, span, n, grad_v_t)
@@ -278,7 +267,7 @@ def read_all(q: Tensor, memories: Tensor, y: Tensor, options: MemoryOptions) -> 
         n = chunks.stop - chunks.start
         q_t, y_t = _take(q, tokens, n), _slot(y, tokens, n)
         w1, w2 = _readable(memories, chunks, options).chunk(2, dim=1)
-        _store(y_t, torch.add, q_t, torch.bmm(w2.mT, F.gelu(torch.bmm(w1, q_t))))
+        torch.baddbmm(q_t, w2.mT, F.gelu(torch.bmm(w1, q_t)), out=y_t)
         _put(y, tokens, n, y_t)
 
 
@@ -290,12 +279,12 @@ def read_all_backward(q: Tensor, memories: Tensor, grad_y: Tensor, grad_memories
         w1, w2 = _readable(memories, chunks, options).chunk(2, dim=1)
         hidden = torch.bmm(w1, q_t)
         grad_hidden = _gelu_backward(torch.bmm(w2, grad_t), hidden)
-        _store(grad_q_t, torch.add, grad_t, torch.bmm(w1.mT, grad_hidden))
+        torch.baddbmm(grad_t, w1.mT, grad_hidden, out=grad_q_t)
         _put(grad_q, tokens, n, grad_q_t)
         active = F.gelu(hidden)
         if y is not None:
             y_t = _slot(y, tokens, n)
-            _store(y_t, torch.add, q_t, torch.bmm(w2.mT, active))
+            torch.baddbmm(q_t, w2.mT, active, out=y_t)
             _put(y, tokens, n, y_t)
         grad_rows = torch.cat((torch.bmm(grad_hidden, q_t.mT), torch.bmm(active, grad_t.mT)), dim=1)
         grad_rows = grad_rows.view(*grad_memories.shape[1:3], n, *grad_rows.shape[1:]).movedim(2, 0)

@@ -75,6 +75,7 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     chunks = math.ceil(num_tokens / options.chunk_size)
     states = rows.new_empty(chunks + 1, 3, *rows.shape)
     states[0, 1], states[0, 2] = momentum, rows
+    states[-1, 0].zero_()
     surprises, pre_hidden, coefficients = (rows.new_empty(chunks, batch, f * heads * d) for f in (1, 4, 3))
     if not chunks:
         return Written(states, surprises, pre_hidden, coefficients)

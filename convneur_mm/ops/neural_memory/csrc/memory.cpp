@@ -244,6 +244,7 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
   Tensor states = at::empty({chunks + 1, 3, batch, heads, R, D}, k.options());
   states.select(0, 0).select(0, 1).copy_(momentum);
   states.select(0, 0).select(0, 2).copy_(rows);
+  states.select(0, chunks).select(0, 0).zero_();
   Tensor surprises = at::empty({chunks, batch, channels}, k.options());
   Tensor pre_hidden = at::empty({chunks, batch, 4 * channels}, k.options());
   Tensor coefficients = at::empty({chunks, batch, 3 * channels}, k.options());
