@@ -6,8 +6,7 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from ..ops import LayerWeights, MemoryState, neural_memory_layer
-from ..ops.neural_memory import MemoryOptions, check_backend
+from ..ops.neural_memory import LayerWeights, MemoryOptions, MemoryState, check_backend, neural_memory_layer
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
@@ -27,7 +26,7 @@ class NeuralMemory(BaseModule):
         retrieve (str): 'previous' (Eq. 2, causal over chunks) or 'final' (every token reads M_T).
             Defaults to 'previous'.
         max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
-        backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory`. Defaults to 'auto'.
+        backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory.neural_memory`. Defaults to 'auto'.
         num_chunks (int | None): Chunks per image, which instead decide L = ⌈N / num_chunks⌉ of an image of N tokens: so
             one setting serves all image sizes. Defaults to None.
         init_cfg (dict | list[dict] | None): MMEngine initialisation on top of the layer's own. Defaults to None.

@@ -489,12 +489,12 @@ class TestFacts:
         monkeypatch.setattr(cpu, 'kernels', None)
         monkeypatch.delenv('CONVNEUR_MEMORY_BACKEND', raising=False)
         lines = start_summary._memory(nn.ModuleList([NeuralMemory(16, chunk_size=4), NeuralMemory(16, inner_step=0.0),
-                                                     NeuralMemory(16, inner_step=0.0)]), False)
+                                                     NeuralMemory(16, inner_step=0.0)]))
         assert [label for label, _ in lines] == ['memory', 'memory', 'note', 'computed', 'note']
         assert lines[0][1].startswith('1 memory: chunk size 4 tokens, inner step 1')
         assert lines[1][1].startswith('2 memories: chunk size ') and 'inner step 0,' in lines[1][1]
         assert lines[2][1] == 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'
-        assert start_summary._memory(nn.Linear(1, 1), False) == [('memory', 'none')]
+        assert start_summary._memory(nn.Linear(1, 1)) == [('memory', 'none')]
 
     def test_weights(self, tmp_path):
         model = nn.ModuleDict(dict(a=nn.Linear(1, 1), b=nn.Linear(1, 1), c=nn.Linear(1, 1)))

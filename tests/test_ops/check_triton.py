@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import triton as backend
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -17,7 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from convneur_mm.ops import UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import triton as backend
 
 SETTINGS = {

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.ops import UpdateGenerators, neural_memory
-from convneur_mm.ops.neural_memory import MemoryOptions, cpu
+from convneur_mm.ops.neural_memory import MemoryOptions, UpdateGenerators, cpu, neural_memory
 
 needs_kernels = pytest.mark.needs('kernels')
 

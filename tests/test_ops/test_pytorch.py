@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convneur_mm.ops import UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import UpdateGenerators, neural_memory
 
 
 class Launches(TorchDispatchMode):

@@ -40,7 +40,7 @@ def bound(relative: Tensor) -> Tensor:
 
 def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, weights: MemoryWeights, state: MemoryState | None,
                             options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """See :func:`convneur_mm.ops.neural_memory`; the reads come in the inner loop's dtype.
+    """See :func:`convneur_mm.ops.neural_memory.neural_memory`; the reads come in the inner loop's dtype.
 
     Runs under ``torch.no_grad`` but not under ``torch.inference_mode``, which forbids autograd altogether.
     """
@@ -92,7 +92,7 @@ def _read_and_write(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, gen
 
 def layer_reference(x: Tensor, weights: LayerWeights, state: MemoryState | None, eps: float,
                     options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """See :func:`convneur_mm.ops.neural_memory_layer`."""
+    """See :func:`convneur_mm.ops.neural_memory.neural_memory_layer`."""
     x = x.to(torch.promote_types(x.dtype, weights.query.dtype))
     tokens = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
 
