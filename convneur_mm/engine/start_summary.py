@@ -88,7 +88,7 @@ class StartSummaryHook(Hook):
         model = unwrapped(runner.model)
         lines = [
             ('model', _model(model)),
-            *_memory(model, bool(runner.cfg.get('compile'))),
+            *_memory(model),
             *_weights(runner, model, self._loaded),
             ('data', _data(runner, mode)),
             ('batches', _batches(runner, mode, loader)),
@@ -167,7 +167,8 @@ def chunk_lines(groups: dict[str, list[NeuralMemory]], tokens: dict[NeuralMemory
     lines, limits = [], {}
     for name, memories in groups.items():
         for (num_tokens, chunk_size, written), count in Counter(
-                (tokens[m], m.chunk_size, bool(written_tokens(tokens[m], m.chunk_size, m.retrieve)))
+                (tokens[m], m.tokens_per_chunk(tokens[m]),
+                 bool(written_tokens(tokens[m], m.tokens_per_chunk(tokens[m]), m.retrieve)))
                 for m in memories if m in tokens).items():
             chunks = math.ceil(num_tokens / chunk_size)
             lines.append((name, f'{num_tokens:6d} tokens {chunks:5d} chunk{"s" if chunks > 1 else " "}'
@@ -202,7 +203,7 @@ def _model(model: nn.Module) -> str:
             f'{trained:.2f} M of them trainable')
 
 
-def _memory(model: nn.Module, compiled: bool) -> list[tuple[str, str]]:
+def _memory(model: nn.Module) -> list[tuple[str, str]]:
     """Options of the memories and what computes them, one line for all memories that agree."""
     groups = memory_groups(model)
     memories = [memory for memories in groups.values() for memory in memories]
@@ -210,24 +211,25 @@ def _memory(model: nn.Module, compiled: bool) -> list[tuple[str, str]]:
         return [('memory', 'none')]
     lines = []
     for (size, step, rule, retrieve), count in Counter(
-            (m.chunk_size, m.inner_step, m.update_rule, m.retrieve) for m in memories).items():
-        lines.append(('memory', f'{_count(count, "memory", "memories")}: chunk size {size} tokens, inner step '
+            (f'chunk size {m.chunk_size} tokens' if m.num_chunks is None else
+             f'{_count(m.num_chunks, "chunk", "chunks")} of an image', m.inner_step, m.update_rule, m.retrieve)
+            for m in memories).items():
+        lines.append(('memory', f'{_count(count, "memory", "memories")}: {size}, inner step '
                       f'{step:g}, update rule \'{rule}\', retrieve \'{retrieve}\''))
         if not step:
             lines.append(('note', 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'))
-    for path, remedy in dict.fromkeys(memory_path(memory, compiled) for memory in memories):
+    for path, remedy in dict.fromkeys(memory_path(memory) for memory in memories):
         lines.append(('computed', f'by {path}'))
         if remedy:
             lines.append(('note', remedy))
     return lines
 
 
-def memory_path(memory: NeuralMemory, compiled: bool = False) -> tuple[str, str | None]:
+def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
     """What computes a memory where its parameters are, and if there is something faster, why not that and the remedy.
 
     Args:
         memory (NeuralMemory): With its parameters on the device, in the dtype, in which it will run.
-        compiled (bool): Whether the model is compiled. Defaults to False.
     """
     weight = memory.query.weight
     backend = resolve_backend(memory.backend)
@@ -237,10 +239,8 @@ def memory_path(memory: NeuralMemory, compiled: bool = False) -> tuple[str, str 
                 'memory_cfg.backend or CONVNEUR_MEMORY_BACKEND asks for \'reference\', which is slow; \'auto\' is not')
     if backend == 'triton':
         return f'Triton kernels {where}', None
-    half = weight.dtype not in (torch.float32, torch.float64) and (
-        'parameters in half precision keep the memory from its fast path; leave them in float32 and use --amp')
     if weight.device.type != 'cpu':
-        return f'PyTorch operators {where}', half or None
+        return f'PyTorch operators {where}', None
     sizes = memory.w1.shape[1:]
     reason = None
     if cpu.kernels is None:
@@ -249,15 +249,13 @@ def memory_path(memory: NeuralMemory, compiled: bool = False) -> tuple[str, str 
     elif sizes != (cpu.kernels.HEAD_DIM, cpu.kernels.HIDDEN_DIM):
         reason = (f'the C++ kernels, which are faster, take memory_cfg.head_dim={cpu.kernels.HEAD_DIM} and '
                   f'hidden_dim={cpu.kernels.HIDDEN_DIM}, got {sizes[0]} and {sizes[1]}')
-    elif compiled:
-        reason = 'torch.compile replaces the C++ kernels; without it a CPU is faster'
     if reason:
         return f'PyTorch operators {where}', reason
     kernels = f'C++ kernels ({cpu.kernels.instruction_set()}) {where}'
     if cpu.kernels.instruction_set() == 'baseline' and re.search('CPU capability usage: AVX', torch.__config__.show()):
         return kernels, ('PyTorch uses AVX on this processor, the kernels do not, as only g++ compiles them for it: '
                          'install convneur_mm again with CXX=g++')
-    return kernels, half or None
+    return kernels, None
 
 
 def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple[str, str]]:

@@ -6,8 +6,7 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from ..ops import LayerWeights, MemoryState, neural_memory_layer
-from ..ops.neural_memory import check_options
+from ..ops.neural_memory import LayerWeights, MemoryOptions, MemoryState, check_backend, neural_memory_layer
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
@@ -27,7 +26,9 @@ class NeuralMemory(BaseModule):
         retrieve (str): 'previous' (Eq. 2, causal over chunks) or 'final' (every token reads M_T).
             Defaults to 'previous'.
         max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
-        backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory`. Defaults to 'auto'.
+        backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory.neural_memory`. Defaults to 'auto'.
+        num_chunks (int | None): Chunks per image, which instead decide L = ⌈N / num_chunks⌉ of an image of N tokens: so
+            one setting serves all image sizes. Defaults to None.
         init_cfg (dict | list[dict] | None): MMEngine initialisation on top of the layer's own. Defaults to None.
 
     Raises:
@@ -45,17 +46,21 @@ class NeuralMemory(BaseModule):
         retrieve: str = 'previous',
         max_write_norm: float = 1.0,
         backend: str = 'auto',
+        num_chunks: int | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        check_options(chunk_size, inner_step, max_write_norm, update_rule, retrieve, backend)
-        for name, value in (('channels', channels), ('head_dim', head_dim), ('hidden_dim', hidden_dim)):
-            if not isinstance(value, int) or value < 1:
+        MemoryOptions(chunk_size, inner_step, max_write_norm, update_rule, retrieve).check()
+        check_backend(backend)
+        for name, value in (('channels', channels), ('head_dim', head_dim), ('hidden_dim', hidden_dim),
+                            ('num_chunks', 1 if num_chunks is None else num_chunks)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
         if channels % head_dim:
             raise ValueError(f'channels must be a multiple of head_dim, got channels={channels}, head_dim={head_dim}')
         self.channels = channels
         self.chunk_size = chunk_size
+        self.num_chunks = num_chunks
         self.inner_step = inner_step
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
@@ -94,6 +99,10 @@ class NeuralMemory(BaseModule):
             self.reset_parameters()
         super().init_weights()
 
+    def tokens_per_chunk(self, num_tokens: int) -> int:
+        """L for an image of ``num_tokens`` tokens."""
+        return self.chunk_size if self.num_chunks is None else max(1, -(-num_tokens // self.num_chunks))
+
     def forward(self, x: Tensor, state: MemoryState | None = None,
                 return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
         """Reads the memory for every token while it is rewritten chunk by chunk.
@@ -113,7 +122,7 @@ class NeuralMemory(BaseModule):
         if x.dim() != 3 or x.size(-1) != self.channels:
             raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
         y, state = neural_memory_layer(
-            x, self.weights, eps=self.norm.eps, chunk_size=self.chunk_size, inner_step=self.inner_step,
+            x, self.weights, eps=self.norm.eps, chunk_size=self.tokens_per_chunk(x.size(1)), inner_step=self.inner_step,
             max_write_norm=self.max_write_norm, update_rule=self.update_rule, retrieve=self.retrieve, state=state,
             return_state=return_state, backend=self.backend)
         return (y, state) if return_state else y

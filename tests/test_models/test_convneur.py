@@ -1,4 +1,5 @@
 """The backbone: published counts, its plain form, ConvNeXt-V2, contiguity, gradients, options, errors."""
+import math
 import re
 import warnings
 from contextlib import contextmanager
@@ -193,6 +194,23 @@ def test_odd_sizes(size):
     with torch.no_grad():
         outs = model(torch.randn(1, 3, *size))
     assert [tuple(o.shape[2:]) for o in outs] == [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 96), (97, 41), (160, 160), (128, 224)])
+def test_chunks_by_their_number(size):
+    """One setting for all image sizes: in each stage, the chunk size that it stands for there."""
+    torch.manual_seed(0)
+    model, x = randomize(ConvNeur(TINY, memory_cfg=dict(num_chunks=16))).eval(), torch.randn(2, 3, *size)
+    twin = ConvNeur(TINY).eval()
+    twin.load_state_dict(model.state_dict())
+    memories = [[m for m in net.modules() if isinstance(m, NeuralMemory)] for net in (model, twin)]
+    for stride, ours, theirs in zip((4, 8, 16, 32), *memories):
+        tokens = (size[0] // stride) * (size[1] // stride)
+        theirs.chunk_size = math.ceil(tokens / 16)
+        assert ours.tokens_per_chunk(tokens) == theirs.chunk_size
+    with torch.no_grad():
+        for ours, theirs in zip(model(x), twin(x)):
+            assert torch.equal(ours, theirs)
 
 
 def count_forwards(model: ConvNeur, x: torch.Tensor) -> list[int]:

@@ -1,5 +1,4 @@
 """The memory as a layer: its equations, equality of its backends, chaining, autocast, initial weights."""
-import importlib
 
 import numpy as np
 import plain_convneur as plain
@@ -10,13 +9,12 @@ from mmengine.model import BaseModule
 from torch import nn
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.ops import MemoryState
-from convneur_mm.ops.neural_memory import NORMALIZE_EPS
+from convneur_mm.ops.neural_memory import NORMALIZE_EPS, MemoryState
+from convneur_mm.ops.neural_memory import layer as layer_module
+from convneur_mm.ops.neural_memory import memory as memory_module
 
 pytestmark = pytest.mark.usefixtures('both_codes')
 
-# By name: the package's attribute of this name is the function.
-LAYER = importlib.import_module('convneur_mm.ops.neural_memory.layer')
 
 
 def make_layer(seed: int = 0, **kwargs) -> NeuralMemory:
@@ -57,8 +55,8 @@ def test_options_are_those_of_the_plain_form(name):
 
 @pytest.mark.parametrize('backend', ['auto', 'chunked', 'reference'])
 def test_backend_is_passed_on(monkeypatch, backend):
-    resolve, seen = LAYER.resolve_backend, []
-    monkeypatch.setattr(LAYER, 'resolve_backend', lambda name: seen.append(name) or resolve(name))
+    resolve, seen = layer_module.resolve_backend, []
+    monkeypatch.setattr(layer_module, 'resolve_backend', lambda name: seen.append(name) or resolve(name))
     layer = NeuralMemory(16) if backend == 'auto' else NeuralMemory(16, backend=backend)
     layer(torch.randn(1, 3, 16))
     assert seen == [backend]
@@ -165,7 +163,7 @@ def short_tokens(layer):
 @pytest.mark.parametrize('with_state', [False, True], ids=['fresh', 'state'])
 def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state):
     """The segmented layer against its plain form around the reference, all gradients; 45 tokens are 5.6 chunks."""
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
+    monkeypatch.setattr(memory_module, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
     layer = make_layer(**dict(dict(chunk_size=8), **options))
     short_tokens(layer)
     layer.double()
@@ -180,7 +178,7 @@ def test_layer_equals_reference(monkeypatch, segment_tokens, options, with_state
 
 
 def test_layer_equals_reference_to_second_order(monkeypatch):
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
+    monkeypatch.setattr(memory_module, 'CPU_SEGMENT_TOKENS_TO_KEEP', 40)
     layer = make_layer(chunk_size=8).double()
     x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
     for fast, exact in zip(gradients(layer, x, None, 'chunked', 2), gradients(layer, x, None, 'reference', 2)):
@@ -215,7 +213,7 @@ def test_segments_without_gradients(monkeypatch, rule):
     layer = make_layer(chunk_size=8, update_rule=rule).double()
     x = torch.randn(2, 45, 32, dtype=torch.float64)
     expected, expected_state = layer(x, return_state=True)
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS', 40)
+    monkeypatch.setattr(memory_module, 'CPU_SEGMENT_TOKENS', 40)
     with torch.no_grad():
         y, state = layer(x, return_state=True)
         assert (layer(x) - expected).norm() <= 1e-12 * expected.norm()
@@ -264,6 +262,8 @@ def test_autocast_keeps_the_inner_loop_in_float32():
     (dict(channels=32, head_dim=-1), 'head_dim must be an integer of at least 1, got -1'),
     (dict(channels=32, hidden_dim=0), 'hidden_dim must be an integer of at least 1, got 0'),
     (dict(channels=32, chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+    (dict(channels=32, num_chunks=0), 'num_chunks must be an integer of at least 1, got 0'),
+    (dict(channels=32, num_chunks=2.0), 'num_chunks must be an integer of at least 1, got 2.0'),
     (dict(channels=32, inner_step=1.5), 'inner_step .*1.5'),
     (dict(channels=32, backend='gpu'), "backend .*'gpu'"),
 ])

@@ -11,10 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.ops import MemoryState, UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import triton as backend
-from convneur_mm.ops.neural_memory import written_tokens
-from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_op import RETRIEVALS, RULES, make_inputs, relative_error
@@ -23,13 +21,11 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NAMES = ('q', 'k', 'v', 'w1', 'w2', *UpdateGenerators._fields, *(f'state.{name}' for name in MemoryState._fields))
 
 
-@pytest.fixture(params=['split', 'fused'])
-def variant(request, monkeypatch):
-    """Both variants, at a tile so small that few tokens take several and that several programs share a chunk."""
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Few tokens take several tiles, and several programs share a chunk."""
     monkeypatch.setattr(backend, 'TILE', 16)
     monkeypatch.setattr(backend, '_multiprocessors', lambda device: 4)
-    monkeypatch.setattr(backend, '_use_fused', lambda *args: request.param == 'fused')
-    return request.param
 
 
 def make_tensors(batch=1, heads=2, tokens=50, d=16, e=8, dtypes=(torch.float32,) * 3, seed=0):
@@ -43,13 +39,11 @@ def make_tensors(batch=1, heads=2, tokens=50, d=16, e=8, dtypes=(torch.float32,)
     return [x.to(DEVICE, dtype).requires_grad_() for x, dtype in zip([*inputs, *state], dtypes)]
 
 
-def call(function, tensors, **options):
-    options = dict(dict(chunk_size=20, inner_step=0.9, max_write_norm=0.8, update_rule='sequential',
-                        retrieve='previous', return_state=False), **options)
-    q, k, v, w1, w2, *rest = tensors
-    written = written_tokens(q.size(2), options['chunk_size'], options['retrieve'], options['return_state'])
-    y, state = function(q, k[:, :, :written], v[:, :, :written], w1, w2, UpdateGenerators(*rest[:4]),
-                        MemoryState(*rest[4:]), **options)
+def call(name, tensors, **options):
+    """Reads and state of the backend called ``name``."""
+    options = {**dict(chunk_size=20, inner_step=0.9, max_write_norm=0.8), **options}
+    y, state = neural_memory(*tensors[:5], UpdateGenerators(*tensors[5:9]), state=MemoryState(*tensors[9:]),
+                             backend=name, **options)
     return [y, *(state or ())]
 
 
@@ -75,22 +69,16 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 def assert_equals_reference(tensors, tolerance=1e-5, **options):
-    outputs = call(backend.neural_memory_triton, tensors, **options)
+    outputs = call('triton', tensors, **options)
     twins = doubled(tensors)
-    expected = call(neural_memory_reference, twins, **options)
+    expected = call('reference', twins, **options)
     assert_close(outputs, expected, tolerance)
     assert_close(gradients(outputs, tensors), gradients(expected, twins), tolerance)
 
 
-@pytest.mark.parametrize('retrieve, return_state', itertools.product(RETRIEVALS, (False, True)))
-def test_sequential(variant, retrieve, return_state):
-    assert_equals_reference(make_tensors(batch=2, tokens=41), retrieve=retrieve, return_state=return_state)
-
-
-@pytest.mark.parametrize('retrieve, return_state', itertools.product(RETRIEVALS, (False, True)))
-@pytest.mark.parametrize('variant', ['split'], indirect=True)
-def test_parallel(variant, retrieve, return_state):
-    assert_equals_reference(make_tensors(batch=2, tokens=41), update_rule='parallel', retrieve=retrieve,
+@pytest.mark.parametrize('rule, retrieve, return_state', itertools.product(RULES, RETRIEVALS, (False, True)))
+def test_equals_reference(small_tiles, rule, retrieve, return_state):
+    assert_equals_reference(make_tensors(batch=2, tokens=41), update_rule=rule, retrieve=retrieve,
                             return_state=return_state)
 
 
@@ -101,31 +89,33 @@ def test_parallel(variant, retrieve, return_state):
     (3, 1, True),     # L = 1
     (1, 1, False),    # one token
 ])
-def test_lengths(variant, tokens, chunk_size, return_state):
-    assert_equals_reference(make_tensors(tokens=tokens), chunk_size=chunk_size, return_state=return_state)
+@pytest.mark.parametrize('rule', RULES)
+def test_lengths(small_tiles, rule, tokens, chunk_size, return_state):
+    assert_equals_reference(make_tensors(tokens=tokens), chunk_size=chunk_size, return_state=return_state,
+                            update_rule=rule)
 
 
+@pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('heads, d, e', [(3, 5, 3), (1, 20, 17)])
-def test_widths(variant, heads, d, e, monkeypatch):
+def test_widths(small_tiles, rule, heads, d, e, monkeypatch):
     monkeypatch.setattr(backend, 'BLOCK', 16)  # the generators' weights take several blocks, the last ones in part
-    assert_equals_reference(make_tensors(heads=heads, d=d, e=e, tokens=24), return_state=True)
+    assert_equals_reference(make_tensors(heads=heads, d=d, e=e, tokens=24), return_state=True, update_rule=rule)
 
 
-@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('batch, heads, d, e', [(1, 1, 16, 8), (1, 1, 20, 8)])
-def test_tiles_that_would_run(monkeypatch, fused, batch, heads, d, e):
+def test_tiles_that_would_run(rule, batch, heads, d, e):
     """Tiles and blocks as large as a GPU works with, 64 and 32 tokens; a chunk takes whole tiles and a ragged one."""
-    monkeypatch.setattr(backend, '_use_fused', lambda *args: fused)
-    assert backend._tile(backend._sizes(d, e)) == {16: 64, 20: 32}[d] and backend.BLOCK == 64
-    assert_equals_reference(make_tensors(batch, heads, 150, d, e), chunk_size=70, return_state=True)
+    assert backend._tile(backend._sizes(torch.empty(2 * e, d))) == {16: 64, 20: 32}[d] and backend.BLOCK == 64
+    assert_equals_reference(make_tensors(batch, heads, 150, d, e), chunk_size=70, return_state=True, update_rule=rule)
 
 
-def test_checkpoint(variant):
+@pytest.mark.parametrize('rule', RULES)
+def test_checkpoint(small_tiles, rule):
     """The usual kind lets the backward unpack what it saved only once, and makes it anew for that."""
-    tensors = make_tensors(tokens=25)
-    expected = call(backend.neural_memory_triton, tensors, return_state=True)
-    outputs = checkpoint(lambda *x: tuple(call(backend.neural_memory_triton, x, return_state=True)), *tensors,
-                         use_reentrant=False)
+    tensors, options = make_tensors(tokens=25), dict(update_rule=rule, return_state=True)
+    expected = call('triton', tensors, **options)
+    outputs = checkpoint(lambda *x: tuple(call('triton', x, **options)), *tensors, use_reentrant=False)
     for a, b in zip([*outputs, *gradients(outputs, tensors)], [*expected, *gradients(expected, tensors)]):
         assert torch.equal(a, b)
 
@@ -139,7 +129,7 @@ def test_nothing_to_read(batch, tokens):
     assert all(torch.equal(g, torch.zeros_like(x)) for g, x in zip(torch.autograd.grad(y.sum(), inputs), inputs))
 
 
-def test_layer(variant):
+def test_layer(small_tiles):
     """The module hands all of its options on: to the kernels as to the reference."""
     torch.manual_seed(0)
     layer = NeuralMemory(32, chunk_size=10, inner_step=0.9, max_write_norm=0.3, backend='triton').to(DEVICE)
@@ -153,13 +143,13 @@ def test_layer(variant):
         assert relative_error(a, b) <= 1e-5
 
 
-def test_half_precision(variant):
+def test_half_precision(small_tiles):
     """Each of q, k and v in a dtype of its own, computed in float32; what has their dtype is rounded once."""
     dtypes = torch.float16, torch.bfloat16, torch.float16
     tensors = make_tensors(dtypes=dtypes)
-    outputs = call(backend.neural_memory_triton, tensors, return_state=True)
+    outputs = call('triton', tensors, return_state=True)
     twins = doubled(tensors)
-    expected = call(neural_memory_reference, twins, return_state=True)
+    expected = call('reference', twins, return_state=True)
     # The same gradient of y for both, or the reference's would not be rounded to half precision.
     for outs in (outputs, expected):
         outs[0] = outs[0].double()
@@ -172,26 +162,23 @@ def test_half_precision(variant):
     assert_close(found[3:], expected[3:])
 
 
-def test_strides(variant):
-    """Views of any strides in, the gradient of y included; y and the gradients lie in (B, N, h, d) order."""
+def test_strides(small_tiles):
+    """Views of any strides in, the gradient of y included."""
     leaves = make_tensors(batch=2, tokens=41)
     q, k, v = leaves[:3]
     views = [q.transpose(1, 2).contiguous().transpose(1, 2), k.flip(3).transpose(2, 3).contiguous().transpose(2, 3),
              torch.stack((v, v), -1)[..., 0], *leaves[3:]]
     assert not any(x.is_contiguous() for x in views[:3])
     views = [x.detach().requires_grad_() for x in views]
-    y, = call(backend.neural_memory_triton, views)
+    y, = call('triton', views)
     found = torch.autograd.grad(y.sum(), views[:3])  # the gradient of a sum has strides of 0
     twins = doubled(views)
-    expected, = call(neural_memory_reference, twins)
+    expected, = call('reference', twins)
     assert_close([y, *found], [expected, *torch.autograd.grad(expected.sum(), twins[:3])])
-    assert y.transpose(1, 2).is_contiguous()
-    assert found[0].transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize('rule', RULES)
-@pytest.mark.parametrize('variant', ['split'], indirect=True)
-def test_double_backward(variant, rule):
+def test_double_backward(small_tiles, rule):
     """State and weights are one tensor here, as in a call that starts at M_0: it must not be counted twice."""
     def second_order(function, tensors):
         state = [w.expand(1, *w.shape) for w in tensors[3:5]] + tensors[11:13]
@@ -200,50 +187,49 @@ def test_double_backward(variant, rule):
         return gradients([x for x in first if x is not None], tensors[:9])
 
     tensors = make_tensors(tokens=25)
-    assert_close(second_order(backend.neural_memory_triton, tensors),
-                 second_order(neural_memory_reference, doubled(tensors)))
+    assert_close(second_order('triton', tensors),
+                 second_order('reference', doubled(tensors)))
 
 
-@pytest.mark.parametrize('variant', ['split'], indirect=True)
-def test_shared_weights(variant):
+def test_shared_weights(small_tiles):
     """As in a call that starts at M_0: what is read and what is written from is the same parameter."""
     def gradient(function, tensors):
         state = [w.expand(1, *w.shape) for w in tensors[3:5]] + tensors[11:13]
         return gradients(call(function, [*tensors[:9], *state], update_rule='parallel'), tensors[:9])
 
     tensors = make_tensors(tokens=25)
-    assert_close(gradient(backend.neural_memory_triton, tensors),
-                 gradient(neural_memory_reference, doubled(tensors)))
+    assert_close(gradient('triton', tensors),
+                 gradient('reference', doubled(tensors)))
 
 
-def test_without_grad(variant):
+def test_without_grad(small_tiles):
     tensors = make_tensors(tokens=41)
-    expected = call(backend.neural_memory_triton, tensors, return_state=True)
+    expected = call('triton', tensors, return_state=True)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            found = call(backend.neural_memory_triton, tensors, return_state=True)
+            found = call('triton', tensors, return_state=True)
         assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, expected))
 
 
-def test_backward_under_autocast(variant):
+def test_backward_under_autocast(small_tiles):
     tensors = make_tensors(tokens=25)
-    expected = gradients(call(backend.neural_memory_triton, tensors), tensors)
-    outputs = call(backend.neural_memory_triton, tensors)
+    expected = gradients(call('triton', tensors), tensors)
+    outputs = call('triton', tensors)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = gradients(outputs, tensors)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
-def test_large_values_stay_finite(variant):
+def test_large_values_stay_finite(small_tiles):
     tensors = [(x.detach() * 1e3).requires_grad_() if i < 3 else x for i, x in enumerate(make_tensors(tokens=41))]
-    outputs = call(backend.neural_memory_triton, tensors, return_state=True, max_write_norm=1.0)
+    outputs = call('triton', tensors, return_state=True, max_write_norm=1.0)
     assert all(x.isfinite().all() for x in [*outputs, *gradients(outputs, tensors)])
 
 
 def test_returned_state_may_change_in_place():
     tensors = make_tensors(tokens=20)
-    expected = gradients(call(backend.neural_memory_triton, tensors, return_state=True)[:1], tensors)
-    outputs = call(backend.neural_memory_triton, tensors, return_state=True)
+    expected = gradients(call('triton', tensors, return_state=True)[:1], tensors)
+    outputs = call('triton', tensors, return_state=True)
     with torch.no_grad():
         for x in outputs[1:]:
             x.zero_()
@@ -253,7 +239,7 @@ def test_returned_state_may_change_in_place():
 
 def test_what_it_does_not_take():
     tensors = make_tensors(tokens=4)
-    with pytest.raises(ValueError, match="backend 'triton' takes q of dtype float32, bfloat16 or float16, got .*64"):
-        call(backend.neural_memory_triton, doubled(tensors))
-    with pytest.raises(ValueError, match='takes heads of at most 64 channels and hidden units, got w1 of shape'):
-        call(backend.neural_memory_triton, make_tensors(tokens=4, d=65))
+    with pytest.raises(ValueError, match="backend 'triton' takes tensors of up to 32 bits, got torch.float64"):
+        call('triton', doubled(tensors))
+    with pytest.raises(ValueError, match='takes heads of at most 64 channels and hidden units, got 65 and 8'):
+        call('triton', make_tensors(tokens=4, d=65))

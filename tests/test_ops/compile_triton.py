@@ -12,20 +12,20 @@ import sys
 import tempfile
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from convneur_mm.ops import MemoryState, UpdateGenerators
+from convneur_mm.ops.neural_memory import UpdateGenerators, neural_memory
 from convneur_mm.ops.neural_memory import triton as backend
 
 SETTINGS = {
-    'classification': dict(batch=128, heads=8, tokens=3136, chunk_size=196, dtype=torch.float16),
-    'detection': dict(batch=2, heads=8, tokens=67000, chunk_size=4096, dtype=torch.bfloat16),
+    'classification': dict(batch=128, heads=8, tokens=3136, chunk_size=196),
+    'detection': dict(batch=2, heads=8, tokens=67000, chunk_size=4096, update_rule='parallel'),
     # Triton compiles sizes of 1 into a kernel, which then sees no tensor in their place.
-    'ones_fused': dict(batch=1, heads=1, tokens=1, chunk_size=1, dtype=torch.float32, d=3, e=2),
-    'ones_split': dict(batch=1, heads=1, tokens=1, chunk_size=1, dtype=torch.float32, d=3, e=2, update_rule='parallel'),
+    'ones': dict(batch=1, heads=1, tokens=1, chunk_size=1, d=3, e=2),
+    'ones_parallel': dict(batch=1, heads=1, tokens=1, chunk_size=1, d=3, e=2, update_rule='parallel'),
 }
 
 
@@ -45,20 +45,17 @@ class NoDriver:
         return self.target
 
 
-def call(batch, heads, tokens, chunk_size, dtype, update_rule='sequential', d=16, e=8) -> None:
+def call(batch, heads, tokens, chunk_size, update_rule='sequential', d=16, e=8) -> None:
     channels = heads * d
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device='meta', requires_grad=True)
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device='meta', requires_grad=True)
 
-    q, k, v = (empty(batch, tokens, heads, d, dtype=dtype).transpose(1, 2) for _ in range(3))
     generators = UpdateGenerators(empty(4 * channels, channels), empty(4 * channels),
                                   empty(3 * channels, 4 * channels), empty(3 * channels))
-    w1, w2 = empty(heads, d, e), empty(heads, e, d)
-    state = MemoryState(*(empty(batch, *w.shape) for w in (w1, w2, w1, w2)))
-    y, _ = backend.neural_memory_triton(
-        q, k, v, w1, w2, generators, state, chunk_size=chunk_size, inner_step=1.0, max_write_norm=1.0,
-        update_rule=update_rule, retrieve='previous', return_state=True)
+    y, _ = neural_memory(
+        *(empty(batch, heads, tokens, d) for _ in range(3)), empty(heads, d, e), empty(heads, e, d), generators,
+        chunk_size=chunk_size, update_rule=update_rule, return_state=True, backend='triton')
     y.sum().backward()
 
 
@@ -67,16 +64,14 @@ def registers_and_spills(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile('w', suffix='.ptx') as file:
         file.write(ptx)
         file.flush()
-        # sm_90a: Triton's PTX for Hopper uses that architecture's own features.
-        arch = f'sm_{capability}' + ('a' if capability == 90 else '')
-        report = subprocess.run([triton.knobs.nvidia.ptxas.path, '-v', f'--gpu-name={arch}', file.name, '-o',
-                                 '/dev/null'], check=True, text=True, capture_output=True).stderr
+        report = subprocess.run([get_ptxas(capability).path, '-v', f'--gpu-name={sm_arch_from_capability(capability)}',
+                                 file.name, '-o', '/dev/null'], check=True, text=True, capture_output=True).stderr
     return int(re.search(r'Used (\d+) registers', report)[1]), int(re.search(r'(\d+) bytes spill stores', report)[1])
 
 
 def main(capability: int, *settings: str) -> None:
     driver.set_active(NoDriver(capability))
-    backend.is_available = lambda *tensors: True
+    backend.is_available = lambda tensor: True
     backend._multiprocessors = lambda device: 132
     compiled = {}
     run = JITFunction.run

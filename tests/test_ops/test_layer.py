@@ -2,7 +2,6 @@
 
 How it chains, compiles and learns is tested with the module, tests/test_models/test_neural_memory.py.
 """
-import importlib
 from itertools import product
 from pathlib import Path
 
@@ -14,13 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convneur_mm.ops import LayerWeights, MemoryState, neural_memory_layer
-from convneur_mm.ops.neural_memory import RETRIEVALS, UPDATE_RULES
+from convneur_mm.ops.neural_memory import (
+    RETRIEVALS,
+    UPDATE_RULES,
+    LayerWeights,
+    MemoryOptions,
+    MemoryState,
+    neural_memory_layer,
+)
+from convneur_mm.ops.neural_memory import memory as memory_module
 
 pytestmark = pytest.mark.usefixtures('both_codes')
 
-# By name: the package's attribute of this name is the function.
-LAYER = importlib.import_module('convneur_mm.ops.neural_memory.layer')
 VECTORS = Path(__file__).parents[1] / 'data' / 'neural_memory_layer.npz'
 DEFAULTS = dict(eps=1e-6, chunk_size=8, inner_step=1.0, max_write_norm=1.0, update_rule='sequential',
                 retrieve='previous', return_state=True)
@@ -147,7 +151,7 @@ def test_nothing_to_read(backend, options, batch, tokens):
         assert call(x, LayerWeights(*weights), backend, **options)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not LAYER.HAS_CUSTOM_OPS, reason='needs torch 2.4 or newer')
+@pytest.mark.skipif(not memory_module.HAS_CUSTOM_OPS, reason='needs torch 2.4 or newer')
 @pytest.mark.parametrize('batch, tokens', [(0, 21), (2, 0)])
 def test_nothing_to_read_compiled(batch, tokens):
     def forward(x, *weights):
@@ -220,7 +224,7 @@ def test_bad_tokens_are_named():
 @pytest.mark.parametrize('segment_tokens', [1, 1000], ids='segment={}'.format)
 def test_images_are_summed_in_float32(monkeypatch, segment_tokens):
     """Under autocast each image's gradients are products in half precision, and their sum is not rounded to that."""
-    monkeypatch.setattr(LAYER, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
+    monkeypatch.setattr(memory_module, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
     x, *weights = as_leaves(*make_inputs(batch=24)[:1], *make_inputs()[1], dtype=torch.float32)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -264,10 +268,11 @@ def test_device_only_refuses():
 def test_no_step_waits_for_the_device(monkeypatch, rule, retrieve, return_state, dtype):
     """Forward and backward on CUDA tensors that are not there. Their backward is called by hand, as autograd would look
     for the device; 21 tokens are two segments, the last chunk a ragged one."""
-    monkeypatch.setattr(LAYER, 'SEGMENT_TOKENS', 32)
+    monkeypatch.setattr(memory_module, 'SEGMENT_TOKENS', 32)
     real = make_inputs()
     options = dict(DEFAULTS, update_rule=rule, retrieve=retrieve, return_state=return_state)
-    eps = options.pop('eps')
+    inner = MemoryOptions(**{name: value for name, value in options.items() if name != 'eps'})
+    settings = memory_module.Settings(True, options['eps'], dtype, 'chunked', inner)
     with FakeTensorMode(), torch.no_grad():
         x, *weights = (torch.empty(z.shape, device='cuda') for z in (real[0], *real[1]))
         rows = torch.empty(2, 2, 16, 16, device='cuda')
@@ -275,10 +280,10 @@ def test_no_step_waits_for_the_device(monkeypatch, rule, retrieve, return_state,
         with DeviceOnly():
             y, state = call(x, weights, **options)
             call(x, weights, state=state, **options)
-            results = LAYER._forward(x, rows, rows, weights, True, eps, options, dtype)
-            outputs, kept = results[:3], results[3:]
-            grads = LAYER._backward(x, weights, kept, outputs, eps, options, dtype)
-    assert [g.shape for g in grads] == [z.shape for z in (x, rows, rows, *weights)]
+            tensors = rows, rows, x, *weights
+            results = memory_module._forward(tensors, settings)
+            grads = memory_module._backward(tensors, results[3:], results[:3], settings)
+    assert [g.shape for g in grads] == [z.shape for z in tensors]
     assert y.device == grads[0].device == torch.device('cuda', 0)
 
 

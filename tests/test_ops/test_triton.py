@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from convneur_mm.ops.neural_memory import triton as backend
 from convneur_mm.ops.neural_memory.triton import HAS_TRITON
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER))
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason='needs Triton 3.3 or newer')
 KERNELS = {'read_kernel', 'read_backward_kernel', 'surprise_kernel', 'surprise_backward_kernel', 'write_kernel',
            'write_backward_kernel', 'fused_kernel', 'fused_backward_kernel'}
@@ -36,7 +38,8 @@ def test_equals_reference(device, tmp_path):
 
 
 @needs_triton
-@pytest.mark.parametrize('capability, settings', [(80, ['classification', 'detection']), (90, [])])
+@pytest.mark.parametrize('capability, settings', [(80, ['classification', 'detection']), (90, []),
+                                                  (120, ['classification', 'detection'])])
 def test_compiles(capability, settings, tmp_path):
     """Every kernel, for a GPU that need not be there, with hardly a register spilled."""
     report = python(FOLDER / 'compile_triton.py', capability, *settings, TRITON_CACHE_DIR=str(tmp_path),
@@ -48,13 +51,33 @@ def test_compiles(capability, settings, tmp_path):
         assert int(line[4]) <= 64 * 1024, line  # of at least 99 KiB that a block may have on sm_80 and later
 
 
+@needs_triton
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+def test_launches_do_not_depend_on_the_chunks(monkeypatch, rule):
+    """Of kernels and of all else, forward and backward."""
+    from test_pytorch import launches
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+    monkeypatch.setattr(JITFunction, 'run', lambda self, *args, **kwargs: launched.append(self.fn.__name__))
+    monkeypatch.setattr(backend, 'is_available', lambda tensor: True)
+    monkeypatch.setattr(backend, '_multiprocessors', lambda device: 132)
+    monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'triton')
+    few = launches(3, rule), list(launched)
+    launched.clear()
+    many = launches(200, rule), list(launched)
+    assert few == many
+    writes = ['fused_kernel'] if rule == 'sequential' else ['surprise_kernel', 'write_kernel']
+    back = ['fused_backward_kernel'] if rule == 'sequential' else ['write_backward_kernel', 'surprise_backward_kernel']
+    assert many[1] == [*writes, 'read_kernel', 'read_backward_kernel', *back]
+
+
 def test_imports_without_triton():
     python('-c', '''
 import sys
 sys.modules['triton'] = None  # what an import of it then raises is an ImportError
 import torch
-from convneur_mm.ops.neural_memory.triton import HAS_TRITON, unsupported
+from convneur_mm.ops.neural_memory.triton import HAS_TRITON, refuses
 assert not HAS_TRITON
-x = torch.zeros(1, 1, 2, 3)
-assert 'needs Triton 3.3 or newer and CUDA tensors' in unsupported(x, x, x, torch.zeros(1, 3, 2))
+assert 'needs Triton 3.3 or newer and CUDA tensors' in refuses(torch.zeros(1, 1, 2, 3), torch.zeros(4, 2), None)
 ''')

@@ -1,10 +1,10 @@
-"""The memory of chunked.py on a CPU, in C++: the same functions, for heads of 16 channels with 8 hidden units.
+"""The memory's kernels in C++ for a CPU, for heads of 16 channels with 8 hidden units; see :mod:`.contract`.
 
 One head works on a chunk of 196 tokens in a few microseconds, about what PyTorch needs to launch one of its operators.
 In ``csrc``, a head's numbers stay in registers and the first cache until a chunk is done. Installing the package
 compiles it for the torch that is there; where no compiler is, where sizes are others, or where somebody watches the
-operators (compilers, FLOP counters, tensors of other kinds), chunked.py does the work itself. Where only the compiled
-code is missing, the first call that it would take warns of it.
+operators (FLOP counters, tensors of other kinds), :mod:`.pytorch` does the work. Where only the compiled code is
+missing, the first call that it would take warns of it.
 """
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import UpdateGenerators, is_compiling
+from .contract import WriteGradients, Written
+from .types import MemoryOptions, UpdateGenerators, is_compiling
 
 # Compiled code fits one version of torch; its name, which setup.py gives it, says which.
 MODULE = '_cpu_' + re.sub(r'\W', '_', torch.__version__.split('+')[0])
@@ -34,15 +35,18 @@ except ImportError as error:
 _has_warned = False
 
 
-def usable(tokens: Tensor, rows: Tensor | None = None) -> bool:
-    """Whether there are kernels for tokens (B, h, d, N) and, if they matter, rows of weights (…, 2e, d)."""
-    if not (type(tokens) is Tensor and tokens.device.type == 'cpu'
-            and tokens.dtype in (torch.float32, torch.float64) and tokens.size(-2) == HEAD_DIM
-            and (rows is None or rows.size(-2) == 2 * HIDDEN_DIM) and not _is_watched()):
-        return False
-    if missing and rows is not None:
+def refuses(tokens: Tensor, rows: Tensor, options: MemoryOptions) -> str | None:
+    """Why there are no kernels for tokens (B, h, d, N) with rows of weights (…, 2e, d), or None if there are."""
+    if type(tokens) is not Tensor or tokens.device.type != 'cpu' or tokens.dtype not in (torch.float32, torch.float64):
+        return f'takes float32 and float64 on a CPU, got {tokens.dtype} on {tokens.device}'
+    if (tokens.size(-2), rows.size(-2)) != (HEAD_DIM, 2 * HIDDEN_DIM):
+        return (f'takes heads of {HEAD_DIM} channels with {HIDDEN_DIM} hidden units, got {tokens.size(-2)} with '
+                f'{rows.size(-2) // 2}')
+    if is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return 'is not seen by what watches the operators'
+    if missing:
         _warn_once()
-    return kernels is not None
+    return None if kernels is not None else missing or 'is turned off'
 
 
 def _warn_once() -> None:
@@ -61,53 +65,37 @@ def install_command() -> str:
     return f"pip install 'setuptools>=77,<82' wheel && pip install --no-build-isolation --no-deps {source}"
 
 
-def _is_watched() -> bool:
-    return is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, rows: Tensor, momentum: Tensor,
-              options: dict) -> list[Tensor]:
-    """The fields of :class:`.chunked.Written`, see :func:`.chunked.write_all`."""
-    return kernels.write_all(_columns(k), _columns(v), initial, *generators, rows, momentum, *_settings(options))
+              options: MemoryOptions) -> Written:
+    return Written(*kernels.write_all(_columns(k), _columns(v), initial, *generators, rows, momentum, options))
 
 
-def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators,
-                       written: tuple[Tensor, ...], grad_memories: Tensor, grad_momentum: Tensor | None,
-                       options: dict) -> list[Tensor]:
-    """Gradients of k, v, M_0 (None under the sequential rule), of all chunks' coefficients before their sigmoid and
-    hidden units before their GELU, and of the memory and momentum before the first chunk."""
+def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, written: Written,
+                       grad_memories: Tensor, grad_momentum: Tensor | None, grad_k: Tensor, grad_v: Tensor,
+                       options: MemoryOptions) -> WriteGradients:
     states, _, pre_hidden, coefficients = written
-    return kernels.write_all_backward(
+    return WriteGradients(*kernels.write_all_backward(
         _columns(k), _columns(v), initial, generators.in_weight, generators.out_weight, states, pre_hidden,
-        coefficients, grad_memories, grad_momentum, *_settings(options))
+        coefficients, grad_memories, grad_momentum, grad_k, grad_v, options))
 
 
-def read_all(q: Tensor, memories: Tensor, options: dict, out: Tensor) -> None:
-    """See :func:`.chunked.read_all`; ``out`` may be ``q`` itself."""
-    kernels.read_all(_columns(q), _readable(memories, q, options), out, options['chunk_size'])
+def read_all(q: Tensor, memories: Tensor, y: Tensor, options: MemoryOptions) -> None:
+    kernels.read_all(_columns(q), memories, y, options)
 
 
-def read_all_backward(q: Tensor, memories: Tensor, grad_y: Tensor, grad_memories: Tensor, options: dict,
-                      y: Tensor | None) -> Tensor:
-    """The gradient of q; adds those of the memories to ``grad_memories`` and fills ``y`` with the reads, if there is
-    one, which must be contiguous."""
-    return kernels.read_all_backward(
-        _columns(q), _readable(memories, q, options), _columns(grad_y), _readable(grad_memories, q, options), y,
-        options['chunk_size'])
+def read_all_backward(q: Tensor, memories: Tensor, grad_y: Tensor, grad_memories: Tensor, grad_q: Tensor,
+                      y: Tensor | None, options: MemoryOptions) -> None:
+    kernels.read_all_backward(_columns(q), memories, _columns(grad_y), grad_memories, grad_q, y, options)
 
 
-def _settings(options: dict) -> tuple:
-    return (options['num_written'], options['chunk_size'], options['update_rule'] == 'sequential',
-            options['inner_step'], options['max_write_norm'])
+def normalize_(z: Tensor, eps: float) -> Tensor:
+    return kernels.normalize_(z, eps)
+
+
+def normalize_backward_(unit: Tensor, scale: Tensor, grad: Tensor) -> None:
+    kernels.normalize_backward_(unit, scale, grad)
 
 
 def _columns(x: Tensor) -> Tensor:
     """Tokens (B, h, d, N), contiguous over N."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _readable(memories: Tensor, q: Tensor, options: dict) -> Tensor:
-    """The memory that each chunk reads; all of them the last one with retrieve='final'."""
-    if options['retrieve'] == 'final':
-        return memories[-1:].expand(-(-q.size(-1) // options['chunk_size']), *memories.shape[1:])
-    return memories

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import MemoryState, UpdateGenerators
+from .types import (
+    NORMALIZE_EPS,
+    LayerWeights,
+    MemoryOptions,
+    MemoryState,
+    MemoryWeights,
+    UpdateGenerators,
+    no_autocast,
+)
 
 
 def read(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -25,41 +33,43 @@ def update_coefficients(surprise: Tensor, generators: UpdateGenerators, inner_st
     return inner_step * step, momentum, decay
 
 
-def neural_memory_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    generators: UpdateGenerators,
-    state: MemoryState,
-    *,
-    chunk_size: int,
-    inner_step: float,
-    max_write_norm: float,
-    update_rule: str,
-    retrieve: str,
-    return_state: bool,
-) -> tuple[Tensor, MemoryState | None]:
-    """See :func:`convneur_mm.ops.neural_memory`; ``state`` is the memory before the first chunk.
+def bound(relative: Tensor) -> Tensor:
+    """The factor that keeps a write within its bound, from its squared norm over that of the bound."""
+    return (1 + relative).rsqrt()
+
+
+def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, weights: MemoryWeights, state: MemoryState | None,
+                            options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
+    """See :func:`convneur_mm.ops.neural_memory.neural_memory`; the reads come in the inner loop's dtype.
 
     Runs under ``torch.no_grad`` but not under ``torch.inference_mode``, which forbids autograd altogether.
     """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with no_autocast(q):
+        q, k, v, w1, w2, *generators = (x.to(dtype) for x in (q, k, v, *weights))
+        if state is None:
+            m1, m2 = (w.expand(len(q), *w.shape) for w in (w1, w2))
+            state = MemoryState(m1, m2, torch.zeros_like(m1), torch.zeros_like(m2))
+        return _read_and_write(q, k, v, w1, w2, UpdateGenerators(*generators), state, options)
+
+
+def _read_and_write(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators,
+                    state: MemoryState, options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
     learn = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, w1, w2, *generators, *state))
     m1, m2, p1, p2 = state
     initial = w1.expand(m1.shape), w2.expand(m2.shape)
-    q_chunks, k_chunks, v_chunks = (x.split(chunk_size, dim=2) for x in (q, k, v))
+    q_chunks, k_chunks, v_chunks = (x.split(options.chunk_size, dim=2) for x in (q, k, v))
     outputs = []
     for t, q_t in enumerate(q_chunks):
         outputs.append(read(q_t, m1, m2))  # Eq. 2
-        if t == len(q_chunks) - 1 and not (return_state or retrieve == 'final'):
+        if t == len(q_chunks) - 1 and not (options.return_state or options.retrieve == 'final'):
             break  # nothing reads what the last chunk would write
         k_t, v_t = k_chunks[t], v_chunks[t]
 
         with torch.enable_grad():
             a1, a2 = (
                 a if learn and a.requires_grad else a.detach().requires_grad_()
-                for a in ((m1, m2) if update_rule == 'sequential' else initial)
+                for a in ((m1, m2) if options.update_rule == 'sequential' else initial)
             )
             error = read(k_t, a1, a2) - v_t
             loss = error.square().mean(dim=-1).sum()  # Eq. 3; heads have weights of their own, so one sum serves
@@ -67,14 +77,37 @@ def neural_memory_reference(
         if not learn:
             error = error.detach()
 
-        step, momentum, decay = update_coefficients(error.square().mean(dim=2), generators, inner_step)
+        step, momentum, decay = update_coefficients(error.square().mean(dim=2), generators, options.inner_step)
         u1, u2 = step[..., :, None] * g1, step[..., None, :] * g2
-        norm = u1.square().sum((-2, -1), keepdim=True) + u2.square().sum((-2, -1), keepdim=True)
-        bound = (1 + norm / max_write_norm**2).sqrt()
-        p1 = momentum[..., :, None] * p1 - u1 / bound  # Eq. 4
-        p2 = momentum[..., None, :] * p2 - u2 / bound
+        square = u1.square().sum((-2, -1), keepdim=True) + u2.square().sum((-2, -1), keepdim=True)
+        factor = bound(square / options.max_write_norm**2)
+        p1 = momentum[..., :, None] * p1 - factor * u1  # Eq. 4
+        p2 = momentum[..., None, :] * p2 - factor * u2
         m1 = (1 - decay[..., :, None]) * m1 + p1
         m2 = (1 - decay[..., None, :]) * m2 + p2
 
-    y = read(q, m1, m2) if retrieve == 'final' else torch.cat(outputs, dim=2)
-    return y, MemoryState(m1, m2, p1, p2) if return_state else None
+    y = read(q, m1, m2) if options.retrieve == 'final' else torch.cat(outputs, dim=2)
+    return y, MemoryState(m1, m2, p1, p2) if options.return_state else None
+
+
+def layer_reference(x: Tensor, weights: LayerWeights, state: MemoryState | None, eps: float,
+                    options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
+    """See :func:`convneur_mm.ops.neural_memory.neural_memory_layer`."""
+    x = x.to(torch.promote_types(x.dtype, weights.query.dtype))
+    tokens = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
+
+    def project(weight: Tensor) -> Tensor:
+        return F.linear(tokens, weight).unflatten(2, (len(weights.w1), -1)).transpose(1, 2)
+
+    def unit(z: Tensor) -> Tensor:
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1, eps=NORMALIZE_EPS)
+
+    memory = weights.memory
+    if not options.written_tokens(x.size(1)):
+        # Keys, values and generators have no part in the output then, and plain DDP refuses parameters without a
+        # gradient. Sums of no elements tie them to it.
+        unused = (weights.key, weights.value, *memory.generators)
+        memory = memory._replace(w1=memory.w1 + sum(p.flatten()[:0].sum() for p in unused))
+    y, state = neural_memory_reference(unit(project(weights.query)), unit(project(weights.key)),
+                                       project(weights.value), memory, state, options)
+    return F.linear(y.transpose(1, 2).flatten(2).to(weights.proj.dtype), weights.proj), state

@@ -6,10 +6,9 @@ Names and layouts in all of them:
 - Both fast weights live in one matrix of rows of length d, ``rows = cat(W1ᵀ, W2)`` (2e, d). In registers the two
   halves are (EP, DP): e and d padded to what ``tl.dot`` takes. Every load masks the padding to zero, and zeros stay
   zeros throughout, so no later step needs a mask: GELU(0) = 0, and a padded hidden unit gets no gradient from W2.
-- memories, momenta: (n + 1, B, h, 2e, d), before the first chunk and after each; gradients of Eq. 3: (n, B, h, 2e, d);
-  coefficients: (n, B, 3, h, d), the sigmoids of step, momentum and decay. All of these are float32 and contiguous.
-- q, k, v and the gradient of y have any strides (B, h, N, d) and any floating dtype; what the kernels make of that
-  shape lies in (B, N, h, d) order.
+- states: (n + 1, 3, B, h, 2e, d), for each chunk the gradient of Eq. 3 over 2/d, the momentum and the memory before it;
+  coefficients: (n, B, 3, h, d), the sigmoids of step, momentum and decay. All of these are contiguous.
+- Tokens are (B, h, d, N) of any strides, float32 as everything.
 - A grid has one axis, the head fastest: neighbours in it read neighbouring bytes. ``splits`` programs share a chunk,
   each writes a part of the sum over tokens, and the parts are added in a fixed order: results are deterministic.
 - Offsets that grow with B·h·n or with N are int64; within a tile int32 does.
@@ -36,17 +35,17 @@ def _gelu(x):
 
 
 @triton.jit
-def _load_tile(pointer, stride_n, stride_d, tokens_left, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr):
+def _load_tile(pointer, strides, tokens_left, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr):
     n = tl.arange(0, TILE)[:, None]
     d = tl.arange(0, DP)[None, :]
-    return tl.load(pointer + n * stride_n + d * stride_d, mask=(n < tokens_left) & (d < D), other=0.0).to(tl.float32)
+    return tl.load(pointer + n * strides[3] + d * strides[2], mask=(n < tokens_left) & (d < D), other=0.0)
 
 
 @triton.jit
-def _store_tile(pointer, value, stride_n, tokens_left, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr):
+def _store_tile(pointer, value, strides, tokens_left, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr):
     n = tl.arange(0, TILE)[:, None]
     d = tl.arange(0, DP)[None, :]
-    tl.store(pointer + n * stride_n + d, value.to(pointer.dtype.element_ty), mask=(n < tokens_left) & (d < D))
+    tl.store(pointer + n * strides[3] + d * strides[2], value, mask=(n < tokens_left) & (d < D))
 
 
 @triton.jit
@@ -96,48 +95,53 @@ def _place(tokens, chunk_size, chunks, part_size, batch, heads):
 
 
 @triton.jit
-def read_kernel(q, memories, y, q_strides, memory_stride, batch, heads, tokens, chunk_size, chunks, part_size,
-                D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
+def _at(pointer, strides, image, head, token):
+    """Where the tokens of an image's head begin, from ``token`` on."""
+    return pointer + image * strides[0] + head * strides[1] + token * strides[3]
+
+
+@triton.jit
+def read_kernel(q, memories, y, q_strides, y_strides, memory_stride, batch, heads, tokens, chunk_size, chunks,
+                part_size, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
     """y = q + GELU(q·W1)·W2, for the tokens of chunk t with the memory at t·``memory_stride``."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
     w1, w2 = _load_rows(memories + chunk * memory_stride + (image * heads + head) * (2 * E * D), D, E, DP, EP)
     for start in range(begin, end, TILE):
         token = chunk * chunk_size + start
-        z = _load_tile(q + image * q_strides[0] + head * q_strides[1] + token * q_strides[2],
-                       q_strides[2], q_strides[3], length - start, D, DP, TILE)
+        z = _load_tile(_at(q, q_strides, image, head, token), q_strides, length - start, D, DP, TILE)
         active, _, _ = _gelu(_dot(z, tl.trans(w1)))
-        _store_tile(y + ((image * tokens + token) * heads + head) * D, z + _dot(active, w2), heads * D,
-                    length - start, D, DP, TILE)
+        _store_tile(_at(y, y_strides, image, head, token), z + _dot(active, w2), y_strides, length - start, D, DP, TILE)
 
 
 @triton.jit
-def read_backward_kernel(q, dy, memories, dq, parts, q_strides, dy_strides, memory_stride, batch, heads, tokens,
-                         chunk_size, chunks, part_size,
-                         D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
-    """Gradients of q and, in ``parts`` (splits, chunks, B, h, 2e, d), of the memories read."""
+def read_backward_kernel(q, grad_y, memories, grad_q, y, parts, q_strides, grad_y_strides, grad_q_strides, y_strides,
+                         memory_stride, batch, heads, tokens, chunk_size, chunks, part_size, D: tl.constexpr,
+                         E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr, READS: tl.constexpr):
+    """Gradients of q and, in ``parts`` (splits, chunks, B, h, 2e, d), of the memories read; y if READS."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
     w1, w2 = _load_rows(memories + chunk * memory_stride + (image * heads + head) * (2 * E * D), D, E, DP, EP)
-    dw1 = tl.zeros((EP, DP), tl.float32)
-    dw2 = tl.zeros((EP, DP), tl.float32)
+    grad_w1 = tl.zeros((EP, DP), tl.float32)
+    grad_w2 = tl.zeros((EP, DP), tl.float32)
     for start in range(begin, end, TILE):
         token = chunk * chunk_size + start
-        z = _load_tile(q + image * q_strides[0] + head * q_strides[1] + token * q_strides[2],
-                       q_strides[2], q_strides[3], length - start, D, DP, TILE)
-        dout = _load_tile(dy + image * dy_strides[0] + head * dy_strides[1] + token * dy_strides[2],
-                          dy_strides[2], dy_strides[3], length - start, D, DP, TILE)
+        left = length - start
+        z = _load_tile(_at(q, q_strides, image, head, token), q_strides, left, D, DP, TILE)
+        grad = _load_tile(_at(grad_y, grad_y_strides, image, head, token), grad_y_strides, left, D, DP, TILE)
         active, slope, _ = _gelu(_dot(z, tl.trans(w1)))
-        d_hidden = _dot(dout, tl.trans(w2)) * slope
-        dw1 += _dot(tl.trans(d_hidden), z)
-        dw2 += _dot(tl.trans(active), dout)
-        _store_tile(dq + ((image * tokens + token) * heads + head) * D, dout + _dot(d_hidden, w1), heads * D,
-                    length - start, D, DP, TILE)
-    _store_rows(parts + tl.program_id(0).to(tl.int64) * (2 * E * D), dw1, dw2, D, E, DP, EP)
+        grad_hidden = _dot(grad, tl.trans(w2)) * slope
+        grad_w1 += _dot(tl.trans(grad_hidden), z)
+        grad_w2 += _dot(tl.trans(active), grad)
+        _store_tile(_at(grad_q, grad_q_strides, image, head, token), grad + _dot(grad_hidden, w1), grad_q_strides, left,
+                    D, DP, TILE)
+        if READS:
+            _store_tile(_at(y, y_strides, image, head, token), z + _dot(active, w2), y_strides, left, D, DP, TILE)
+    _store_rows(parts + tl.program_id(0).to(tl.int64) * (2 * E * D), grad_w1, grad_w2, D, E, DP, EP)
 
 
 @triton.jit
 def _surprise(k, v, k_strides, v_strides, w1, w2, begin, end, length,
               D: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
-    """Sums over a chunk's tokens [begin, end): gradient of Eq. 3 (both halves) and squared errors (DP,).
+    """Sums over a chunk's tokens [begin, end): gradient of Eq. 3 over 2/d (both halves) and squared errors (DP,).
 
     ``k`` and ``v`` point to the chunk's first token.
     """
@@ -146,31 +150,27 @@ def _surprise(k, v, k_strides, v_strides, w1, w2, begin, end, length,
     squares = tl.zeros((DP,), tl.float32)
     for start in range(begin, end, TILE):
         first = tl.cast(start, tl.int64)
-        key = _load_tile(k + first * k_strides[2], k_strides[2], k_strides[3], length - start, D, DP, TILE)
-        value = _load_tile(v + first * v_strides[2], v_strides[2], v_strides[3], length - start, D, DP, TILE)
+        key = _load_tile(k + first * k_strides[3], k_strides, length - start, D, DP, TILE)
+        value = _load_tile(v + first * v_strides[3], v_strides, length - start, D, DP, TILE)
         active, slope, _ = _gelu(_dot(key, tl.trans(w1)))
         error = key + _dot(active, w2) - value
-        d_out = error * (2 / D)
-        d_hidden = _dot(d_out, tl.trans(w2)) * slope
-        g1 += _dot(tl.trans(d_hidden), key)
-        g2 += _dot(tl.trans(active), d_out)
+        grad_hidden = _dot(error, tl.trans(w2)) * slope
+        g1 += _dot(tl.trans(grad_hidden), key)
+        g2 += _dot(tl.trans(active), error)
         squares += tl.sum(error * error, 0)
     return g1, g2, squares
 
 
 @triton.jit
-def surprise_kernel(k, v, memories, parts, squares, k_strides, v_strides, memory_stride, batch, heads, tokens,
-                    chunk_size, chunks, part_size,
-                    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
-    """Parts (splits, chunks, B, h, …) of the gradients of Eq. 3 (2e, d) and of the mean squared errors (d).
-
-    The memory of image b is at b·``memory_stride``, for every chunk of the launch.
-    """
+def surprise_kernel(k, v, initial, parts, squares, k_strides, v_strides, batch, heads, tokens, chunk_size, chunks,
+                    part_size, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+                    TILE: tl.constexpr):
+    """Parts (splits, chunks, B, h, …) of the gradients of Eq. 3 at M_0 (2e, d) and of the mean squared errors (d)."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
-    w1, w2 = _load_rows(memories + image * memory_stride + head * (2 * E * D), D, E, DP, EP)
-    k += image * k_strides[0] + head * k_strides[1] + chunk * chunk_size * k_strides[2]
-    v += image * v_strides[0] + head * v_strides[1] + chunk * chunk_size * v_strides[2]
-    g1, g2, total = _surprise(k, v, k_strides, v_strides, w1, w2, begin, end, length, D, DP, EP, TILE)
+    w1, w2 = _load_rows(initial + head * (2 * E * D), D, E, DP, EP)
+    token = chunk * chunk_size
+    g1, g2, total = _surprise(_at(k, k_strides, image, head, token), _at(v, v_strides, image, head, token), k_strides,
+                              v_strides, w1, w2, begin, end, length, D, DP, EP, TILE)
     pid = tl.program_id(0).to(tl.int64)
     _store_rows(parts + pid * (2 * E * D), g1, g2, D, E, DP, EP)
     d = tl.arange(0, DP)
@@ -178,58 +178,59 @@ def surprise_kernel(k, v, memories, parts, squares, k_strides, v_strides, memory
 
 
 @triton.jit
-def _surprise_backward(k, v, dk, dv, k_strides, v_strides, w1, w2, dg1, dg2, ds, begin, end, length, heads,
+def _surprise_backward(k, v, grad_k, grad_v, k_strides, v_strides, grad_k_strides, grad_v_strides, w1, w2, grad_g1,
+                       grad_g2, grad_errors, begin, end, length,
                        D: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
     """Gradients of a chunk's k and v, stored, and of the memory, returned.
 
-    From those of the gradient of Eq. 3 (``dg1``, ``dg2``) and of the mean squared errors (``ds``). The forward is
-    recomputed tile by tile. All pointers are to the chunk's first token.
+    From those of the gradient of Eq. 3 over 2/d (``grad_g1``, ``grad_g2``) and of the mean squared errors. All
+    pointers are to the chunk's first token.
     """
-    dw1 = tl.zeros((EP, DP), tl.float32)
-    dw2 = tl.zeros((EP, DP), tl.float32)
+    grad_w1 = tl.zeros((EP, DP), tl.float32)
+    grad_w2 = tl.zeros((EP, DP), tl.float32)
     for start in range(begin, end, TILE):
         first = tl.cast(start, tl.int64)
-        key = _load_tile(k + first * k_strides[2], k_strides[2], k_strides[3], length - start, D, DP, TILE)
-        value = _load_tile(v + first * v_strides[2], v_strides[2], v_strides[3], length - start, D, DP, TILE)
-        active, slope, curve = _gelu(_dot(key, tl.trans(w1)))
+        left = length - start
+        key = _load_tile(k + first * k_strides[3], k_strides, left, D, DP, TILE)
+        value = _load_tile(v + first * v_strides[3], v_strides, left, D, DP, TILE)
+        active, slope, curvature = _gelu(_dot(key, tl.trans(w1)))
         error = key + _dot(active, w2) - value
-        d_out = error * (2 / D)
-        back = _dot(d_out, tl.trans(w2))  # gradient of Eq. 3 with respect to `active`
+        u = _dot(error, tl.trans(w2))  # what comes back to `active` in Eq. 3
 
-        # Through g1 = (back ⊙ slope)ᵀ·key and g2 = activeᵀ·d_out.
-        d_inner = _dot(key, tl.trans(dg1))
-        d_back = d_inner * slope
-        d_hidden = d_inner * back * curve
-        d_error = (2 / length) * ds[None, :] * error + (2 / D) * (_dot(active, dg2) + _dot(d_back, w2))
-        d_active = _dot(d_out, tl.trans(dg2)) + _dot(d_error, tl.trans(w2))
-        d_hidden += d_active * slope
+        # Through g1 = (u ⊙ slope)ᵀ·key and g2 = activeᵀ·error.
+        grad_b = _dot(key, tl.trans(grad_g1))
+        grad_u = grad_b * slope
+        grad_error = (2 / length) * grad_errors[None, :] * error + _dot(active, grad_g2) + _dot(grad_u, w2)
+        grad_active = _dot(error, tl.trans(grad_g2)) + _dot(grad_error, tl.trans(w2))
+        grad_hidden = grad_active * slope + grad_b * u * curvature
 
-        dw1 += _dot(tl.trans(d_hidden), key)
-        dw2 += _dot(tl.trans(d_back), d_out) + _dot(tl.trans(active), d_error)
-        d_key = d_error + _dot(back * slope, dg1) + _dot(d_hidden, w1)
-        _store_tile(dk + first * (heads * D), d_key, heads * D, length - start, D, DP, TILE)
-        _store_tile(dv + first * (heads * D), -d_error, heads * D, length - start, D, DP, TILE)
-    return dw1, dw2
+        grad_w1 += _dot(tl.trans(grad_hidden), key)
+        grad_w2 += _dot(tl.trans(grad_u), error) + _dot(tl.trans(active), grad_error)
+        grad_key = grad_error + _dot(u * slope, grad_g1) + _dot(grad_hidden, w1)
+        _store_tile(grad_k + first * grad_k_strides[3], grad_key, grad_k_strides, left, D, DP, TILE)
+        _store_tile(grad_v + first * grad_v_strides[3], -grad_error, grad_v_strides, left, D, DP, TILE)
+    return grad_w1, grad_w2
 
 
 @triton.jit
-def surprise_backward_kernel(k, v, memories, d_gradients, d_surprise, dk, dv, parts, k_strides, v_strides,
-                             memory_stride, dk_stride, batch, heads, tokens, chunk_size, chunks, part_size,
+def surprise_backward_kernel(k, v, initial, grad_gradients, grad_surprises, grad_k, grad_v, parts, k_strides, v_strides,
+                             grad_k_strides, grad_v_strides, batch, heads, tokens, chunk_size, chunks, part_size,
                              D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
                              TILE: tl.constexpr):
-    """Gradients of k and v (images ``dk_stride`` apart) and parts (splits, chunks, B, h, 2e, d) of the memory's."""
+    """Gradients of k and v, and parts (splits, chunks, B, h, 2e, d) of that of M_0."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
-    w1, w2 = _load_rows(memories + image * memory_stride + head * (2 * E * D), D, E, DP, EP)
+    w1, w2 = _load_rows(initial + head * (2 * E * D), D, E, DP, EP)
     place = (chunk * batch + image) * heads + head
-    dg1, dg2 = _load_rows(d_gradients + place * (2 * E * D), D, E, DP, EP)
+    grad_g1, grad_g2 = _load_rows(grad_gradients + place * (2 * E * D), D, E, DP, EP)
     d = tl.arange(0, DP)
-    ds = tl.load(d_surprise + place * D + d, mask=d < D, other=0.0)
-    k += image * k_strides[0] + head * k_strides[1] + chunk * chunk_size * k_strides[2]
-    v += image * v_strides[0] + head * v_strides[1] + chunk * chunk_size * v_strides[2]
-    offset = image * dk_stride + (chunk * chunk_size * heads + head) * D
-    dw1, dw2 = _surprise_backward(k, v, dk + offset, dv + offset, k_strides, v_strides, w1, w2, dg1, dg2, ds,
-                                  begin, end, length, heads, D, DP, EP, TILE)
-    _store_rows(parts + tl.program_id(0).to(tl.int64) * (2 * E * D), dw1, dw2, D, E, DP, EP)
+    grad_errors = tl.load(grad_surprises + place * D + d, mask=d < D, other=0.0)
+    token = chunk * chunk_size
+    grad_w1, grad_w2 = _surprise_backward(
+        _at(k, k_strides, image, head, token), _at(v, v_strides, image, head, token),
+        _at(grad_k, grad_k_strides, image, head, token), _at(grad_v, grad_v_strides, image, head, token), k_strides,
+        v_strides, grad_k_strides, grad_v_strides, w1, w2, grad_g1, grad_g2, grad_errors, begin, end, length,
+        D, DP, EP, TILE)
+    _store_rows(parts + tl.program_id(0).to(tl.int64) * (2 * E * D), grad_w1, grad_w2, D, E, DP, EP)
 
 
 @triton.jit
@@ -244,109 +245,116 @@ def _load_coefficients(coefficients, head, heads, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
-def _bounded(g1, g2, step, inverse_bound):
-    """Write u = θ ⊙ ∇L, scaled so that the norm of both halves together stays below the bound; and the scale.
+def bound(relative):
+    """The factor that keeps a write within its bound, from its squared norm over that of the bound."""
+    return tl.rsqrt(1 + relative)
 
-    ``inverse_bound`` is 1 / c².
-    """
+
+@triton.jit
+def bound_slope(relative):
+    """Twice the derivative of :func:`bound`."""
+    factor = bound(relative)
+    return -factor * factor * factor
+
+
+@triton.jit
+def _load_state(states, place, pairs, pair, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
+    """Momentum and memory, both halves, of the ``pair`` of image and head before chunk ``place``."""
+    momentum = states + ((place * 3 + 1) * pairs + pair) * (2 * E * D)
+    p1, p2 = _load_rows(momentum, D, E, DP, EP)
+    m1, m2 = _load_rows(momentum + pairs * (2 * E * D), D, E, DP, EP)
+    return p1, p2, m1, m2
+
+
+@triton.jit
+def _write(states, place, pairs, pair, g1, g2, coefficients, head, heads, scale, bound_scale,
+           D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
+    """Eq. 4 for one head: from the states of chunk ``place`` to the next ones."""
+    p1, p2, m1, m2 = _load_state(states, place, pairs, pair, D, E, DP, EP)
+    step, momentum, decay = _load_coefficients(coefficients, head, heads, D, DP)
     u1 = step * g1
     u2 = step * g2
-    scale = tl.rsqrt(1 + (tl.sum(u1 * u1) + tl.sum(u2 * u2)) * inverse_bound)
-    return u1 * scale, u2 * scale, scale
+    factor = bound((tl.sum(u1 * u1) + tl.sum(u2 * u2)) * bound_scale * bound_scale)
+    p1 = momentum * p1 - scale * factor * u1
+    p2 = momentum * p2 - scale * factor * u2
+    following = states + ((place * 3 + 4) * pairs + pair) * (2 * E * D)
+    _store_rows(following, p1, p2, D, E, DP, EP)
+    _store_rows(following + pairs * (2 * E * D), (1 - decay) * m1 + p1, (1 - decay) * m2 + p2, D, E, DP, EP)
 
 
 @triton.jit
-def _write(m1, m2, p1, p2, g1, g2, step, momentum, decay, inverse_bound):
-    """Eq. 4: P_t = η ⊙ P_{t-1} − u_t and M_t = (1 − α) ⊙ M_{t-1} + P_t."""
-    u1, u2, _ = _bounded(g1, g2, step, inverse_bound)
-    p1 = momentum * p1 - u1
-    p2 = momentum * p2 - u2
-    return (1 - decay) * m1 + p1, (1 - decay) * m2 + p2, p1, p2
-
-
-@triton.jit
-def write_kernel(parts, memories, momenta, gradients, coefficients, splits, pairs, chunks, inner_step, inverse_bound,
-                 heads, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, KEEP: tl.constexpr):
-    """Eq. 4 for ``chunks`` chunks, one head of one image (of ``pairs`` such) per program.
-
-    Unless KEEP (0 or 1), momenta and gradients hold one entry, which each chunk overwrites.
-    """
+def write_kernel(parts, states, coefficients, splits, pairs, chunks, scale, bound_scale, heads,
+                 D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
+    """Eq. 4 for ``chunks`` chunks, one head of one image (of ``pairs`` such) per program."""
     pair = tl.program_id(0).to(tl.int64)
     image, head = pair // heads, pair % heads
     rows: tl.constexpr = 2 * E * D
-    m1, m2 = _load_rows(memories + pair * rows, D, E, DP, EP)
-    p1, p2 = _load_rows(momenta + pair * rows, D, E, DP, EP)
     for t in range(chunks):
         chunk = tl.cast(t, tl.int64)
         g1, g2 = _add_parts(parts + (chunk * pairs + pair) * rows, tl.cast(chunks, tl.int64) * pairs * rows, splits,
                             D, E, DP, EP)
-        _store_rows(gradients + (chunk * KEEP * pairs + pair) * rows, g1, g2, D, E, DP, EP)
-        step, momentum, decay = _load_coefficients(
-            coefficients + (chunk * (pairs // heads) + image) * (3 * heads * D), head, heads, D, DP)
-        m1, m2, p1, p2 = _write(m1, m2, p1, p2, g1, g2, step * inner_step, momentum, decay, inverse_bound)
-        _store_rows(memories + ((chunk + 1) * pairs + pair) * rows, m1, m2, D, E, DP, EP)
-        _store_rows(momenta + ((chunk + 1) * KEEP * pairs + pair) * rows, p1, p2, D, E, DP, EP)
+        _store_rows(states + (chunk * 3 * pairs + pair) * rows, g1, g2, D, E, DP, EP)
+        _write(states, chunk, pairs, pair, g1, g2, coefficients + (chunk * (pairs // heads) + image) * (3 * heads * D),
+               head, heads, scale, bound_scale, D, E, DP, EP)
+        tl.debug_barrier()
 
 
 @triton.jit
-def _write_backward(dm1, dm2, dp1, dp2, m1, m2, p1, p2, g1, g2, coefficients, d_outputs, head, heads, inner_step,
-                    inverse_bound, D: tl.constexpr, DP: tl.constexpr):
-    """From the gradients of M_t and P_t, those of M_{t-1}, P_{t-1} and the gradient of Eq. 3, which are returned, and
-    of what goes into the generators' sigmoids, stored in ``d_outputs`` (3, h, d).
+def _write_backward(states, place, pairs, pair, grad_memories, grad_m, grad_p, coefficients, grad_outputs, head, heads,
+                    scale, bound_scale, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
+    """Back through Eq. 4, from the memory after chunk ``place`` to the one before it.
+
+    ``grad_m`` and ``grad_p`` carry what comes back to M and P; returned is what comes back to the gradient of Eq. 3,
+    and stored in ``grad_outputs`` (3, h, d) what goes into the generators' sigmoids.
     """
+    rows: tl.constexpr = 2 * E * D
+    p1, p2, m1, m2 = _load_state(states, place, pairs, pair, D, E, DP, EP)
+    g1, g2 = _load_rows(states + (place * 3 * pairs + pair) * rows, D, E, DP, EP)
+    read1, read2 = _load_rows(grad_memories + ((place + 1) * pairs + pair) * rows, D, E, DP, EP)
+    grad_m1, grad_m2 = _load_rows(grad_m + pair * rows, D, E, DP, EP)
+    grad_p1, grad_p2 = _load_rows(grad_p + pair * rows, D, E, DP, EP)
     step, momentum, decay = _load_coefficients(coefficients, head, heads, D, DP)
-    v1, v2, scale = _bounded(g1, g2, step * inner_step, inverse_bound)
-    dp1 += dm1
-    dp2 += dm2
-    # du of the bounded write v = u·scale(u), given dv = −dp; every factor stays below max(1, 1/c).
-    inner = (tl.sum(dp1 * v1) + tl.sum(dp2 * v2)) * inverse_bound
-    du1 = scale * (inner * v1 - dp1)
-    du2 = scale * (inner * v2 - dp2)
+    grad_m1 += read1
+    grad_m2 += read2
+    grad_p1 += grad_m1
+    grad_p2 += grad_m2
+    u1 = step * g1
+    u2 = step * g2
+    relative = (tl.sum(u1 * u1) + tl.sum(u2 * u2)) * bound_scale * bound_scale
+    factor = bound(relative)
+    curb = (tl.sum(grad_p1 * u1) + tl.sum(grad_p2 * u2)) * bound_slope(relative) * bound_scale * bound_scale
+    grad_u1 = -scale * (factor * grad_p1 + curb * u1)
+    grad_u2 = -scale * (factor * grad_p2 + curb * u2)
 
     d = tl.arange(0, DP)
-    pointer = d_outputs + head * D + d
-    d_step = tl.sum(du1 * g1, 0) + tl.sum(du2 * g2, 0)
-    d_momentum = tl.sum(dp1 * p1, 0) + tl.sum(dp2 * p2, 0)
-    d_decay = -tl.sum(dm1 * m1, 0) - tl.sum(dm2 * m2, 0)
-    tl.store(pointer, d_step * inner_step * tl.sum(step * (1 - step), 0), mask=d < D)
-    tl.store(pointer + heads * D, d_momentum * tl.sum(momentum * (1 - momentum), 0), mask=d < D)
-    tl.store(pointer + 2 * heads * D, d_decay * tl.sum(decay * (1 - decay), 0), mask=d < D)
-    step *= inner_step
-    return ((1 - decay) * dm1, (1 - decay) * dm2, momentum * dp1, momentum * dp2, step * du1, step * du2)
+    pointer = grad_outputs + head * D + d
+    grad_step = tl.sum(grad_u1 * g1, 0) + tl.sum(grad_u2 * g2, 0)
+    grad_momentum = tl.sum(grad_p1 * p1, 0) + tl.sum(grad_p2 * p2, 0)
+    grad_decay = -tl.sum(grad_m1 * m1, 0) - tl.sum(grad_m2 * m2, 0)
+    tl.store(pointer, grad_step * tl.sum(step * (1 - step), 0), mask=d < D)
+    tl.store(pointer + heads * D, grad_momentum * tl.sum(momentum * (1 - momentum), 0), mask=d < D)
+    tl.store(pointer + 2 * heads * D, grad_decay * tl.sum(decay * (1 - decay), 0), mask=d < D)
+    _store_rows(grad_m + pair * rows, (1 - decay) * grad_m1, (1 - decay) * grad_m2, D, E, DP, EP)
+    _store_rows(grad_p + pair * rows, momentum * grad_p1, momentum * grad_p2, D, E, DP, EP)
+    return step * grad_u1, step * grad_u2
 
 
 @triton.jit
-def write_backward_kernel(parts, dm, dp, d_reads, memories, momenta, gradients, coefficients, d_gradients, d_outputs,
-                          splits, pairs, chunks, inner_step, inverse_bound, heads,
+def write_backward_kernel(grad_m, grad_p, grad_memories, states, coefficients, grad_gradients, grad_outputs, pairs,
+                          chunks, scale, bound_scale, heads,
                           D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
-    """Backward of :func:`write_kernel`, last chunk first.
-
-    ``dm`` and ``dp`` (B, h, 2e, d) carry the gradients of M and P from chunk to chunk and from launch to launch.
-    ``parts`` (splits, B, h, 2e, d) of the gradient of the last M, and ``d_reads`` (chunks, B, h, 2e, d), those from
-    the reads of each M_t, are added. ``memories`` and ``momenta`` start with those before the first chunk.
-    """
+    """Backward of :func:`write_kernel`, last chunk first; ``grad_m`` and ``grad_p`` (B, h, 2e, d) go from those after
+    the last chunk to those before the first one, but for what is read there."""
     pair = tl.program_id(0).to(tl.int64)
     image, head = pair // heads, pair % heads
-    rows: tl.constexpr = 2 * E * D
-    dm1, dm2 = _load_rows(dm + pair * rows, D, E, DP, EP)
-    dp1, dp2 = _load_rows(dp + pair * rows, D, E, DP, EP)
-    more1, more2 = _add_parts(parts + pair * rows, tl.cast(pairs, tl.int64) * rows, splits, D, E, DP, EP)
-    dm1 += more1
-    dm2 += more2
     for i in range(chunks):
         chunk = tl.cast(chunks - 1 - i, tl.int64)
-        place = (chunk * pairs + pair) * rows
-        read1, read2 = _load_rows(d_reads + place, D, E, DP, EP)
-        m1, m2 = _load_rows(memories + place, D, E, DP, EP)
-        p1, p2 = _load_rows(momenta + place, D, E, DP, EP)
-        g1, g2 = _load_rows(gradients + place, D, E, DP, EP)
         offset = (chunk * (pairs // heads) + image) * (3 * heads * D)
-        dm1, dm2, dp1, dp2, dg1, dg2 = _write_backward(
-            dm1 + read1, dm2 + read2, dp1, dp2, m1, m2, p1, p2, g1, g2, coefficients + offset, d_outputs + offset,
-            head, heads, inner_step, inverse_bound, D, DP)
-        _store_rows(d_gradients + place, dg1, dg2, D, E, DP, EP)
-    _store_rows(dm + pair * rows, dm1, dm2, D, E, DP, EP)
-    _store_rows(dp + pair * rows, dp1, dp2, D, E, DP, EP)
+        grad_g1, grad_g2 = _write_backward(states, chunk, pairs, pair, grad_memories, grad_m, grad_p,
+                                           coefficients + offset, grad_outputs + offset, head, heads, scale,
+                                           bound_scale, D, E, DP, EP)
+        _store_rows(grad_gradients + (chunk * pairs + pair) * (2 * E * D), grad_g1, grad_g2, D, E, DP, EP)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -370,89 +378,82 @@ def _linear(x, weight, bias, out, rows, columns, BLOCK: tl.constexpr, GELU_INPUT
 
 
 @triton.jit
-def _linear_backward(d_out, weight, hidden, d_x, rows, columns, BLOCK: tl.constexpr, GELU_INPUT: tl.constexpr):
-    """d_x = weightᵀ·d_out, times GELU'(hidden) if asked for."""
+def _linear_backward(grad_out, weight, hidden, grad_x, rows, columns, BLOCK: tl.constexpr, GELU_INPUT: tl.constexpr):
+    """grad_x = weightᵀ·grad_out, times GELU'(hidden) if asked for."""
     for column in range(0, columns, BLOCK):
         c = column + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK, BLOCK), tl.float32)
         for row in range(0, rows, BLOCK):
             r = row + tl.arange(0, BLOCK)
-            value = tl.load(d_out + r, mask=r < rows, other=0.0)
+            value = tl.load(grad_out + r, mask=r < rows, other=0.0)
             total += value[:, None] * tl.load(weight + r[:, None] * columns + c[None, :],
                                               mask=(r[:, None] < rows) & (c[None, :] < columns), other=0.0)
         result = tl.sum(total, 0)
         if GELU_INPUT:
             _, slope, _ = _gelu(tl.load(hidden + c, mask=c < columns, other=0.0))
             result *= slope
-        tl.store(d_x + c, result, mask=c < columns)
+        tl.store(grad_x + c, result, mask=c < columns)
 
 
 @triton.jit
-def fused_kernel(k, v, memories, momenta, gradients, surprises, hidden, coefficients, in_weight, in_bias, out_weight,
-                 out_bias, k_strides, v_strides, batch, heads, tokens, chunk_size, inner_step, inverse_bound,
+def fused_kernel(k, v, states, surprises, hidden, coefficients, in_weight, in_bias, out_weight, out_bias, k_strides,
+                 v_strides, batch, heads, tokens, chunk_size, scale, bound_scale,
                  D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr,
-                 BLOCK: tl.constexpr, KEEP: tl.constexpr):
-    """All sequential writes of one image per program: the generators see all heads of an image, so heads cannot part.
+                 BLOCK: tl.constexpr):
+    """All sequential writes of one image per program.
 
-    What one step hands to the next goes through the cache to other threads, hence the barriers. Unless KEEP (0 or 1),
-    everything but the memories holds one entry, which each chunk overwrites.
+    What one step hands to the next goes through the cache to other threads, hence the barriers.
     """
     image = tl.program_id(0).to(tl.int64)
     channels = heads * D
+    pairs = tl.cast(batch, tl.int64) * heads
     rows: tl.constexpr = 2 * E * D
     d = tl.arange(0, DP)
-    k += image * k_strides[0]
-    v += image * v_strides[0]
     for t in range(tl.cdiv(tokens, chunk_size)):
         chunk = tl.cast(t, tl.int64)
         token = chunk * chunk_size
         length = tl.minimum(chunk_size, tokens - t * chunk_size)
         place = chunk * batch + image
-        kept = chunk * KEEP * batch + image
+        gradients = states + (chunk * 3 * pairs + image * heads) * rows
         for h in range(heads):
             head = tl.cast(h, tl.int64)
-            w1, w2 = _load_rows(memories + (place * heads + head) * rows, D, E, DP, EP)
+            w1, w2 = _load_rows(gradients + (2 * pairs + head) * rows, D, E, DP, EP)
             g1, g2, total = _surprise(
-                k + head * k_strides[1] + token * k_strides[2], v + head * v_strides[1] + token * v_strides[2],
-                k_strides, v_strides, w1, w2, 0, length, length, D, DP, EP, TILE)
-            _store_rows(gradients + (kept * heads + head) * rows, g1, g2, D, E, DP, EP)
-            tl.store(surprises + kept * channels + head * D + d, total / length, mask=d < D)
+                _at(k, k_strides, image, head, token), _at(v, v_strides, image, head, token), k_strides, v_strides,
+                w1, w2, 0, length, length, D, DP, EP, TILE)
+            _store_rows(gradients + head * rows, g1, g2, D, E, DP, EP)
+            tl.store(surprises + place * channels + head * D + d, total / length, mask=d < D)
         tl.debug_barrier()
-        _linear(surprises + kept * channels, in_weight, in_bias, hidden + kept * 4 * channels, 4 * channels, channels,
+        _linear(surprises + place * channels, in_weight, in_bias, hidden + place * 4 * channels, 4 * channels, channels,
                 BLOCK, False, False)
         tl.debug_barrier()
-        _linear(hidden + kept * 4 * channels, out_weight, out_bias, coefficients + kept * 3 * channels, 3 * channels,
+        _linear(hidden + place * 4 * channels, out_weight, out_bias, coefficients + place * 3 * channels, 3 * channels,
                 4 * channels, BLOCK, True, True)
         tl.debug_barrier()
         for h in range(heads):
             head = tl.cast(h, tl.int64)
-            g1, g2 = _load_rows(gradients + (kept * heads + head) * rows, D, E, DP, EP)
-            m1, m2 = _load_rows(memories + (place * heads + head) * rows, D, E, DP, EP)
-            p1, p2 = _load_rows(momenta + (kept * heads + head) * rows, D, E, DP, EP)
-            step, momentum, decay = _load_coefficients(coefficients + kept * 3 * channels, head, heads, D, DP)
-            m1, m2, p1, p2 = _write(m1, m2, p1, p2, g1, g2, step * inner_step, momentum, decay, inverse_bound)
-            _store_rows(memories + ((place + batch) * heads + head) * rows, m1, m2, D, E, DP, EP)
-            _store_rows(momenta + ((kept + KEEP * batch) * heads + head) * rows, p1, p2, D, E, DP, EP)
+            g1, g2 = _load_rows(gradients + head * rows, D, E, DP, EP)
+            _write(states, chunk, pairs, image * heads + head, g1, g2, coefficients + place * 3 * channels, head, heads,
+                   scale, bound_scale, D, E, DP, EP)
         tl.debug_barrier()
 
 
 @triton.jit
-def fused_backward_kernel(k, v, memories, momenta, gradients, hidden, coefficients, in_weight, out_weight, d_reads, dm,
-                          dp, d_gradients, d_outputs, d_hidden, d_surprise, dk, dv, k_strides, v_strides, batch, heads,
-                          tokens, chunk_size, inner_step, inverse_bound,
-                          D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr,
-                          BLOCK: tl.constexpr):
+def fused_backward_kernel(k, v, states, hidden, coefficients, in_weight, out_weight, grad_memories, grad_m, grad_p,
+                          grad_gradients, grad_outputs, grad_hidden, grad_surprise, grad_k, grad_v, k_strides,
+                          v_strides, grad_k_strides, grad_v_strides, batch, heads, tokens, chunk_size, scale,
+                          bound_scale, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+                          TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Backward of :func:`fused_kernel`, with the same division of work.
 
-    ``dm`` and ``dp`` (B, h, 2e, d) carry the gradients of M and P from chunk to chunk, ``d_reads`` (n, B, h, 2e, d)
-    those from the reads of each M_t, t > 0. ``d_gradients`` (B, h, 2e, d) and ``d_surprise`` (B, Cm) are scratch.
+    ``grad_m`` and ``grad_p`` are as in :func:`write_backward_kernel`. ``grad_gradients`` (B, h, 2e, d) and
+    ``grad_surprise`` (B, Cm) are scratch.
     """
     image = tl.program_id(0).to(tl.int64)
     channels = heads * D
+    pairs = tl.cast(batch, tl.int64) * heads
     rows: tl.constexpr = 2 * E * D
     d = tl.arange(0, DP)
-    k += image * k_strides[0]
-    v += image * v_strides[0]
     chunks = tl.cdiv(tokens, chunk_size)
     for i in range(chunks):
         t = chunks - 1 - i
@@ -462,38 +463,29 @@ def fused_backward_kernel(k, v, memories, momenta, gradients, hidden, coefficien
         place = chunk * batch + image
         for h in range(heads):
             head = tl.cast(h, tl.int64)
-            offset = (place * heads + head) * rows
-            carried = (image * heads + head) * rows
-            dm1, dm2 = _load_rows(dm + carried, D, E, DP, EP)
-            dp1, dp2 = _load_rows(dp + carried, D, E, DP, EP)
-            read1, read2 = _load_rows(d_reads + offset, D, E, DP, EP)
-            m1, m2 = _load_rows(memories + offset, D, E, DP, EP)
-            p1, p2 = _load_rows(momenta + offset, D, E, DP, EP)
-            g1, g2 = _load_rows(gradients + offset, D, E, DP, EP)
-            dm1, dm2, dp1, dp2, dg1, dg2 = _write_backward(
-                dm1 + read1, dm2 + read2, dp1, dp2, m1, m2, p1, p2, g1, g2, coefficients + place * 3 * channels,
-                d_outputs + place * 3 * channels, head, heads, inner_step, inverse_bound, D, DP)
-            _store_rows(dm + carried, dm1, dm2, D, E, DP, EP)
-            _store_rows(dp + carried, dp1, dp2, D, E, DP, EP)
-            _store_rows(d_gradients + carried, dg1, dg2, D, E, DP, EP)
+            pair = image * heads + head
+            grad_g1, grad_g2 = _write_backward(
+                states, chunk, pairs, pair, grad_memories, grad_m, grad_p, coefficients + place * 3 * channels,
+                grad_outputs + place * 3 * channels, head, heads, scale, bound_scale, D, E, DP, EP)
+            _store_rows(grad_gradients + pair * rows, grad_g1, grad_g2, D, E, DP, EP)
         tl.debug_barrier()
-        _linear_backward(d_outputs + place * 3 * channels, out_weight, hidden + place * 4 * channels,
-                         d_hidden + place * 4 * channels, 3 * channels, 4 * channels, BLOCK, True)
+        _linear_backward(grad_outputs + place * 3 * channels, out_weight, hidden + place * 4 * channels,
+                         grad_hidden + place * 4 * channels, 3 * channels, 4 * channels, BLOCK, True)
         tl.debug_barrier()
-        _linear_backward(d_hidden + place * 4 * channels, in_weight, hidden, d_surprise + image * channels,
+        _linear_backward(grad_hidden + place * 4 * channels, in_weight, hidden, grad_surprise + image * channels,
                          4 * channels, channels, BLOCK, False)
         tl.debug_barrier()
         for h in range(heads):
             head = tl.cast(h, tl.int64)
-            carried = (image * heads + head) * rows
-            dm1, dm2 = _load_rows(dm + carried, D, E, DP, EP)
-            w1, w2 = _load_rows(memories + (place * heads + head) * rows, D, E, DP, EP)
-            dg1, dg2 = _load_rows(d_gradients + carried, D, E, DP, EP)
-            ds = tl.load(d_surprise + image * channels + head * D + d, mask=d < D, other=0.0)
-            offset = ((image * tokens + token) * heads + head) * D
-            dw1, dw2 = _surprise_backward(
-                k + head * k_strides[1] + token * k_strides[2], v + head * v_strides[1] + token * v_strides[2],
-                dk + offset, dv + offset, k_strides, v_strides, w1, w2, dg1, dg2, ds, 0, length, length, heads,
-                D, DP, EP, TILE)
-            _store_rows(dm + carried, dm1 + dw1, dm2 + dw2, D, E, DP, EP)
+            pair = image * heads + head
+            grad_m1, grad_m2 = _load_rows(grad_m + pair * rows, D, E, DP, EP)
+            w1, w2 = _load_rows(states + ((chunk * 3 + 2) * pairs + pair) * rows, D, E, DP, EP)
+            grad_g1, grad_g2 = _load_rows(grad_gradients + pair * rows, D, E, DP, EP)
+            grad_errors = tl.load(grad_surprise + image * channels + head * D + d, mask=d < D, other=0.0)
+            grad_w1, grad_w2 = _surprise_backward(
+                _at(k, k_strides, image, head, token), _at(v, v_strides, image, head, token),
+                _at(grad_k, grad_k_strides, image, head, token), _at(grad_v, grad_v_strides, image, head, token),
+                k_strides, v_strides, grad_k_strides, grad_v_strides, w1, w2, grad_g1, grad_g2, grad_errors,
+                0, length, length, D, DP, EP, TILE)
+            _store_rows(grad_m + pair * rows, grad_m1 + grad_w1, grad_m2 + grad_w2, D, E, DP, EP)
         tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""What every implementation of the neural memory shares: tensors that travel together, and two small rules."""
+"""What every implementation of the neural memory shares: its options, tensors that travel together, small rules."""
 from __future__ import annotations
 
 import math
@@ -10,6 +10,62 @@ from torch import Tensor
 
 # Older versions of torch do not have it, and cannot compile the memory in any case.
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+
+
+# Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
+# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
+# 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
+NORMALIZE_EPS = 1e-2
+
+UPDATE_RULES = ('sequential', 'parallel')
+RETRIEVALS = ('previous', 'final')
+
+
+class MemoryOptions(NamedTuple):
+    """Options of the memory, in the order in which operators take them.
+
+    Attributes:
+        chunk_size (int): Tokens per chunk, L. The last chunk may be shorter. Defaults to 196.
+        inner_step (float): Factor of the step θ. 0 never writes. Defaults to 1.0.
+        max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
+        update_rule (str): 'sequential' takes the gradient of Eq. 3 at M_{t-1}; 'parallel' takes those of all chunks
+            at M_0. Defaults to 'sequential'.
+        retrieve (str): 'previous' reads as Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
+        return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
+    """
+
+    chunk_size: int = 196
+    inner_step: float = 1.0
+    max_write_norm: float = 1.0
+    update_rule: str = 'sequential'
+    retrieve: str = 'previous'
+    return_state: bool = False
+
+    def check(self) -> MemoryOptions:
+        """Returns itself.
+
+        Raises:
+            ValueError: That names the first option outside its range.
+        """
+        if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise ValueError(f'chunk_size must be an integer of at least 1, got {self.chunk_size!r}')
+        if not (isinstance(self.inner_step, (int, float)) and 0 <= self.inner_step <= 1):
+            raise ValueError(f'inner_step must be a number in [0, 1], got {self.inner_step!r}')
+        if not (isinstance(self.max_write_norm, (int, float)) and 0 < self.max_write_norm < math.inf):
+            raise ValueError(f'max_write_norm must be a positive finite number, got {self.max_write_norm!r}')
+        check_choice('update_rule', self.update_rule, UPDATE_RULES)
+        check_choice('retrieve', self.retrieve, RETRIEVALS)
+        return self
+
+    def written_tokens(self, num_tokens: int) -> int:
+        """See :func:`written_tokens`."""
+        return written_tokens(num_tokens, self.chunk_size, self.retrieve, self.return_state)
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises a ValueError unless ``value`` is known."""
+    if value not in known:
+        raise ValueError(f'{name} must be one of {known}, got {value!r}')
 
 
 class MemoryState(NamedTuple):
@@ -46,6 +102,76 @@ class UpdateGenerators(NamedTuple):
     out_bias: Tensor
 
 
+class MemoryWeights(NamedTuple):
+    """Parameters of the memory for Cm channels in h heads of d, e hidden units a head.
+
+    Attributes:
+        w1 (Tensor): First weight of the initial memory M_0, (h, d, e).
+        w2 (Tensor): Second weight of M_0, (h, e, d).
+        in_weight (Tensor): See :class:`UpdateGenerators`, also for the rest.
+        in_bias (Tensor): See there.
+        out_weight (Tensor): See there.
+        out_bias (Tensor): See there.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+    @property
+    def generators(self) -> UpdateGenerators:
+        return UpdateGenerators(*self[2:])
+
+    @property
+    def initial(self) -> Tensor:
+        """M_0 as rows, (h, 2e, d)."""
+        return pack(self.w1, self.w2)
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of the layer around the memory.
+
+    Attributes:
+        norm_weight (Tensor): Of the LayerNorm, (Cm,).
+        norm_bias (Tensor): (Cm,).
+        query (Tensor): (Cm, Cm), as are ``key``, ``value`` and ``proj``.
+        key (Tensor): See ``query``.
+        value (Tensor): See ``query``.
+        proj (Tensor): See ``query``.
+        w1 (Tensor): See :class:`MemoryWeights`, also for the rest.
+        w2 (Tensor): See there.
+        in_weight (Tensor): See there.
+        in_bias (Tensor): See there.
+        out_weight (Tensor): See there.
+        out_bias (Tensor): See there.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    proj: Tensor
+    w1: Tensor
+    w2: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+    @property
+    def memory(self) -> MemoryWeights:
+        return MemoryWeights(*self[-len(MemoryWeights._fields):])
+
+    @property
+    def projections(self) -> Tensor:
+        """Of queries, keys and values, (3Cm, Cm)."""
+        return torch.cat((self.query, self.key, self.value))
+
+
 def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous', return_state: bool = False) -> int:
     """How many of the first tokens are written to the memory at all.
 
@@ -59,3 +185,14 @@ def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous',
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Keeps autocast out, which does not know the meta device, where shapes and FLOPs are counted without memory."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def pack(w1: Tensor, w2: Tensor) -> Tensor:
+    """Both weights (…, d, e) and (…, e, d) of a memory as rows, (…, 2e, d)."""
+    return torch.cat((w1.mT, w2), dim=-2)
+
+
+def unpack(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The other way round."""
+    w1, w2 = rows.chunk(2, dim=-2)
+    return w1.mT, w2

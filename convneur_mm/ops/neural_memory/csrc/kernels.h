@@ -3,7 +3,7 @@
 // memory.cpp includes this file several times, each time in another namespace and for other instructions, so it must
 // neither include nor instantiate anything that the linker could take from one of them for another.
 //
-// Names follow chunked.py. Tokens are columns: row r of a token tensor starts at pointer + r * stride, its tokens are
+// Names follow pytorch.py. Tokens are columns: row r of a token tensor starts at pointer + r * stride, its tokens are
 // contiguous. Rows of weights, cat(W1ᵀ, W2), are (2e, d), contiguous. A short last vector is filled with zeros: tokens
 // that are zero have no error and no gradient, so sums over tokens may include them.
 
@@ -258,7 +258,7 @@ void surprise(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int le
 }
 
 // What comes back to k, v and the weights from `grad_gradient` (R, D) and `grad_errors` (D,), as _surprise_backward of
-// chunked.py has it. `grad_weights` (R, D) is added to.
+// pytorch.py has it. `grad_weights` (R, D) is added to.
 template <typename T>
 void surprise_backward(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int length, const T* weights,
                        const T* grad_gradient, const T* grad_errors, T* grad_k, T* grad_v, int64_t grad_stride,
@@ -356,10 +356,24 @@ void read_backward(const T* q, int64_t q_stride, const T* grad_y, int64_t grad_y
   finish<T, true>(grad_weights + E * D, second);
 }
 
+// The factor that keeps a write within its bound, from its squared norm over that of the bound.
+template <typename T>
+INLINE T bound(T relative) {
+  return 1 / (T)__builtin_sqrt(1 + relative);
+}
+
+// Twice the derivative of `bound`.
+template <typename T>
+INLINE T bound_slope(T relative) {
+  const T factor = bound(relative);
+  return -factor * factor * factor;
+}
+
 // Eq. 4 for one head; `step`, `eta` and `alpha` are (D,), the rest (R, D).
 template <typename T>
-void write(const T* gradient, const T* momentum, const T* memory, const T* step, const T* eta, const T* alpha, T scale,
-           T bound_scale, T* next_momentum, T* next_memory) {
+void write(const T* gradient, const T* momentum, const T* memory, const T* step, const T* eta, const T* alpha,
+           const Options& options, T* next_momentum, T* next_memory) {
+  const T scale = options.inner_step * 2 / D, bound_scale = scale / options.max_write_norm;
   T squares[D] = {};
   for (int r = 0; r < R; r++)
     for (int j = 0; j < D; j++) {
@@ -368,11 +382,11 @@ void write(const T* gradient, const T* momentum, const T* memory, const T* step,
     }
   T norm = 0;
   for (int j = 0; j < D; j++) norm += squares[j];
-  const T bound = 1 / (T)__builtin_sqrt(1 + norm * bound_scale * bound_scale);
+  const T factor = bound(norm * bound_scale * bound_scale);
   for (int r = 0; r < R; r++)
     for (int j = 0; j < D; j++) {
       const int i = r * D + j;
-      next_momentum[i] = eta[j] * momentum[i] - scale * bound * (step[j] * gradient[i]);
+      next_momentum[i] = eta[j] * momentum[i] - scale * factor * (step[j] * gradient[i]);
       next_memory[i] = next_momentum[i] + (1 - alpha[j]) * memory[i];
     }
 }
@@ -382,8 +396,9 @@ void write(const T* gradient, const T* momentum, const T* memory, const T* step,
 // and `grad_step`, `grad_eta`, `grad_alpha` (D,), before the sigmoid, are filled.
 template <typename T>
 void write_backward(const T* gradient, const T* momentum, const T* memory, const T* step, const T* eta, const T* alpha,
-                    T scale, T bound_scale, const T* grad_read, T* grad_p, T* grad_m, T* grad_gradient, T* grad_step,
+                    const Options& options, const T* grad_read, T* grad_p, T* grad_m, T* grad_gradient, T* grad_step,
                     T* grad_eta, T* grad_alpha) {
+  const T scale = options.inner_step * 2 / D, bound_scale = scale / options.max_write_norm;
   T squares[D] = {}, products[D] = {}, of_step[D] = {}, of_eta[D] = {}, of_alpha[D] = {};
   for (int r = 0; r < R; r++)
     for (int j = 0; j < D; j++) {
@@ -398,12 +413,12 @@ void write_backward(const T* gradient, const T* momentum, const T* memory, const
     norm += squares[j];
     inner += products[j];
   }
-  const T bound = 1 / (T)__builtin_sqrt(1 + norm * bound_scale * bound_scale);
-  const T curb = inner * bound * bound * bound * bound_scale * bound_scale;
+  const T relative = norm * bound_scale * bound_scale, factor = bound(relative);
+  const T curb = inner * bound_slope(relative) * bound_scale * bound_scale;
   for (int r = 0; r < R; r++)
     for (int j = 0; j < D; j++) {
       const int i = r * D + j;
-      const T grad_write = -scale * (grad_p[i] * bound - step[j] * gradient[i] * curb);
+      const T grad_write = -scale * (grad_p[i] * factor + step[j] * gradient[i] * curb);
       of_step[j] += grad_write * gradient[i];
       of_eta[j] += grad_p[i] * momentum[i];
       of_alpha[j] -= grad_m[i] * memory[i];

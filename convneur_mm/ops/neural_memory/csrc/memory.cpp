@@ -12,6 +12,24 @@
 #include <string>
 #include <vector>
 
+// MemoryOptions of types.py.
+struct Options {
+  int64_t chunk_size;
+  double inner_step, max_write_norm;
+  bool sequential, final;
+
+  Options() = default;
+  explicit Options(const pybind11::handle& options)
+      : chunk_size(options.attr("chunk_size").cast<int64_t>()),
+        inner_step(options.attr("inner_step").cast<double>()),
+        max_write_norm(options.attr("max_write_norm").cast<double>()),
+        sequential(options.attr("update_rule").cast<std::string>() == "sequential"),
+        final(options.attr("retrieve").cast<std::string>() == "final") {
+    TORCH_CHECK_VALUE(chunk_size >= 1, "expected a chunk_size of at least 1, got ", chunk_size);
+    TORCH_CHECK_VALUE(max_write_norm > 0, "expected a max_write_norm above 0, got ", max_write_norm);
+  }
+};
+
 #define VECTOR_BYTES 16
 namespace baseline {
 #include "kernels.h"
@@ -145,7 +163,14 @@ void check_tokens(const Tensor& x, const char* name, const Tensor& like) {
   check_tokens(x, name);
 }
 
-// Weights of at least `count` chunks, (T, B, h, 2e, d), the last two contiguous, for tokens `like`.
+// Tokens as `like`, also in the distance of their rows.
+void check_rows_as_far(const Tensor& x, const char* name, const Tensor& like) {
+  check_tokens(x, name, like);
+  TORCH_CHECK_VALUE(x.stride(2) == like.stride(2), "expected ", name, " to have contiguous rows as far apart as those ",
+                    "beside it, got strides ", x.strides(), " beside ", like.strides());
+}
+
+// Weights of `count` chunks at least, (T, B, h, 2e, d), the last two contiguous, for tokens `like`.
 void check_rows(const Tensor& x, const char* name, int64_t count, const Tensor& like) {
   check_type(x, name, like.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 5 && x.size(0) >= count && x.size(1) == like.size(0) && x.size(2) == like.size(1) &&
@@ -156,16 +181,10 @@ void check_rows(const Tensor& x, const char* name, int64_t count, const Tensor& 
                     " to be contiguous, got strides ", x.strides());
 }
 
-// How many chunks `num_tokens` of the tokens make.
-int64_t count_chunks(const Tensor& tokens, int64_t num_tokens, int64_t chunk_size) {
-  TORCH_CHECK_VALUE(0 <= num_tokens && num_tokens <= tokens.size(3), "expected num_tokens between 0 and ",
-                    tokens.size(3), ", got ", num_tokens);
-  TORCH_CHECK_VALUE(chunk_size >= 1, "expected a chunk_size of at least 1, got ", chunk_size);
-  return num_tokens / chunk_size + (num_tokens % chunk_size != 0);  // a sum before the division could overflow
-}
-
-void check_bound(double max_write_norm) {
-  TORCH_CHECK_VALUE(max_write_norm > 0, "expected a max_write_norm above 0, got ", max_write_norm);
+// How many chunks the tokens make.
+int64_t count_chunks(const Tensor& tokens, const Options& options) {
+  const int64_t length = tokens.size(3), chunk_size = options.chunk_size;
+  return length / chunk_size + (length % chunk_size != 0);  // a sum before the division could overflow
 }
 
 // Runs body(t, n) for the chunks from `first` to `last` of `count` heads.
@@ -206,16 +225,15 @@ void generate_backward(const Tensor& grad_out, const Tensor& in_weight, const Te
   at::mm_out(grad_errors, grad_pre_hidden, in_weight);
 }
 
-// States, surprises, hidden units and coefficients of Eqs. 3 and 4 for the chunks of the first `num_tokens` tokens.
+// States, surprises, hidden units and coefficients of Eqs. 3 and 4.
 std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& initial, const Tensor& in_weight,
                               const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias,
-                              const Tensor& rows, const Tensor& momentum, int64_t num_tokens, int64_t chunk_size,
-                              bool sequential, double inner_step, double max_write_norm) {
+                              const Tensor& rows, const Tensor& momentum, const Options& options) {
   check_tokens(k, "k");
   check_tokens(v, "v", k);
-  check_bound(max_write_norm);
   const int64_t batch = k.size(0), heads = k.size(1), channels = heads * D, count = batch * heads;
-  const int64_t chunks = count_chunks(k, num_tokens, chunk_size);
+  const int64_t chunks = count_chunks(k, options), num_tokens = k.size(3), chunk_size = options.chunk_size;
+  const bool sequential = options.sequential;
   check_contiguous(initial, "initial", {heads, R, D}, k);
   check_sizes(in_weight, "in_weight", {4 * channels, channels}, k);
   check_sizes(in_bias, "in_bias", {4 * channels}, k);
@@ -226,6 +244,7 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
   Tensor states = at::empty({chunks + 1, 3, batch, heads, R, D}, k.options());
   states.select(0, 0).select(0, 1).copy_(momentum);
   states.select(0, 0).select(0, 2).copy_(rows);
+  states.select(0, chunks).select(0, 0).zero_();
   Tensor surprises = at::empty({chunks, batch, channels}, k.options());
   Tensor pre_hidden = at::empty({chunks, batch, 4 * channels}, k.options());
   Tensor coefficients = at::empty({chunks, batch, 3 * channels}, k.options());
@@ -237,7 +256,6 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
         memories(states.select(1, 2));
     const auto& call = kernels<scalar_t>();
     scalar_t *errors = surprises.data_ptr<scalar_t>(), *generated = coefficients.data_ptr<scalar_t>();
-    const scalar_t scale = inner_step * 2 / D, bound_scale = scale / max_write_norm;
     const auto surprise = [&](int64_t t, int64_t n) {
       call.surprise(keys(n, t * chunk_size), keys.stride, values(n, t * chunk_size), values.stride,
                     length_of(t, chunk_size, num_tokens), weights(t, n), gradients(t, n), errors + (t * count + n) * D);
@@ -256,7 +274,7 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
       at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; n++)
           call.write(gradients(t, n), momenta(t, n), memories(t, n), coefficient(chunk, 0, n, heads),
-                     coefficient(chunk, 1, n, heads), coefficient(chunk, 2, n, heads), scale, bound_scale,
+                     coefficient(chunk, 1, n, heads), coefficient(chunk, 2, n, heads), options,
                      momenta(t + 1, n), memories(t + 1, n));
       });
     }
@@ -264,18 +282,20 @@ std::vector<Tensor> write_all(const Tensor& k, const Tensor& v, const Tensor& in
   return {states, surprises, pre_hidden, coefficients};
 }
 
-// Gradients of k, v, M_0 (parallel rule only), coefficients before the sigmoid, hidden units, memory and momentum.
+// Fills `grad_k` and `grad_v`; returns the gradients of M_0 (parallel rule only), coefficients before the sigmoid, hidden
+// units, memory and momentum.
 std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const Tensor& initial,
                                        const Tensor& in_weight, const Tensor& out_weight, const Tensor& states,
                                        const Tensor& pre_hidden, const Tensor& coefficients,
                                        const Tensor& grad_memories, const std::optional<Tensor>& grad_momentum,
-                                       int64_t num_tokens, int64_t chunk_size, bool sequential, double inner_step,
-                                       double max_write_norm) {
+                                       const Tensor& grad_k, const Tensor& grad_v, const Options& options) {
   check_tokens(k, "k");
   check_tokens(v, "v", k);
-  check_bound(max_write_norm);
+  check_tokens(grad_k, "grad_k", k);
+  check_rows_as_far(grad_v, "grad_v", grad_k);
   const int64_t batch = k.size(0), heads = k.size(1), channels = heads * D, count = batch * heads;
-  const int64_t chunks = count_chunks(k, num_tokens, chunk_size);
+  const int64_t chunks = count_chunks(k, options), num_tokens = k.size(3), chunk_size = options.chunk_size;
+  const bool sequential = options.sequential;
   check_contiguous(initial, "initial", {heads, R, D}, k);
   check_sizes(in_weight, "in_weight", {4 * channels, channels}, k);
   check_sizes(out_weight, "out_weight", {3 * channels, 4 * channels}, k);
@@ -284,8 +304,6 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
   check_contiguous(coefficients, "coefficients", {chunks, batch, 3 * channels}, k);
   check_rows(grad_memories, "grad_memories", chunks + 1, k);
   if (grad_momentum) check_sizes(*grad_momentum, "grad_momentum", {batch, heads, R, D}, k);
-  Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(k.sizes(), k.options());
-  for (const Tensor& grad : {grad_k, grad_v}) grad.narrow(3, num_tokens, k.size(3) - num_tokens).zero_();
   Tensor grad_m = grad_memories[chunks].clone(at::MemoryFormat::Contiguous);
   Tensor grad_p = grad_momentum ? grad_momentum->clone(at::MemoryFormat::Contiguous) : at::zeros_like(grad_m);
   Tensor grad_gradients = at::empty({sequential ? 1 : chunks, batch, heads, R, D}, k.options());
@@ -303,7 +321,6 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
     scalar_t *generated = coefficients.data_ptr<scalar_t>(), *grad_generated = grad_out.data_ptr<scalar_t>();
     scalar_t *errors = grad_errors.data_ptr<scalar_t>(), *p = grad_p.data_ptr<scalar_t>(),
              *m = grad_m.data_ptr<scalar_t>();
-    const scalar_t scale = inner_step * 2 / D, bound_scale = scale / max_write_norm;
     // Under the sequential rule, what comes back to a chunk's gradients and errors is overwritten by the next.
     const auto surprise_backward = [&](int64_t t, int64_t n) {
       const int64_t slot = sequential ? 0 : t;
@@ -317,7 +334,7 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
       at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; n++)
           call.write_backward(gradients(t, n), momenta(t, n), memories(t, n), coefficient(chunk, 0, n, heads),
-                              coefficient(chunk, 1, n, heads), coefficient(chunk, 2, n, heads), scale, bound_scale,
+                              coefficient(chunk, 1, n, heads), coefficient(chunk, 2, n, heads), options,
                               grad_reads(t, n), p + n * R * D, m + n * R * D, grads(sequential ? 0 : t, n),
                               coefficient(grad_chunk, 0, n, heads), coefficient(grad_chunk, 1, n, heads),
                               coefficient(grad_chunk, 2, n, heads));
@@ -335,18 +352,24 @@ std::vector<Tensor> write_all_backward(const Tensor& k, const Tensor& v, const T
     }
   });
   const Tensor grad_initial = sequential ? Tensor() : grad_points.sum(at::IntArrayRef({0, 1}));
-  return {grad_k, grad_v, grad_initial, grad_out, grad_pre_hidden, grad_m, grad_p};
+  return {grad_initial, grad_out, grad_pre_hidden, grad_m, grad_p};
+}
+
+// The memory that each of `chunks` reads: with retrieve='final' all of them the last one.
+Tensor readable(const Tensor& memories, int64_t chunks, const Options& options) {
+  if (!options.final) return memories;
+  return memories.narrow(0, memories.size(0) - 1, 1).expand({chunks, -1, -1, -1, -1});
 }
 
 // Eq. 2 for all tokens; `y` may be `q`.
-void read_all(const Tensor& q, const Tensor& memories, const Tensor& y, int64_t chunk_size) {
+void read_all(const Tensor& q, const Tensor& memories, const Tensor& y, const Options& options) {
   check_tokens(q, "q");
   check_tokens(y, "y", q);
-  const int64_t num_tokens = q.size(3), chunks = count_chunks(q, num_tokens, chunk_size);
-  check_rows(memories, "memories", chunks, q);
+  const int64_t num_tokens = q.size(3), chunks = count_chunks(q, options), chunk_size = options.chunk_size;
+  check_rows(memories, "memories", options.final ? 1 : chunks, q);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "memory_read_all", [&] {
     const Tokens<scalar_t> queries(q), reads(y);
-    const Rows<scalar_t> weights(memories);
+    const Rows<scalar_t> weights(readable(memories, chunks, options));
     const auto& call = kernels<scalar_t>();
     for_chunks(0, chunks, q.size(0) * q.size(1), [&](int64_t t, int64_t n) {
       call.read(queries(n, t * chunk_size), queries.stride, length_of(t, chunk_size, num_tokens), weights(t, n),
@@ -355,27 +378,28 @@ void read_all(const Tensor& q, const Tensor& memories, const Tensor& y, int64_t 
   });
 }
 
-// Fills `grad_q` (returned), adds to `grad_memories` and fills `y` with what read_all does, if there is one.
-Tensor read_all_backward(const Tensor& q, const Tensor& memories, const Tensor& grad_y, const Tensor& grad_memories,
-                         const std::optional<Tensor>& y, int64_t chunk_size) {
+// Fills `grad_q`, adds to `grad_memories` and fills `y` with what read_all does, if there is one.
+void read_all_backward(const Tensor& q, const Tensor& memories, const Tensor& grad_y, const Tensor& grad_memories,
+                       const Tensor& grad_q, const std::optional<Tensor>& y, const Options& options) {
   check_tokens(q, "q");
   check_tokens(grad_y, "grad_y", q);
-  const int64_t num_tokens = q.size(3), chunks = count_chunks(q, num_tokens, chunk_size);
+  check_tokens(grad_q, "grad_q", q);
+  if (y) check_rows_as_far(*y, "y", grad_q);
+  const int64_t num_tokens = q.size(3), chunks = count_chunks(q, options), chunk_size = options.chunk_size;
   const int64_t count = q.size(0) * q.size(1);
-  check_rows(memories, "memories", chunks, q);
-  check_rows(grad_memories, "grad_memories", chunks, q);
-  if (y) check_contiguous(*y, "y", q.sizes(), q);
-  Tensor grad_q = at::empty(q.sizes(), q.options());
+  check_rows(memories, "memories", options.final ? 1 : chunks, q);
+  check_rows(grad_memories, "grad_memories", options.final ? 1 : chunks, q);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "memory_read_all_backward", [&] {
     const Tokens<scalar_t> queries(q), grad_reads(grad_y), grad_queries(grad_q), reads(y ? *y : grad_q);
-    const Rows<scalar_t> weights(memories), grad_weights(grad_memories);
+    const Rows<scalar_t> weights(readable(memories, chunks, options)),
+        grad_weights(readable(grad_memories, chunks, options));
     const auto& call = kernels<scalar_t>();
     const auto body = [&](int64_t t, int64_t n) {
       call.read_backward(queries(n, t * chunk_size), queries.stride, grad_reads(n, t * chunk_size), grad_reads.stride,
                          length_of(t, chunk_size, num_tokens), weights(t, n), grad_queries(n, t * chunk_size),
                          y ? reads(n, t * chunk_size) : nullptr, grad_queries.stride, grad_weights(t, n));
     };
-    if (grad_memories.stride(0) != 0) {
+    if (!options.final) {
       for_chunks(0, chunks, count, body);
     } else {  // all chunks read, and add to, the same memory
       at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -384,7 +408,6 @@ Tensor read_all_backward(const Tensor& q, const Tensor& memories, const Tensor& 
       });
     }
   });
-  return grad_q;
 }
 
 // Pieces of tokens that one thread works on, long enough for its start to cost nothing.
@@ -404,11 +427,10 @@ Tensor normalize_(const Tensor& z, double eps) {
   return scale;
 }
 
-Tensor normalize_backward_(const Tensor& unit, const Tensor& scale, const Tensor& grad) {
+void normalize_backward_(const Tensor& unit, const Tensor& scale, const Tensor& grad) {
   check_tokens(unit, "unit");
-  check_contiguous(unit, "unit", unit.sizes(), unit);
   check_contiguous(scale, "scale", {unit.size(0), unit.size(1), 1, unit.size(3)}, unit);
-  check_contiguous(grad, "grad", unit.sizes(), unit);
+  check_rows_as_far(grad, "grad", unit);
   AT_DISPATCH_FLOATING_TYPES(unit.scalar_type(), "memory_normalize_backward", [&] {
     const Tokens<scalar_t> tokens(unit), scales(scale), grads(grad);
     for_chunks(0, (unit.size(3) + PIECE - 1) / PIECE, unit.size(0) * unit.size(1), [&](int64_t t, int64_t n) {
@@ -416,10 +438,20 @@ Tensor normalize_backward_(const Tensor& unit, const Tensor& scale, const Tensor
                                              tokens.stride, length_of(t, PIECE, unit.size(3)));
     });
   });
-  return grad;
 }
 
 }  // namespace
+
+namespace pybind11::detail {
+template <>
+struct type_caster<Options> {
+  PYBIND11_TYPE_CASTER(Options, const_name("MemoryOptions"));
+  bool load(handle source, bool) {
+    value = Options(source);
+    return true;
+  }
+};
+}  // namespace pybind11::detail
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("HEAD_DIM") = D;

@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Checks the memory's kernels on this machine's GPU, once, and says which backend to set.
+
+    tools/analysis/check_gpu.py
+    # of the check itself, where there is no GPU: Triton's kernels in its interpreter, a few tokens of each task
+    TRITON_INTERPRET=1 tools/analysis/check_gpu.py --device cpu --tokens 40
+
+At the shapes of the four tasks it compares output and gradients of the layer, by each set of kernels, with the
+reference in float64, has a CUDA graph capture forward and backward, and takes the times of both. The last line says
+what to set. The exit code is 1 where a set of kernels is wrong.
+"""
+import argparse
+import os.path as osp
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import _benchmark as bench
+import torch
+from torch import Tensor
+
+from convneur_mm.models import NeuralMemory
+from convneur_mm.ops.neural_memory import triton
+
+# Images on one GPU, tokens of stage 1, and the memory's settings, by the configs of each task.
+TASKS = {
+    'classification, 224 x 224': dict(batch=64, tokens=56 * 56, chunk_size=196, inner_step=1.0),
+    'detection, 800 x 1216': dict(batch=2, tokens=200 * 304, chunk_size=4096, inner_step=1e-3),
+    'Semantic FPN, 512 x 512': dict(batch=8, tokens=128 * 128, chunk_size=196, inner_step=1.0),
+    'UperNet, 512 x 512': dict(batch=4, tokens=128 * 128, chunk_size=196, inner_step=1.0),
+}
+BACKENDS = ('chunked', 'triton')
+# Relative, of float32 beside float64: rounding grows with the number of chunks that depend on one another.
+TOLERANCE = 1e-3
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--device', default='cuda', help="'cuda', 'cuda:N' or 'cpu' (default: %(default)s)")
+    parser.add_argument('--tokens', type=int, metavar='N', help='of one image, in chunks of a third of them, of 16 '
+                        'channels, instead of those of the tasks')
+    parser.add_argument('--repeats', type=int, default=20, metavar='N', help='rounds of timing (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+def results(layer: NeuralMemory, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Output, and gradients of tokens and parameters."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])]
+
+
+def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest of the tensors' errors, each relative to its tensor; infinite where there is no number."""
+    errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, expected)]
+    return max(error if error == error else float('inf') for error in errors)
+
+
+def captured(call: Callable[[], object]) -> str:
+    """What a CUDA graph of a call says: 'captured', or why it was not."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call()
+    except RuntimeError as error:
+        return f'not captured: {str(error).splitlines()[0]}'
+    return 'captured'
+
+
+def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
+    """Prints a line for each backend; returns its error and seconds of forward and backward."""
+    torch.manual_seed(0)
+    channels = task.get('channels', 128)
+    layer = NeuralMemory(channels, chunk_size=task['chunk_size'], inner_step=task['inner_step']).to(device)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.05 * torch.randn_like(p)
+    x, weight = (torch.randn(task['batch'], task['tokens'], channels, device=device) for _ in range(2))
+    errors, calls = {}, {}
+    # Images do not see each other, so the first two are enough.
+    double = NeuralMemory(channels, chunk_size=task['chunk_size'], inner_step=task['inner_step'], backend='reference')
+    double.load_state_dict(layer.state_dict())
+    expected = results(double.to(device).double(), x[:2].double(), weight[:2].double())
+    for backend in BACKENDS:
+        layer.backend = backend
+        errors[backend] = largest_error(results(layer, x[:2], weight[:2]), expected)
+        calls[backend] = bench.forward_backward(layer, [x], torch.float32)
+    seconds = {backend: [] for backend in BACKENDS}
+    for _ in range(repeats + 1):
+        for backend in BACKENDS:
+            layer.backend = backend
+            seconds[backend].append(bench.timed(calls[backend], device))
+    found = {}
+    for backend in BACKENDS:
+        layer.backend = backend
+        found[backend] = errors[backend], median(seconds[backend][1:] or seconds[backend])
+        graph = f'; CUDA graph {captured(calls[backend])}' if device.type == 'cuda' else ''
+        verdict = 'right' if errors[backend] <= TOLERANCE else f'WRONG, more than {TOLERANCE:g}'
+        print(f'{name}, {task["batch"]} images of {task["tokens"]} tokens, chunks of {task["chunk_size"]}: {backend:8s}'
+              f'{1e3 * found[backend][1]:9.2f} ms forward and backward, error {errors[backend]:.1e} ({verdict}){graph}',
+              flush=True)
+    return found
+
+
+def advice(found: dict[str, dict[str, tuple[float, float]]], device: torch.device) -> str:
+    """The closing line: which backend to set, for which task."""
+    wrong = [f'{backend} ({task})' for task, of in found.items() for backend, (error, _) in of.items()
+             if error > TOLERANCE]
+    if wrong:
+        return f'Do not train with {", ".join(wrong)}: please report the lines above.'
+    if device.type == 'cpu':
+        return "Both sets of kernels are right; times of Triton's interpreter say nothing of a GPU."
+    faster = [task for task, of in found.items() if of['triton'][1] < of['chunked'][1]]
+    if not faster:
+        return "Leave memory_cfg.backend as it is: 'chunked' is the faster one for every task on this GPU."
+    if len(faster) == len(found):
+        return "Set memory_cfg=dict(backend='triton') or CONVNEUR_MEMORY_BACKEND=triton: the faster one for every task."
+    return f"Set memory_cfg=dict(backend='triton') for {'; '.join(faster)}, and leave it as it is for the others."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    device = bench.parse_device(args.device)
+    if not triton.is_available(torch.empty(0, device=device)):
+        raise ValueError(f'no Triton 3.3 or newer that runs kernels on {device} (on a CPU: with TRITON_INTERPRET=1)')
+    bench.print_machine(bench.describe_machine(device))
+    found = {}
+    for name, task in TASKS.items():
+        if args.tokens:
+            task = dict(task, batch=1, tokens=args.tokens, chunk_size=max(1, args.tokens // 3), channels=16)
+        found[name] = check(name, task, device, args.repeats)
+    print(advice(found, device))
+    return int(any(error > TOLERANCE for of in found.values() for error, _ in of.values()))
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f'check_gpu: error: {error}')
