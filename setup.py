@@ -3,6 +3,7 @@
 Where torch is installed already (``pip install --no-build-isolation``) the memory's CPU kernels are compiled for it. In
 pip's build isolation there is no torch, so the package is pure Python then and needs no compiler.
 """
+import hashlib
 import re
 import shutil
 import subprocess
@@ -59,8 +60,11 @@ def kernels() -> dict:
 
     # Compiled code fits one version of torch, so its name says which: cpu.py looks for that of the running one.
     version = re.sub(r'\W', '_', torch.__version__.split('+')[0])
+    # And it fits the functions that call it: what it was compiled from is kept in it, for cpu.py to compare.
+    source = hashlib.sha256(b''.join(path.read_bytes() for path in sorted((ROOT / KERNELS).iterdir()))).hexdigest()
     extension = CppExtension(
         f'convneur_mm.ops.neural_memory._cpu_{version}', [f'{KERNELS}/memory.cpp'], depends=[f'{KERNELS}/kernels.h'],
+        define_macros=[('SOURCE', f'"{source}"')],
         # GOMP's functions are torch's own: linked with -fopenmp, the module might bring a second pool of threads.
         extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi'],
         optional=True)

@@ -244,8 +244,8 @@ def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
     sizes = memory.w1.shape[1:]
     reason = None
     if cpu.kernels is None:
-        reason = (f'the C++ kernels, which are faster, are not compiled for torch {torch.__version__}; with a C++ '
-                  'compiler: pip install --no-build-isolation --no-deps PATH_OF_CONVNEUR_MM')
+        reason = (f'not the C++ kernels, which are faster: {cpu.missing or "they are turned off"}; with a C++ '
+                  f'compiler: {cpu.install_command()}')
     elif sizes != (cpu.kernels.HEAD_DIM, cpu.kernels.HIDDEN_DIM):
         reason = (f'the C++ kernels, which are faster, take memory_cfg.head_dim={cpu.kernels.HEAD_DIM} and '
                   f'hidden_dim={cpu.kernels.HIDDEN_DIM}, got {sizes[0]} and {sizes[1]}')

@@ -6,6 +6,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .neural_memory import NeuralMemory
+from .plain import is_plain
 
 
 class GlobalMemory(BaseModule):
@@ -30,12 +31,14 @@ class GlobalMemory(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
-        height, width = x.shape[2:]
-        tokens = _pointwise(self.reduce, x.flatten(2).transpose(1, 2))  # (B, H·W, Cm)
-        tokens = _pointwise(self.expand, self.memory(tokens))
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        tokens = self.memory(_pointwise(self.reduce, x).flatten(2).transpose(1, 2))  # (B, H·W, Cm)
+        return _pointwise(self.expand, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-def _pointwise(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
-    """A 1×1 convolution of tokens (B, N, C), which is what channels_last maps are in memory: one matrix product."""
-    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1×1 convolution of (B, C, H, W): of channels_last maps one matrix product, as which it is faster."""
+    if not is_plain(conv, nn.Conv2d):
+        return conv(x)
+    tokens = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
+    tokens = F.linear(tokens, conv.weight.flatten(1), conv.bias)
+    return tokens.transpose(1, 2).unflatten(2, x.shape[2:])

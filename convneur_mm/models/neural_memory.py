@@ -7,6 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor
 
 from ..ops.neural_memory import LayerWeights, MemoryOptions, MemoryState, check_backend, neural_memory_layer
+from .plain import does_as
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
@@ -14,6 +15,9 @@ STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
 
 class NeuralMemory(BaseModule):
     """Multi-head neural memory: LayerNorm, projections, chunk-wise retrieval and update, output projection.
+
+    All of it is one fused layer, which takes the weights of its submodules and never calls them: their forward hooks do
+    not run, and a submodule that does something else than its weight says is refused. Hooks of the memory itself run.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -129,8 +133,19 @@ class NeuralMemory(BaseModule):
 
     @property
     def weights(self) -> LayerWeights:
-        """The parameters as the op takes them."""
+        """The parameters as the op takes them.
+
+        Raises:
+            ValueError: If a submodule was replaced by one whose weight is not all that it does.
+        """
         first, _, last = self.generators
+        parts = {'norm': self.norm, 'query': self.query, 'key': self.key, 'value': self.value, 'proj': self.proj,
+                 'generators.0': first, 'generators.2': last}
+        for name, part in parts.items():
+            if not does_as(part, nn.LayerNorm if name == 'norm' else nn.Linear):
+                raise ValueError(f'{name} of a NeuralMemory is a {type(part).__module__}.{type(part).__name__}, which '
+                                 'would have no effect: the memory is one layer, which takes the weights of its parts '
+                                 'and never calls them. Merge an adapter, or leave these parts out')
         return LayerWeights(
             self.norm.weight, self.norm.bias, self.query.weight, self.key.weight, self.value.weight, self.proj.weight,
             self.w1, self.w2, first.weight, first.bias, last.weight, last.bias)

@@ -1,7 +1,10 @@
 """The blocks of the backbone against their plain form, mmpretrain's and timm's; what training drops and recomputes."""
+import copy
+
 import plain_convneur as plain
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from convneur_mm.models.blocks import GRN, ConvNeurBlock, LayerNorm2d
@@ -228,12 +231,54 @@ def test_grn_scales_weights_or_features(size):
 
 
 @pytest.mark.parametrize('size, of_features', [((1, 31), True), ((4, 8), False), ((2, 17), False), ((17, 2), False)])
-def test_grn_scales_weights_from_4c_positions_on(size, of_features):
+def test_grn_scales_weights_from_4c_positions_on(size, of_features, monkeypatch):
     """Of 32 hidden channels, the weights have as many numbers as 32 positions."""
-    block, calls = ConvNeurBlock(8), []
-    block.grn.register_forward_hook(lambda *_: calls.append(1))
+    block, calls, forward = ConvNeurBlock(8), [], GRN.forward
+    monkeypatch.setattr(GRN, 'forward', lambda self, x: calls.append(1) or forward(self, x))
     block(torch.randn(2, 8, *size))
     assert bool(calls) == of_features
+
+
+class Adapted(nn.Module):
+    """A linear layer or 1×1 convolution with something added, as adapters have it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.delta = nn.Parameter(torch.randn_like(base.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        function = F.conv2d if self.weight.dim() == 4 else F.linear
+        return self.base(x) + function(x, self.delta)
+
+
+@pytest.mark.parametrize('size', [(1, 3), (12, 16)])
+@pytest.mark.parametrize('name', ['depthwise_conv', 'norm', 'pointwise_conv1', 'grn', 'pointwise_conv2',
+                                  'global_branch.reduce', 'global_branch.memory', 'global_branch.expand'])
+def test_hooks_run_at_every_size(name, size):
+    """And change nothing: what is faster than a call gives way to it."""
+    block = ConvNeurBlock(8, GlobalMemory(8, 16)).double()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x, calls = torch.randn(2, 8, *size, dtype=torch.float64), []
+    expected = block(x)
+    block.get_submodule(name).register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    assert (block(x) - expected).norm() <= 1e-12 * expected.norm()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('size', [(1, 3), (12, 16)])
+@pytest.mark.parametrize('name', ['pointwise_conv1', 'pointwise_conv2', 'global_branch.reduce', 'global_branch.expand'])
+def test_adapters_work_at_every_size(name, size):
+    block = ConvNeurBlock(8, GlobalMemory(8, 16)).double()
+    for p in block.parameters():
+        nn.init.normal_(p)
+    merged, x = copy.deepcopy(block), torch.randn(2, 8, *size, dtype=torch.float64)
+    parent, _, last = name.rpartition('.')
+    adapted = Adapted(block.get_submodule(name))
+    setattr(block.get_submodule(parent), last, adapted)
+    merged.get_submodule(name).weight.data += adapted.delta.data
+    assert (block(x) - merged(x)).norm() <= 1e-12 * merged(x).norm()
 
 
 def update(block: ConvNeurBlock, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,4 @@
 """The memory as a layer: its equations, equality of its backends, chaining, autocast, initial weights."""
-
 import numpy as np
 import plain_convneur as plain
 import pytest
@@ -14,7 +13,6 @@ from convneur_mm.ops.neural_memory import layer as layer_module
 from convneur_mm.ops.neural_memory import memory as memory_module
 
 pytestmark = pytest.mark.usefixtures('both_codes')
-
 
 
 def make_layer(seed: int = 0, **kwargs) -> NeuralMemory:
@@ -299,3 +297,30 @@ def test_bad_input_is_named():
 def test_the_smallest_layer():
     """One channel in one head of one hidden unit."""
     assert NeuralMemory(1, chunk_size=1, head_dim=1, hidden_dim=1)(torch.randn(2, 3, 1)).shape == (2, 3, 1)
+
+
+@pytest.mark.parametrize('name', ['norm', 'query', 'key', 'value', 'proj', 'generators.0', 'generators.2'])
+def test_parts_that_would_have_no_effect_are_refused(name):
+    """An adapter has its base's weight, which is not all that it does; a parametrised weight is."""
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.weight, self.bias = base.weight, base.bias
+
+    layer = NeuralMemory(16)
+    parent, _, last = name.rpartition('.')
+    setattr(layer.get_submodule(parent), last, Adapter(layer.get_submodule(name)))
+    with pytest.raises(ValueError, match=rf'{name} of a NeuralMemory is a .*Adapter, which would have no effect'):
+        layer(torch.zeros(1, 3, 16))
+
+
+def test_parametrised_weights_take_effect():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer, x = make_layer(), torch.randn(1, 20, 32)
+    twin = make_layer()
+    twin.proj.weight.data *= 2
+    nn.utils.parametrize.register_parametrization(layer.proj, 'weight', Double())
+    torch.testing.assert_close(layer(x), twin(x))

@@ -1,6 +1,7 @@
 """The compiled kernels against the same in PyTorch."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -171,6 +172,26 @@ def test_kernels_that_do_not_load_are_left_out(error, missing, tmp_path):
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True,
                          cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(Path(cpu.__file__).parents[3])}).stdout
     assert out.splitlines()[-1] == f'None {missing}'
+
+
+@needs_kernels
+@pytest.mark.parametrize('change, missing', [
+    ('', ''), ('// another rule', 'they were compiled from other sources than those of this checkout'),
+    (None, '')])  # an installed wheel, which has no sources
+def test_kernels_of_other_sources_are_left_out(change, missing, tmp_path):
+    """Rather than called with what they do not take."""
+    package = tmp_path / 'convneur_mm'
+    shutil.copytree(Path(cpu.__file__).parents[2], package, ignore=shutil.ignore_patterns('__pycache__'))
+    csrc = package / 'ops' / 'neural_memory' / 'csrc'
+    if change is None:
+        shutil.rmtree(csrc)
+    else:
+        with open(csrc / 'kernels.h', 'a') as file:
+            file.write(change)
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from convneur_mm.ops.neural_memory import cpu; '
+                          'print(cpu.__file__); print(cpu.missing)'], capture_output=True, text=True, check=True,
+                         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)}).stdout.splitlines()
+    assert out[-2:] == [str(package / 'ops' / 'neural_memory' / 'cpu.py'), missing]
 
 
 @pytest.fixture

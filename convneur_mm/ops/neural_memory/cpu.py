@@ -8,6 +8,7 @@ missing, the first call that it would take warns of it.
 """
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import warnings
@@ -32,6 +33,11 @@ except ModuleNotFoundError:
     missing = f'they were not compiled for PyTorch {torch.__version__}'
 except ImportError as error:
     missing = f'they were compiled for another PyTorch and do not load ({error})'
+# An installed wheel has no sources; a checkout may have been brought up to date since they were compiled.
+sources = Path(__file__).with_name('csrc')
+if kernels is not None and sources.is_dir() and getattr(kernels, 'SOURCE', '') != hashlib.sha256(
+        b''.join(path.read_bytes() for path in sorted(sources.iterdir()))).hexdigest():
+    kernels, missing = None, 'they were compiled from other sources than those of this checkout'
 _has_warned = False
 
 

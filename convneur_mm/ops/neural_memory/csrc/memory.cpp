@@ -454,6 +454,7 @@ struct type_caster<Options> {
 }  // namespace pybind11::detail
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("SOURCE") = SOURCE;
   m.attr("HEAD_DIM") = D;
   m.attr("HIDDEN_DIM") = E;
 #ifdef HAS_X86
