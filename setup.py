@@ -21,12 +21,14 @@ class BuildWithConfigs(build_py):
     """Copies ``configs/`` and ``tools/`` into the built package; an editable install reads them from the checkout."""
 
     def run(self) -> None:
-        super().run()
         if self.editable_mode:
+            super().run()
             return
+        # Of an earlier build; modules that are gone since would come along.
+        shutil.rmtree(Path(self.build_lib) / 'convneur_mm', ignore_errors=True)
+        super().run()
         for folder in ('configs', 'tools'):
             target = Path(self.build_lib) / 'convneur_mm' / '.mim' / folder
-            shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__'))
 
 
