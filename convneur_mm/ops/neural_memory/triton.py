@@ -82,7 +82,7 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     if options.update_rule == 'sequential':
         kernels.fused_kernel[(batch,)](
             k, v, states, surprises, pre_hidden, coefficients, *(x.contiguous() for x in generators), k.stride(),
-            v.stride(), batch, heads, num_tokens, options.chunk_size, *_scales(options, d), **sizes, TILE=_tile(sizes),
+            v.stride(), batch, heads, num_tokens, options.chunk_size, _rule(options, d), **sizes, TILE=_tile(sizes),
             BLOCK=BLOCK, num_warps=8, num_stages=1)
         return Written(states, surprises, pre_hidden, coefficients)
     splits, part_size = _splits(options.chunk_size, num_tokens, batch * heads, sizes, k.device)
@@ -94,7 +94,7 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     surprises = squares.sum(0)
     pre_hidden, coefficients = generate(surprises, generators)
     kernels.write_kernel[(batch * heads,)](
-        parts, states, coefficients, splits, batch * heads, chunks, *_scales(options, d), heads, **sizes)
+        parts, states, coefficients, splits, batch * heads, chunks, _rule(options, d), heads, **sizes)
     return Written(states, surprises, pre_hidden, coefficients)
 
 
@@ -104,7 +104,7 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
                        options: MemoryOptions) -> WriteGradients:
     states, _, pre_hidden, coefficients = written
     (batch, heads, d, num_tokens), sizes = k.shape, _sizes(states)
-    chunks, scales = len(states) - 1, _scales(options, d)
+    chunks, rule = len(states) - 1, _rule(options, d)
     grad_outputs = torch.empty_like(coefficients)
     grad_m = torch.zeros_like(grad_memories[0])
     grad_p = torch.zeros_like(grad_m) if grad_momentum is None else grad_momentum.clone(
@@ -115,13 +115,13 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
             k, v, states, pre_hidden, coefficients, generators.in_weight.contiguous(),
             generators.out_weight.contiguous(), grad_memories, grad_m, grad_p, torch.empty_like(grad_m), grad_outputs,
             grad_pre_hidden, states.new_empty(batch, heads * d), grad_k, grad_v, k.stride(), v.stride(),
-            grad_k.stride(), grad_v.stride(), batch, heads, num_tokens, options.chunk_size, *scales, **sizes,
+            grad_k.stride(), grad_v.stride(), batch, heads, num_tokens, options.chunk_size, rule, **sizes,
             TILE=_tile(sizes), BLOCK=BLOCK, num_warps=8, num_stages=1)
         return WriteGradients(None, grad_outputs, grad_pre_hidden, grad_m + grad_memories[0], grad_p)
     grad_gradients = torch.empty_like(grad_memories[1:])
     kernels.write_backward_kernel[(batch * heads,)](
         grad_m, grad_p, grad_memories, states, coefficients, grad_gradients, grad_outputs, batch * heads, chunks,
-        *scales, heads, **sizes)
+        rule, heads, **sizes)
     grad_pre_hidden, grad_surprises = generate_backward(grad_outputs, pre_hidden, generators)
     splits, part_size = _splits(options.chunk_size, num_tokens, batch * heads, sizes, k.device)
     parts = states.new_empty(splits, *grad_gradients.shape)
@@ -165,8 +165,8 @@ def _sizes(rows: Tensor) -> dict[str, int]:
     return dict(D=d, E=e, DP=padded_d, EP=padded_e)
 
 
-def _scales(options: MemoryOptions, d: int) -> tuple[float, float]:
-    """What multiplies a write, as gradients are over 2/d, and its norm over that of the bound."""
+def _rule(options: MemoryOptions, d: int) -> tuple[float, float]:
+    """What the kernels know of the rule: see there."""
     scale = options.inner_step * 2 / d
     return scale, scale / options.max_write_norm
 

@@ -9,6 +9,7 @@ Names and layouts in all of them:
 - states: (n + 1, 3, B, h, 2e, d), for each chunk the gradient of Eq. 3 over 2/d, the momentum and the memory before it;
   coefficients: (n, B, 3, h, d), the sigmoids of step, momentum and decay. All of these are contiguous.
 - Tokens are (B, h, d, N) of any strides, float32 as everything.
+- rule: what multiplies a write, as gradients are over 2/d, and its norm over that of the bound.
 - A grid has one axis, the head fastest: neighbours in it read neighbouring bytes. ``splits`` programs share a chunk,
   each writes a part of the sum over tokens, and the parts are added in a fixed order: results are deterministic.
 - Offsets that grow with B·h·n or with N are int64; within a tile int32 does.
@@ -267,13 +268,14 @@ def _load_state(states, place, pairs, pair, D: tl.constexpr, E: tl.constexpr, DP
 
 
 @triton.jit
-def _write(states, place, pairs, pair, g1, g2, coefficients, head, heads, scale, bound_scale,
+def _write(states, place, pairs, pair, g1, g2, coefficients, head, heads, rule,
            D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
     """Eq. 4 for one head: from the states of chunk ``place`` to the next ones."""
     p1, p2, m1, m2 = _load_state(states, place, pairs, pair, D, E, DP, EP)
     step, momentum, decay = _load_coefficients(coefficients, head, heads, D, DP)
     u1 = step * g1
     u2 = step * g2
+    scale, bound_scale = rule[0], rule[1]
     factor = bound((tl.sum(u1 * u1) + tl.sum(u2 * u2)) * bound_scale * bound_scale)
     p1 = momentum * p1 - scale * factor * u1
     p2 = momentum * p2 - scale * factor * u2
@@ -283,7 +285,7 @@ def _write(states, place, pairs, pair, g1, g2, coefficients, head, heads, scale,
 
 
 @triton.jit
-def write_kernel(parts, states, coefficients, splits, pairs, chunks, scale, bound_scale, heads,
+def write_kernel(parts, states, coefficients, splits, pairs, chunks, rule, heads,
                  D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
     """Eq. 4 for ``chunks`` chunks, one head of one image (of ``pairs`` such) per program."""
     pair = tl.program_id(0).to(tl.int64)
@@ -295,13 +297,13 @@ def write_kernel(parts, states, coefficients, splits, pairs, chunks, scale, boun
                             D, E, DP, EP)
         _store_rows(states + (chunk * 3 * pairs + pair) * rows, g1, g2, D, E, DP, EP)
         _write(states, chunk, pairs, pair, g1, g2, coefficients + (chunk * (pairs // heads) + image) * (3 * heads * D),
-               head, heads, scale, bound_scale, D, E, DP, EP)
+               head, heads, rule, D, E, DP, EP)
         tl.debug_barrier()
 
 
 @triton.jit
 def _write_backward(states, place, pairs, pair, grad_memories, grad_m, grad_p, coefficients, grad_outputs, head, heads,
-                    scale, bound_scale, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
+                    rule, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
     """Back through Eq. 4, from the memory after chunk ``place`` to the one before it.
 
     ``grad_m`` and ``grad_p`` carry what comes back to M and P; returned is what comes back to the gradient of Eq. 3,
@@ -320,6 +322,7 @@ def _write_backward(states, place, pairs, pair, grad_memories, grad_m, grad_p, c
     grad_p2 += grad_m2
     u1 = step * g1
     u2 = step * g2
+    scale, bound_scale = rule[0], rule[1]
     relative = (tl.sum(u1 * u1) + tl.sum(u2 * u2)) * bound_scale * bound_scale
     factor = bound(relative)
     curb = (tl.sum(grad_p1 * u1) + tl.sum(grad_p2 * u2)) * bound_slope(relative) * bound_scale * bound_scale
@@ -341,7 +344,7 @@ def _write_backward(states, place, pairs, pair, grad_memories, grad_m, grad_p, c
 
 @triton.jit
 def write_backward_kernel(grad_m, grad_p, grad_memories, states, coefficients, grad_gradients, grad_outputs, pairs,
-                          chunks, scale, bound_scale, heads,
+                          chunks, rule, heads,
                           D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr):
     """Backward of :func:`write_kernel`, last chunk first; ``grad_m`` and ``grad_p`` (B, h, 2e, d) go from those after
     the last chunk to those before the first one, but for what is read there."""
@@ -350,9 +353,9 @@ def write_backward_kernel(grad_m, grad_p, grad_memories, states, coefficients, g
     for i in range(chunks):
         chunk = tl.cast(chunks - 1 - i, tl.int64)
         offset = (chunk * (pairs // heads) + image) * (3 * heads * D)
-        grad_g1, grad_g2 = _write_backward(states, chunk, pairs, pair, grad_memories, grad_m, grad_p,
-                                           coefficients + offset, grad_outputs + offset, head, heads, scale,
-                                           bound_scale, D, E, DP, EP)
+        grad_g1, grad_g2 = _write_backward(
+            states, chunk, pairs, pair, grad_memories, grad_m, grad_p, coefficients + offset, grad_outputs + offset,
+            head, heads, rule, D, E, DP, EP)
         _store_rows(grad_gradients + (chunk * pairs + pair) * (2 * E * D), grad_g1, grad_g2, D, E, DP, EP)
         tl.debug_barrier()
 
@@ -397,7 +400,7 @@ def _linear_backward(grad_out, weight, hidden, grad_x, rows, columns, BLOCK: tl.
 
 @triton.jit
 def fused_kernel(k, v, states, surprises, hidden, coefficients, in_weight, in_bias, out_weight, out_bias, k_strides,
-                 v_strides, batch, heads, tokens, chunk_size, scale, bound_scale,
+                 v_strides, batch, heads, tokens, chunk_size, rule,
                  D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr,
                  BLOCK: tl.constexpr):
     """All sequential writes of one image per program.
@@ -434,16 +437,16 @@ def fused_kernel(k, v, states, surprises, hidden, coefficients, in_weight, in_bi
             head = tl.cast(h, tl.int64)
             g1, g2 = _load_rows(gradients + head * rows, D, E, DP, EP)
             _write(states, chunk, pairs, image * heads + head, g1, g2, coefficients + place * 3 * channels, head, heads,
-                   scale, bound_scale, D, E, DP, EP)
+                   rule, D, E, DP, EP)
         tl.debug_barrier()
 
 
 @triton.jit
 def fused_backward_kernel(k, v, states, hidden, coefficients, in_weight, out_weight, grad_memories, grad_m, grad_p,
                           grad_gradients, grad_outputs, grad_hidden, grad_surprise, grad_k, grad_v, k_strides,
-                          v_strides, grad_k_strides, grad_v_strides, batch, heads, tokens, chunk_size, scale,
-                          bound_scale, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
-                          TILE: tl.constexpr, BLOCK: tl.constexpr):
+                          v_strides, grad_k_strides, grad_v_strides, batch, heads, tokens, chunk_size, rule,
+                          D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr,
+                          BLOCK: tl.constexpr):
     """Backward of :func:`fused_kernel`, with the same division of work.
 
     ``grad_m`` and ``grad_p`` are as in :func:`write_backward_kernel`. ``grad_gradients`` (B, h, 2e, d) and
@@ -466,7 +469,7 @@ def fused_backward_kernel(k, v, states, hidden, coefficients, in_weight, out_wei
             pair = image * heads + head
             grad_g1, grad_g2 = _write_backward(
                 states, chunk, pairs, pair, grad_memories, grad_m, grad_p, coefficients + place * 3 * channels,
-                grad_outputs + place * 3 * channels, head, heads, scale, bound_scale, D, E, DP, EP)
+                grad_outputs + place * 3 * channels, head, heads, rule, D, E, DP, EP)
             _store_rows(grad_gradients + pair * rows, grad_g1, grad_g2, D, E, DP, EP)
         tl.debug_barrier()
         _linear_backward(grad_outputs + place * 3 * channels, out_weight, hidden + place * 4 * channels,
