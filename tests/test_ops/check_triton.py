@@ -15,7 +15,7 @@ from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, neural_
 from convneur_mm.ops.neural_memory import triton as backend
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_op import RETRIEVALS, RULES, make_inputs, relative_error
+from test_op import CHANGES, RETRIEVALS, RULES, make_inputs, relative_error
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NAMES = ('q', 'k', 'v', 'w1', 'w2', *UpdateGenerators._fields, *(f'state.{name}' for name in MemoryState._fields))
@@ -80,6 +80,11 @@ def assert_equals_reference(tensors, tolerance=1e-5, **options):
 def test_equals_reference(small_tiles, rule, retrieve, return_state):
     assert_equals_reference(make_tensors(batch=2, tokens=41), update_rule=rule, retrieve=retrieve,
                             return_state=return_state)
+
+
+@pytest.mark.parametrize('changed', CHANGES, ids=str)
+def test_options(small_tiles, changed):
+    assert_equals_reference(make_tensors(tokens=41), **changed)
 
 
 @pytest.mark.parametrize('tokens, chunk_size, return_state', [

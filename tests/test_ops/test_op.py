@@ -18,6 +18,9 @@ pytestmark = pytest.mark.usefixtures('both_codes')
 
 RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
+# Of each option, for every set of kernels.
+CHANGES = (dict(chunk_size=12), dict(inner_step=0.9), dict(max_write_norm=0.9), dict(update_rule='parallel'),
+           dict(retrieve='final'))
 VECTORS = Path(__file__).parents[1] / 'data' / 'neural_memory.npz'
 
 
@@ -149,9 +152,7 @@ def test_chunked_equals_reference_everywhere(batch, heads, tokens, sizes, seed, 
                  [torch.cat([g.flatten() for g in expected_gradients])])
 
 
-@pytest.mark.parametrize('changed', [
-    dict(chunk_size=12), dict(inner_step=0.9), dict(max_write_norm=0.9), dict(update_rule='parallel'),
-    dict(retrieve='final')], ids=str)
+@pytest.mark.parametrize('changed', CHANGES, ids=str)
 def test_every_option_changes_the_result(code, changed):
     """Outputs, state and gradients; and the reference follows."""
     inputs, options = make_inputs(tokens=50), dict(chunk_size=16, return_state=True)

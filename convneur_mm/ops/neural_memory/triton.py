@@ -82,8 +82,8 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     if options.update_rule == 'sequential':
         kernels.fused_kernel[(batch,)](
             k, v, states, surprises, pre_hidden, coefficients, *(x.contiguous() for x in generators), k.stride(),
-            v.stride(), batch, heads, num_tokens, options.chunk_size, _rule(options, d), **sizes, TILE=_tile(sizes),
-            BLOCK=BLOCK, num_warps=8, num_stages=1)
+            v.stride(), batch, heads, num_tokens, options.chunk_size, kernels.rule_of(options, d), **sizes,
+            TILE=_tile(sizes), BLOCK=BLOCK, num_warps=8, num_stages=1)
         return Written(states, surprises, pre_hidden, coefficients)
     splits, part_size = _splits(options.chunk_size, num_tokens, batch * heads, sizes, k.device)
     parts = states.new_empty(splits, chunks, *rows.shape)
@@ -94,7 +94,7 @@ def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerator
     surprises = squares.sum(0)
     pre_hidden, coefficients = generate(surprises, generators)
     kernels.write_kernel[(batch * heads,)](
-        parts, states, coefficients, splits, batch * heads, chunks, _rule(options, d), heads, **sizes)
+        parts, states, coefficients, splits, batch * heads, chunks, kernels.rule_of(options, d), heads, **sizes)
     return Written(states, surprises, pre_hidden, coefficients)
 
 
@@ -104,7 +104,7 @@ def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: Update
                        options: MemoryOptions) -> WriteGradients:
     states, _, pre_hidden, coefficients = written
     (batch, heads, d, num_tokens), sizes = k.shape, _sizes(states)
-    chunks, rule = len(states) - 1, _rule(options, d)
+    chunks, rule = len(states) - 1, kernels.rule_of(options, d)
     grad_outputs = torch.empty_like(coefficients)
     grad_m = torch.zeros_like(grad_memories[0])
     grad_p = torch.zeros_like(grad_m) if grad_momentum is None else grad_momentum.clone(
@@ -163,12 +163,6 @@ def _sizes(rows: Tensor) -> dict[str, int]:
     e, d = rows.size(-2) // 2, rows.size(-1)
     padded_d, padded_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
     return dict(D=d, E=e, DP=padded_d, EP=padded_e)
-
-
-def _rule(options: MemoryOptions, d: int) -> tuple[float, float]:
-    """What the kernels know of the rule: see there."""
-    scale = options.inner_step * 2 / d
-    return scale, scale / options.max_write_norm
 
 
 def _tile(sizes: dict[str, int]) -> int:

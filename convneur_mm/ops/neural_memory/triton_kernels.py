@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .types import MemoryOptions
+
 
 @triton.jit
 def _dot(a, b):
@@ -243,6 +245,12 @@ def _load_coefficients(coefficients, head, heads, D: tl.constexpr, DP: tl.conste
     momentum = tl.load(pointer + heads * D, mask=d < D, other=0.0)
     decay = tl.load(pointer + 2 * heads * D, mask=d < D, other=0.0)
     return step[None, :], momentum[None, :], decay[None, :]
+
+
+def rule_of(options: MemoryOptions, d: int) -> tuple[float, float]:
+    """``rule`` for heads of ``d`` channels."""
+    scale = options.inner_step * 2 / d
+    return scale, scale / options.max_write_norm
 
 
 @triton.jit
