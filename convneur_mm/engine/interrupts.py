@@ -11,7 +11,8 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from functools import cache
+from types import FrameType, TracebackType
 
 import torch.distributed
 from mmengine.runner import Runner
@@ -42,6 +43,23 @@ class Interrupted(KeyboardInterrupt):
         return f'ended by {NAMES[self.signum]} {self.advice}'
 
 
+def ignore_lost_connections() -> None:
+    """For data workers: a main process that ends while it takes a batch has nothing to do with them."""
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError):
+            report(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+@cache
+def watch_forks() -> None:
+    """Has all further forks of this process :func:`ignore_lost_connections`, which cannot be taken back."""
+    os.register_at_fork(after_in_child=ignore_lost_connections)
+
+
 @contextmanager
 def raised_signals() -> Iterator[None]:
     """Within it SIGINT and SIGTERM raise :class:`Interrupted` in the main thread, until :func:`no_more_signals`.
@@ -49,6 +67,7 @@ def raised_signals() -> Iterator[None]:
     Python drops an exception within a destructor or a fork, so it is raised again as long as it is not caught.
     """
     process = os.getpid()
+    watch_forks()
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:

@@ -113,6 +113,17 @@ class TestRaisedSignals:
             _, status = os.waitpid(worker, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
+    def test_forked_workers_do_not_report_a_lost_main_process(self, capfd):
+        """Multiprocessing hands on a batch in a thread, which reports a connection that is gone."""
+        with raised_signals():
+            worker = os.fork()
+            if not worker:
+                for error in ConnectionResetError('gone'), ValueError('wrong'):
+                    sys.excepthook(type(error), error, None)
+                os._exit(0)
+            os.waitpid(worker, 0)
+        assert capfd.readouterr().err == 'ValueError: wrong\n'
+
     def test_no_more_of_them(self):
         signal.setitimer(signal.ITIMER_REAL, 1000)
         no_more_signals()
