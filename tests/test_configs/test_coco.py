@@ -3,9 +3,11 @@ import uuid
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
@@ -33,6 +35,18 @@ def test_optimizer_and_memory(arch, open_config, build_model, param_groups):
         assert (group['lr'], group['momentum'], group['nesterov']) == (0.02, 0.9, False), name
         # Norms and biases decay, M_0 does not.
         assert group['weight_decay'] == (0 if id(params[name]) in states else 1e-4), name
+
+
+def test_chunks_by_their_number(open_config, tmp_path):
+    """Instead of the chunk size that the config has; what a run writes down shows it."""
+    cfg = open_config('cascade_rcnn_convneur_m1_1x_coco')
+    cfg.merge_from_dict({'model.backbone.memory_cfg.num_chunks': 16})
+    cfg.dump(tmp_path / 'written.py')
+    written = Config.fromfile(tmp_path / 'written.py')
+    assert 'num_chunks=16' in written.pretty_text
+    backbone = MODELS.build(written.model.backbone)
+    memories = [module for module in backbone.modules() if isinstance(module, NeuralMemory)]
+    assert [memory.tokens_per_chunk(200 * 336) for memory in memories] == [4200] * 4
 
 
 class Toy(BaseModel):
