@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor
 from torchvision.ops import StochasticDepth
 
-from .plain import is_plain
+from .plain import is_plain, pointwise
 
 FUSIONS = ('gate', 'add', 'concat')
 
@@ -95,7 +95,7 @@ class ConvNeurBlock(BaseModule):
     def local_features(self, x: Tensor) -> Tensor:
         """F_loc of (N, C, H, W)."""
         x = self.norm(self.depthwise_conv(x)).permute(0, 2, 3, 1)
-        x = F.gelu(self.pointwise_conv1(x))
+        x = F.gelu(_linear(self.pointwise_conv1, x))
         return self._grn_linear(x).permute(0, 3, 1, 2)
 
     def _grn_linear(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ConvNeurBlock(BaseModule):
         """
         if x.size(1) * x.size(2) < x.size(3) or not (
                 is_plain(self.grn, GRN) and is_plain(self.pointwise_conv2, nn.Linear)):
-            return self.pointwise_conv2(self.grn(x))
+            return _linear(self.pointwise_conv2, self.grn(x))
         weight, bias = self.pointwise_conv2.weight, self.pointwise_conv2.bias
         scaled = (weight * self.grn.scale(x).squeeze(1)).to(x.dtype)  # (N, C, 4C)
         bias = (bias + (weight * self.grn.beta).sum(1)).to(x.dtype)
@@ -131,3 +131,10 @@ class ConvNeurBlock(BaseModule):
         if self.with_cp and x.requires_grad:
             return cp.checkpoint(update, x, use_reentrant=False)
         return update(x)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, or what stands in its place, of (N, H, W, C)."""
+    if is_plain(layer, nn.Linear):
+        return pointwise(layer, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return layer(x)

@@ -1,12 +1,11 @@
 """The global memory branch: bottleneck, neural memory, gate map (Sec. 3.3)."""
 from __future__ import annotations
 
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .neural_memory import NeuralMemory
-from .plain import is_plain
+from .plain import is_plain, pointwise
 
 
 class GlobalMemory(BaseModule):
@@ -31,14 +30,9 @@ class GlobalMemory(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
-        tokens = self.memory(_pointwise(self.reduce, x).flatten(2).transpose(1, 2))  # (B, H·W, Cm)
-        return _pointwise(self.expand, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        tokens = self.memory(_convolve(self.reduce, x).flatten(2).transpose(1, 2))  # (B, H·W, Cm)
+        return _convolve(self.expand, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 1×1 convolution of (B, C, H, W): of channels_last maps one matrix product, as which it is faster."""
-    if not is_plain(conv, nn.Conv2d):
-        return conv(x)
-    tokens = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
-    tokens = F.linear(tokens, conv.weight.flatten(1), conv.bias)
-    return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    return pointwise(conv, x) if is_plain(conv, nn.Conv2d) else conv(x)

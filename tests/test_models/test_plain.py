@@ -1,0 +1,57 @@
+"""1×1 convolutions and linear layers as what is faster where they run."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convneur_mm.models.plain import pointwise
+
+
+class Called(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('kind', ['linear', 'convolution', 'without a bias'])
+@pytest.mark.parametrize('size', [(2, 5, 7), (1, 1, 1), (3, 1, 9)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_pointwise_is_a_linear_map_of_the_channels(kind, size, dtype, tolerance):
+    torch.manual_seed(0)
+    batch, height, width = size
+    layer = nn.Conv2d(6, 11, 1) if kind == 'convolution' else nn.Linear(6, 11, bias=kind == 'linear')
+    layer = layer.to(dtype)
+    x = torch.randn(batch, 6, height, width, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    wanted = torch.einsum('nchw,dc->ndhw', x, layer.weight.flatten(1))
+    if layer.bias is not None:
+        wanted = wanted + layer.bias[:, None, None]
+    found, weights = pointwise(layer, x), [x, *layer.parameters()]
+    grad = torch.randn_like(wanted)
+    for a, b in zip([found, *torch.autograd.grad(found, weights, grad)],
+                    [wanted, *torch.autograd.grad(wanted, weights, grad)]):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert found.permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a PyTorch with oneDNN')
+def test_a_convolution_where_onednn_knows_the_dtype_else_a_matrix_product():
+    for dtype, operator in (torch.float32, 'convolution'), (torch.float64, 'addmm'):
+        x = torch.randn(2, 6, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+        with Called() as called:
+            pointwise(nn.Linear(6, 11).to(dtype), x)
+        assert {'convolution', 'addmm', 'mm'} & called.names == {operator}
+
+
+def test_half_precision_under_autocast():
+    layer, x = nn.Linear(6, 11), torch.randn(2, 6, 5, 5)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found, wanted = pointwise(layer, x), F.linear(x.permute(0, 2, 3, 1), layer.weight, layer.bias)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(found.permute(0, 2, 3, 1), wanted, rtol=2e-2, atol=2e-2)
