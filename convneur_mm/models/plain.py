@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked in a call, it would part a compiled graph
+
 
 def does_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does with its weights what its ``kind`` does, unlike an adapter or a quantised one."""
@@ -24,6 +26,6 @@ def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     and never slower; elsewhere, and in float64, which oneDNN does not know, as a matrix product.
     """
     weight = layer.weight.flatten(1)
-    if x.device.type == 'cpu' and x.dtype != torch.float64 and torch.backends.mkldnn.is_available():
+    if x.device.type == 'cpu' and x.dtype != torch.float64 and HAS_ONEDNN:
         return F.conv2d(x, weight[:, :, None, None], layer.bias)
     return F.linear(x.permute(0, 2, 3, 1), weight, layer.bias).permute(0, 3, 1, 2)

@@ -1,13 +1,11 @@
-"""That the memory remembers: it learns to name the values of keys that it was shown earlier in a sequence.
-
-With the C++ kernels where they are compiled; that PyTorch's operators compute the same is tested with the operator.
-"""
+"""That the memory remembers: it learns to name the values of keys that it was shown earlier in a sequence."""
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convneur_mm.models import NeuralMemory
+from convneur_mm.ops.neural_memory import cpu
 
 KEYS, VALUES, TOKENS = 12, 8, 256
 
@@ -50,6 +48,11 @@ def recall_accuracy(**memory_cfg) -> float:
     dict(), dict(update_rule='parallel'), dict(retrieve='final')], ids=['default', 'parallel', 'final'])
 def test_recall(options):
     assert recall_accuracy(**options) >= 0.99
+
+
+def test_recall_with_the_kernels_in_pytorch(monkeypatch):
+    monkeypatch.setattr(cpu, 'kernels', None)
+    assert recall_accuracy() >= 0.99
 
 
 def test_no_recall_without_writing():
