@@ -73,3 +73,11 @@ def test_unpacked_wheel_works_elsewhere(wheel, tmp_path):
     where, what = done.stdout.split('\n')[:2]
     assert Path(where).is_relative_to(site)
     assert what == '1024 m3'
+
+
+def test_tools_with_an_interpreter_can_be_called():
+    """All files with a #! line, as the commands of README and docs call them by their path."""
+    files = [path for path in (ROOT / 'tools').rglob('*') if path.suffix in ('.py', '.sh')]
+    called = [path for path in files if path.read_bytes().startswith(b'#!')]
+    assert len(called) > 10
+    assert [path for path in called if not os.access(path, os.X_OK)] == []

@@ -1,11 +1,11 @@
-"""1×1 convolutions and linear layers as what is faster where they run."""
+"""Which layers may be done without being called, and 1×1 convolutions and linear layers as what is faster."""
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convneur_mm.models.plain import pointwise
+from convneur_mm.models.plain import does_as, is_plain, pointwise
 
 
 class Called(TorchDispatchMode):
@@ -18,6 +18,41 @@ class Called(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+class Scaled(nn.Linear):
+    """Does something else with its weights."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """Does the same."""
+
+
+class Borrowed(nn.Module):
+    """Is none of them, but does as they do."""
+
+    forward = nn.Linear.forward
+
+
+@pytest.mark.parametrize('module, does', [
+    (nn.Linear(2, 2), True), (Named(2, 2), True), (Scaled(2, 2), False), (Borrowed(), False), (nn.Identity(), False)])
+def test_layers_that_do_as_a_linear_one(module, does):
+    assert does_as(module, nn.Linear) is does
+    assert is_plain(module, nn.Linear) is does
+
+
+@pytest.mark.parametrize('register', [
+    'register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook',
+    'register_full_backward_pre_hook'])
+def test_a_layer_with_a_hook_is_not_plain(register):
+    layer = nn.Linear(2, 2)
+    hook = getattr(layer, register)(lambda *_: None)
+    assert does_as(layer, nn.Linear) and not is_plain(layer, nn.Linear)
+    hook.remove()
+    assert is_plain(layer, nn.Linear)
 
 
 @pytest.mark.parametrize('kind', ['linear', 'convolution', 'without a bias'])
