@@ -8,7 +8,7 @@ from .token_mixer import TokenMixer
 
 
 class NonLocal(TokenMixer):
-    """``z = W_z y + x`` with ``y = softmax(θ(x) φ(x)ᵀ) g(x)``, the embedded Gaussian form (Eqs. 4 and 6).
+    """``z = W_z y + x`` with ``y = softmax(θ(x) φ(x)ᵀ) g(x)``, the embedded Gaussian form (Eqs. 3 and 6).
 
     θ, φ and g halve the channels, as in the paper.
 

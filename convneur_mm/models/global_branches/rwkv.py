@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.neural_memory.types import no_autocast
 from ..blocks import LayerNorm2d
 from .token_mixer import TokenMixer
 
@@ -30,14 +29,13 @@ def bi_wkv(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
         Tensor: (B, N, C), in the dtype of ``v``.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    with no_autocast(v):
-        k, values, decay, bonus = (x.to(dtype) for x in (k, v, decay, bonus))
-        weight = (k - k.detach().amax(1, keepdim=True)).exp()  # a common factor, which the quotient drops
-        x = torch.cat((weight * values, weight), dim=2)  # numerators and denominators, (B, N, 2C)
-        step = torch.cat((decay, decay)) / k.size(1)
-        x = _sum_before(x, step) + _sum_before(x.flip(1), step).flip(1) + x * torch.cat((bonus, bonus)).exp()
-        numerator, denominator = x.chunk(2, dim=2)
-        return (numerator / denominator).to(v.dtype)
+    k, values, decay, bonus = (x.to(dtype) for x in (k, v, decay, bonus))
+    weight = (k - k.detach().amax(1, keepdim=True)).exp()  # a common factor, which the quotient drops
+    x = torch.cat((weight * values, weight), dim=2)  # numerators and denominators, (B, N, 2C)
+    step = torch.cat((decay, decay)) / k.size(1)
+    x = _sum_before(x, step) + _sum_before(x.flip(1), step).flip(1) + x * torch.cat((bonus, bonus)).exp()
+    numerator, denominator = x.chunk(2, dim=2)
+    return (numerator / denominator).to(v.dtype)
 
 
 def _sum_before(x: Tensor, step: Tensor) -> Tensor:

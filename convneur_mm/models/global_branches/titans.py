@@ -74,8 +74,8 @@ class MemoryAsContext(BaseModule):
         state = None
         outputs = []
         for segment in memory.norm(x).split(memory.tokens_per_chunk(x.size(1)), dim=1):
-            context = self._read(segment, state)
-            y = self.attention(torch.cat((persistent.to(context.dtype), context, segment), dim=1), segment.size(1))
+            context = torch.cat((persistent.to(segment.dtype), self._read(segment, state), segment), dim=1)
+            y = self.attention(context, segment.size(1))
             read, state = self._write_and_read(y, state)
             outputs.append(y * read)
         return memory.proj(torch.cat(outputs, dim=1))
@@ -83,12 +83,13 @@ class MemoryAsContext(BaseModule):
     def _read(self, segment: Tensor, state: MemoryState | None) -> Tensor:
         """M_{t-1}(S_t W_Q), (B, L, Cm); a single chunk whose state is not asked for is not written."""
         q = self._unit_heads(self.memory.query(segment))
-        return self._run(q, q, q, state)[0]
+        return self._run(q, q, q, state)[0].to(segment.dtype)
 
     def _write_and_read(self, y: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
         """M_t(y_t), (B, L, Cm), and the state of M_t."""
         k, v = self._unit_heads(self.memory.key(y)), self._heads(self.memory.value(y))
-        return self._run(self._unit_heads(y), k, v, state, retrieve='final', return_state=True)
+        read, state = self._run(self._unit_heads(y), k, v, state, retrieve='final', return_state=True)
+        return read.to(y.dtype), state
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None,
              **options: str | bool) -> tuple[Tensor, MemoryState | None]:
