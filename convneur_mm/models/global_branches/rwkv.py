@@ -16,8 +16,8 @@ def bi_wkv(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
     ``exp(k_i − (|t − i| − 1)·w / N)`` for i ≠ t and by ``exp(k_t + u)`` for itself.
 
     Half-precision inputs are computed in float32. Since w is divided by N, the decay over the whole sequence is exp(w)
-    however long it is, which lets cumulative sums stand for the recurrence over tokens; they are finite in float32 for
-    \\|w\\| up to about 150.
+    however long it is, which lets cumulative sums stand for the recurrence over tokens. They are finite in float32 as
+    long as w is between -70 and 150 and the keys of a channel are within 80 of each other.
 
     Args:
         k (Tensor): Keys, (B, N, C).
