@@ -101,6 +101,8 @@ class ConvNeur(BaseModule):
                                    ('global_branch', global_branch, tuple(GLOBAL_BRANCHES))):
             if value not in known:
                 raise ValueError(f'{name} must be one of {known}, got {value!r}')
+        if placement == 'none' and global_branch != 'neural_memory':
+            raise ValueError(f"global_branch={global_branch!r} needs placement='stage' or 'block', got 'none'")
         memory_cfg = self._parse_memory_cfg(memory_cfg, global_branch)
         if memory_cfg.get('mem_channels') is not None:
             mem_channels = memory_cfg['mem_channels']

@@ -31,13 +31,13 @@ class GlobalMemory(BaseModule):
         super().__init__(init_cfg=init_cfg)
         if branch not in GLOBAL_BRANCHES:
             raise ValueError(f'global_branch must be one of {tuple(GLOBAL_BRANCHES)}, got {branch!r}')
+        self.branch = branch
         self.reduce = nn.Conv2d(in_channels, mem_channels, 1)
         mixer = GLOBAL_BRANCHES[branch](mem_channels, **memory_cfg)
         if branch == 'neural_memory':
             self.memory = mixer
         else:
             self.mixer = mixer
-        self.branch = branch
         self.expand = nn.Conv2d(mem_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -60,11 +60,14 @@ randomness = dict(seed=0)
 
 @HOOKS.register_module()
 class GradientRecorder(Hook):
-    """The gradients of the last step, and the parameters before the first one."""
+    """The parameters before the first step, their gradients in the last one, and the names of those that decay."""
 
     def before_train(self, runner: Runner) -> None:
         self.before = {name: param.detach().clone() for name, param in runner.model.named_parameters()}
         self.gradients = {}
+        names = {id(param): name for name, param in runner.model.named_parameters()}
+        self.decayed = {names[id(param)] for group in runner.optim_wrapper.optimizer.param_groups
+                        for param in group['params'] if group['weight_decay']}
         runner.optim_wrapper.optimizer.register_step_pre_hook(lambda *_: self.gradients.update(
             (name, param.grad.clone()) for name, param in runner.model.named_parameters()))
 
@@ -109,6 +112,9 @@ def test_trains_and_validates(name, pictures, tmp_path, monkeypatch):
         assert gradient.any() or any(idle in param for idle in IDLE), param
     moved = {name for name, param in runner.model.named_parameters() if not torch.equal(param, recorder.before[name])}
     assert moved >= {param for param, gradient in recorder.gradients.items() if gradient.any()}
+    assert recorder.decayed == {
+        param for param, value in recorder.before.items()
+        if value.ndim > 1 and not param.endswith(('.memory.w1', '.memory.w2'))}
     log, = (tmp_path / 'work').glob('*/vis_data/scalars.json')
     scalars = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [line['loss'] for line in scalars if 'loss' in line]

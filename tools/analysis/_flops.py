@@ -33,9 +33,9 @@ def count_flops(module: nn.Module, *inputs: Tensor) -> float:
     return counter.get_total_flops() / 2
 
 
-def _attention_flops(query: Tensor | torch.Size, key: Tensor | torch.Size, value: Tensor | torch.Size, *args: object,
-                     **kwargs: object) -> int:
-    """FLOPs of q kᵀ and of its product with v. PyTorch hands on shapes, before 2.2 the tensors themselves."""
-    (*batch, rows, channels), (*_, columns, _), (*_, out_channels) = (
-        getattr(x, 'shape', x) for x in (query, key, value))
-    return 2 * math.prod((*batch, rows, columns, channels + out_channels))
+def _attention_flops(query: Tensor | torch.Size, key: Tensor | torch.Size, *args: object, **kwargs: object) -> int:
+    """FLOPs of q kᵀ and of its product with v, which the operator takes as wide as q alone.
+
+    PyTorch hands on shapes, before 2.2 the tensors themselves.
+    """
+    return 4 * math.prod(getattr(query, 'shape', query)) * getattr(key, 'shape', key)[-2]

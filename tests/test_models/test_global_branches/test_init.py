@@ -1,9 +1,8 @@
 """What all global branches have in common: their place in the bottleneck, options, gradients, dtypes, export."""
 import pytest
 import torch
-from torch import nn
 
-from convneur_mm.models import ConvNeur
+from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.models.global_branches import GLOBAL_BRANCHES, branch_options
 from convneur_mm.models.global_memory import GlobalMemory
 
@@ -30,7 +29,7 @@ def test_names():
 
 
 @pytest.mark.parametrize('branch', GLOBAL_BRANCHES)
-@pytest.mark.parametrize('placement, blocks', [('stage', [1, 1]), ('block', [1, 2]), ('none', [0, 0])])
+@pytest.mark.parametrize('placement, blocks', [('stage', [1, 1]), ('block', [1, 2])])
 def test_backbone_has_the_branch_where_it_is_placed(branch, placement, blocks):
     model = ConvNeur(dict(TINY, depths=[1, 2]), global_branch=branch, placement=placement, out_indices=(0, 1),
                      memory_cfg=dict(mem_channels=32))
@@ -38,6 +37,11 @@ def test_backbone_has_the_branch_where_it_is_placed(branch, placement, blocks):
     for module in model.modules():
         if isinstance(module, GlobalMemory):
             assert module.reduce.out_channels == module.expand.in_channels == 32
+
+
+def test_a_branch_without_a_place_is_refused():
+    with pytest.raises(ValueError, match="global_branch='cbam' needs placement='stage' or 'block', got 'none'"):
+        ConvNeur(TINY, global_branch='cbam', placement='none')
 
 
 def test_all_have_the_memorys_bottleneck():
@@ -49,8 +53,7 @@ def test_all_have_the_memorys_bottleneck():
         state = make(branch).state_dict()
         assert all(name in shared or name.startswith('mixer.') for name in state), branch
         prefix = 'mixer.memory' if branch == 'titans' else 'mixer'
-        for name, ours in ((name, name) for name in shared):
-            assert state[name].shape == memory[ours].shape
+        assert all(state[name].shape == memory[name].shape for name in shared), branch
         for name in ('norm.weight', 'norm.bias', 'proj.weight'):
             assert state[f'{prefix}.{name}'].shape == memory[f'memory.{name}'].shape, (branch, name)
 
@@ -161,7 +164,8 @@ def test_export_takes_operators_of_pytorch_alone(branch):
     model = make(branch).eval()
     x = torch.randn(1, 6, 4, 5)
     program = torch.export.export(model, (x,))
-    torch.testing.assert_close(program.module()(x), model(x))
+    run = program.module() if hasattr(program, 'module') else program  # before torch 2.2 it is called itself
+    torch.testing.assert_close(run(x), model(x))
     targets = [node.target for node in program.graph.nodes if node.op == 'call_function']
     assert targets and all(getattr(target, 'namespace', 'aten') == 'aten' for target in targets)
 
@@ -180,4 +184,4 @@ def test_default_branch_is_the_memory():
     default, named = (GlobalMemory(6, 16, *args, chunk_size=9) for args in ((), ('neural_memory',)))
     assert list(default.state_dict()) == list(named.state_dict())
     assert [name for name, _ in default.named_children()] == ['reduce', 'memory', 'expand']
-    assert isinstance(nn.ModuleDict(dict(named.named_children()))['memory'], GLOBAL_BRANCHES['neural_memory'])
+    assert type(default.memory) is NeuralMemory
