@@ -67,8 +67,9 @@ def _read_and_write(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, gen
         k_t, v_t = k_chunks[t], v_chunks[t]
 
         with torch.enable_grad():
+            # A view, as keys and values may depend on the memory themselves: the gradient of Eq. 3 leaves that out.
             a1, a2 = (
-                a if learn and a.requires_grad else a.detach().requires_grad_()
+                a.view_as(a) if learn and a.requires_grad else a.detach().requires_grad_()
                 for a in ((m1, m2) if options.update_rule == 'sequential' else initial)
             )
             error = read(k_t, a1, a2) - v_t

@@ -1,0 +1,3 @@
+_base_ = '../convneur_m3_300e_in1k.py'
+
+model = dict(backbone=dict(fusion='concat'))

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+r"""Table 5 of the paper: its ablations of ConvNeur-m3, counted by us beside the paper's figures.
+
+    tools/analysis/ablation_table.py
+    # with the best accuracies of finished trainings, e.g. of tools/dist_train.sh configs/ablation/NAME.py 8
+    tools/analysis/ablation_table.py --work-dirs work_dirs --json table.json
+
+Accuracies are read from the logs of the configs' work dirs; no weights are opened.
+"""
+import argparse
+import json
+import os.path as osp
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import torch
+from _benchmark import format_table, write_json
+from _flops import count_flops, count_parameters
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from convneur_mm import config
+from convneur_mm.models import ConvNeur
+from convneur_mm.models.global_branches.self_attention import MultiHeadAttention
+
+IMAGE = (1, 3, 224, 224)
+TOP1 = 'accuracy/top1'
+DEFAULT = 'convneur_m3_300e_in1k'
+SELF_ATTENTION = 'ablation/convneur_m3_branch_self_attention_300e_in1k'
+
+
+class Row(NamedTuple):
+    """A row of Table 5: what is varied, the variant, our config of it, and the paper's G FLOPs and top-1 accuracy."""
+
+    experiment: str
+    variant: str
+    config: str
+    paper_gflops: float
+    paper_top1: float
+
+
+TABLE = (
+    Row('global memory', 'local only', 'ablation/convneur_m3_placement_none_300e_in1k', 1.4, 78.2),
+    Row('global memory', 'per stage (default)', DEFAULT, 1.8, 80.0),
+    Row('global memory', 'per block', 'ablation/convneur_m3_placement_block_300e_in1k', 2.3, 80.4),
+    Row('branch', 'CBAM', 'ablation/convneur_m3_branch_cbam_300e_in1k', 1.5, 78.4),
+    Row('branch', 'non-local', 'ablation/convneur_m3_branch_non_local_300e_in1k', 3.0, 79.1),
+    Row('branch', 'self-attention', SELF_ATTENTION, 1.8, 79.8),
+    Row('branch', 'IR-RWKV', 'ablation/convneur_m3_branch_rwkv_300e_in1k', 2.0, 77.6),
+    Row('branch', 'Titans', 'ablation/convneur_m3_branch_titans_300e_in1k', 3.1, 79.6),
+    Row('branch', 'neural memory (default)', DEFAULT, 1.8, 80.0),
+    Row('fusion', 'addition', 'ablation/convneur_m3_fusion_add_300e_in1k', 1.8, 79.6),
+    Row('fusion', 'concatenation', 'ablation/convneur_m3_fusion_concat_300e_in1k', 1.9, 79.5),
+    Row('fusion', 'gate (default)', DEFAULT, 1.8, 80.0),
+    Row('memory channels', '64', 'ablation/convneur_m3_mem_channels_64_300e_in1k', 1.5, 78.6),
+    Row('memory channels', '128 (default)', DEFAULT, 1.8, 80.0),
+    Row('memory channels', '256', 'ablation/convneur_m3_mem_channels_256_300e_in1k', 2.7, 80.3),
+)
+
+NOTES = """\
+FLOPs: multiply-accumulates of all convolutions and matrix products at 224 x 224, the memory's inner loop included.
+paper: the paper's own figures, no runs of ours. difference: our FLOPs less the paper's.
+Self-attention: the paper's 1.8 G leave out the products with the attention matrix, q kT and the one with v. They are
+  {products:.2f} G; with them it is {whole:.2f} G. The difference is of the count without them.
+  In the paper's rows of non-local and Titans such products are counted.
+IR-RWKV: its recurrence is sums over the tokens, no matrix product, and counts for nothing.
+Every branch stands between the same convolutions, LayerNorm and output projection as the memory."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work-dirs', type=Path, metavar='DIR',
+                        help='folder of the work dirs, each named as its config (default: work_dirs, if there is one)')
+    parser.add_argument('--json', metavar='FILE', help='write the table to FILE')
+    return parser.parse_args(argv)
+
+
+def build(name: str) -> nn.Module:
+    """The backbone of a shipped classification config and its linear head, on the meta device, in evaluation mode."""
+    model = Config.fromfile(config(name)).model
+    backbone = {key: value for key, value in model.backbone.items() if key != 'type'}
+    with torch.device('meta'):
+        return nn.Sequential(ConvNeur(**backbone), _Last(), nn.Linear(model.head.in_channels, model.head.num_classes)
+                             ).eval()
+
+
+class _Last(nn.Module):
+    """The last of the backbone's outputs."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[-1]
+
+
+def attention_products(module: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-accumulates of q kᵀ and of its product with v in all attention of one forward pass."""
+    found = []
+    handles = [attention.register_forward_pre_hook(
+        lambda _, args: found.append(2 * args[0].numel() * args[0].size(1)))
+        for attention in module.modules() if isinstance(attention, MultiHeadAttention)]
+    with torch.no_grad():
+        module(*inputs)
+    for handle in handles:
+        handle.remove()
+    return sum(found)
+
+
+def best_top1(work_dir: Path) -> tuple[float, int] | None:
+    """The best validated top-1 accuracy of all runs in a work dir, with its epoch; None where nothing was validated.
+
+    Raises:
+        ValueError: If a log holds a line that is no JSON.
+    """
+    found = []
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+            try:
+                scalars = json.loads(line)
+            except ValueError:
+                raise ValueError(f'{path}, line {number}: expected JSON, got {line[:80]!r}') from None
+            if TOP1 in scalars:
+                found.append((scalars[TOP1], scalars['step']))
+    return max(found, key=lambda result: result[0], default=None)
+
+
+def measure(work_dirs: Path) -> list[dict]:
+    """The table's rows: the paper's figures, ours, and the accuracies found below ``work_dirs``."""
+    counts = {}
+    for name in dict.fromkeys(row.config for row in TABLE):
+        model, image = build(name), torch.empty(IMAGE, device='meta')
+        counts[name] = dict(
+            params_m=count_parameters(model) / 1e6, gflops=count_flops(model, image) / 1e9,
+            attention_products_gflops=attention_products(model, image) / 1e9 if name == SELF_ATTENTION else 0.0)
+    rows = []
+    for row in TABLE:
+        count = counts[row.config]
+        best = best_top1(work_dirs / Path(row.config).name)
+        rows.append(dict(
+            row._asdict(), **count,
+            difference_gflops=count['gflops'] - count['attention_products_gflops'] - row.paper_gflops,
+            top1=best and best[0], top1_epoch=best and best[1]))
+    return rows
+
+
+def report(rows: list[dict]) -> str:
+    """The table and what is to be known of it."""
+    cells = []
+    for row in rows:
+        flops = f'{row["gflops"]:.2f}'
+        if row['attention_products_gflops']:
+            flops = f'{row["gflops"] - row["attention_products_gflops"]:.2f} ({flops})'
+        top1 = '-' if row['top1'] is None else f'{row["top1"]:.1f} (epoch {row["top1_epoch"]})'
+        cells.append((row['experiment'], row['variant'], f'{row["params_m"]:.2f}', flops, f'{row["paper_gflops"]:.1f}',
+                      f'{row["difference_gflops"]:+.3f}', top1, f'{row["paper_top1"]:.1f}'))
+    attention = next(row for row in rows if row['config'] == SELF_ATTENTION)
+    notes = NOTES.format(products=attention['attention_products_gflops'], whole=attention['gflops'])
+    header = ('experiment', 'variant', 'params (M)', 'FLOPs (G)', 'paper FLOPs (G)', 'difference', 'top-1',
+              'paper top-1')
+    return f'{format_table(header, cells)}\n\n{notes}'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.work_dirs and not args.work_dirs.is_dir():
+        raise SystemExit(f'--work-dirs must be a folder, got {str(args.work_dirs)!r}')
+    work_dirs = args.work_dirs or Path('work_dirs')
+    try:
+        rows = measure(work_dirs)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    print(report(rows))
+    if all(row['top1'] is None for row in rows):
+        print(f'top-1: no validated run of these configs in {work_dirs}/')
+    if args.json:
+        write_json(args.json, dict(rows=rows))
+
+
+if __name__ == '__main__':
+    main()
