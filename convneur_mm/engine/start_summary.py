@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..models import ConvNeur, NeuralMemory
+from ..models.global_memory import GlobalMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
 from .checkpoint import checkpoint_weights, compare_weights
@@ -204,12 +205,15 @@ def _model(model: nn.Module) -> str:
 
 
 def _memory(model: nn.Module) -> list[tuple[str, str]]:
-    """Options of the memories and what computes them, one line for all memories that agree."""
+    """Options of the memories and what computes them, one line for all memories that agree, and what stands in place
+    of memories."""
     groups = memory_groups(model)
     memories = [memory for memories in groups.values() for memory in memories]
+    lines = [('branch', f'{_count(count, "global branch", "global branches")} {branch!r} in place of the memory')
+             for branch, count in Counter(m.branch for m in model.modules() if isinstance(m, GlobalMemory)).items()
+             if branch != 'neural_memory']
     if not memories:
-        return [('memory', 'none')]
-    lines = []
+        return [*lines, ('memory', 'none')]
     for (size, step, rule, retrieve), count in Counter(
             (f'chunk size {m.chunk_size} tokens' if m.num_chunks is None else
              f'{_count(m.num_chunks, "chunk", "chunks")} of an image', m.inner_step, m.update_rule, m.retrieve)

@@ -496,6 +496,13 @@ class TestFacts:
         assert lines[2][1] == 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'
         assert start_summary._memory(nn.Linear(1, 1)) == [('memory', 'none')]
 
+    def test_other_branches(self):
+        branch = ('branch', "4 global branches 'cbam' in place of the memory")
+        assert start_summary._memory(ConvNeur(TINY, global_branch='cbam')) == [branch, ('memory', 'none')]
+        both = nn.ModuleList([ConvNeur(TINY, global_branch='cbam'), ConvNeur(TINY)])
+        lines = start_summary._memory(both)
+        assert lines[0] == branch and [name for name, _ in lines].count('memory') == 1
+
     def test_weights(self, tmp_path):
         model = nn.ModuleDict(dict(a=nn.Linear(1, 1), b=nn.Linear(1, 1), c=nn.Linear(1, 1)))
         runner = SimpleNamespace(_load_from=None, _resume=False, work_dir=str(tmp_path), epoch=3, iter=7)
