@@ -56,8 +56,10 @@ def losses_of(cfg: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def make_small(cfg: Config) -> None:
-    """Few regions of an image are sampled; crops are not padded to their full size."""
+    """Few regions of an image are sampled, the box heads are narrow, and crops are not padded to their full size."""
     if cfg.default_scope == 'mmdet':
+        for head in cfg.model.roi_head.bbox_head:  # 40 million weights otherwise
+            head.fc_out_channels = 16
         cfg.model.train_cfg.rpn_proposal.max_per_img = 32
         for stage in cfg.model.train_cfg.rcnn:
             stage.sampler.num = 16
@@ -158,8 +160,6 @@ def small_detection(cfg: Config) -> None:
     cfg.classes, cfg.image_size, cfg.max_epochs = SHAPE_CLASSES, SIZE, 1
     cfg.model.test_cfg.rpn.max_per_img = 32
     cfg.model.test_cfg.rcnn.max_per_img = 4
-    for head in cfg.model.roi_head.bbox_head:  # of whose 40 million weights the checkpoint would be full
-        head.fc_out_channels = 16
 
 
 def small_segmentation(cfg: Config) -> None:

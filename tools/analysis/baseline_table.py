@@ -83,8 +83,8 @@ paper: the paper's own figures, no runs of ours. Of its rows BiViT, FLatten-PVT-
   mmdet, mmseg and mmpretrain have no such backbone.
 params: of the backbone, and of all that works at inference; UperNet's auxiliary head does not.
 FLOPs: multiply-accumulates of all convolutions and matrix products, the memory's inner loop and attention included,
-  of the backbone and of everything. Detection: one image of 1333 x 800, padded to {detection}; {proposals} proposals go
-  through the three box heads, and {masks} boxes through the three mask heads. Segmentation: one image of {segmentation}.
+  of the backbone and of everything. Detection: one image of 1333 x 800, padded to 1344 x 800; 1000 proposals go
+  through the three box heads, and 100 boxes through the three mask heads. Segmentation: one image of 2048 x 512.
 + norms: with norms, pooling and upsampling, as MMEngine's get_model_complexity_info counts them. The paper's figures of
   other backbones agree with that count to 1 G, its figures of ConvNeur with the one without."""
 
@@ -152,23 +152,35 @@ class NormCounter(TorchDispatchMode):
         return output
 
 
+class _Run(nn.Module):
+    """A module that keeps its last output, and the total of a NormCounter.
+
+    The mode is entered in here, within the FLOP counter's, which takes batch norm apart before it hands it on.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> None:
+        with NormCounter() as counter:
+            self.output = self.module(*inputs)
+        self.norms = counter.total
+
+
 def measure_row(row: Row) -> dict:
     """Parameters in M and multiply-accumulates in G of the row's config, beside the paper's figures."""
     model = build(row.config)
-    heads = _Heads(model)
-    image = torch.empty(SEGMENTATION_IMAGE if 'decode_head' in heads.heads else DETECTION_IMAGE, device='meta')
-    features = []
-    model.backbone.register_forward_hook(lambda module, args, output: features.append(output))
-    with NormCounter() as norms:
-        of_backbone = count_flops(model.backbone, image)
-        of_heads = count_flops(heads, features[0])
-    gflops = (of_backbone + of_heads) / 1e9
-    gflops_with_norms = gflops + norms.total / 1e9
+    image = torch.empty(SEGMENTATION_IMAGE if hasattr(model, 'decode_head') else DETECTION_IMAGE, device='meta')
+    backbone, heads = _Run(model.backbone), _Run(_Heads(model))
+    of_backbone = count_flops(backbone, image)
+    gflops = (of_backbone + count_flops(heads, backbone.output)) / 1e9
+    gflops_with_norms = gflops + (backbone.norms + heads.norms) / 1e9
     # The paper counts other backbones with MMEngine's counter; see NOTES.
     counted = gflops if 'convneur' in row.config else gflops_with_norms
     return dict(
-        row._asdict(), backbone_params_m=count_parameters(model.backbone) / 1e6,
-        params_m=(count_parameters(model.backbone) + count_parameters(heads)) / 1e6,
+        row._asdict(), backbone_params_m=count_parameters(backbone) / 1e6,
+        params_m=(count_parameters(backbone) + count_parameters(heads)) / 1e6,
         backbone_gflops=of_backbone / 1e9, gflops=gflops, gflops_with_norms=gflops_with_norms,
         difference_gflops=None if row.paper_gflops is None else counted - row.paper_gflops)
 
@@ -192,15 +204,11 @@ def report(rows: Sequence[dict]) -> str:
             if published:
                 line += ['-', '-'] if row['paper_gflops'] is None else [
                     str(row['paper_gflops']), f'{row["difference_gflops"]:+.1f}']
-            cells.append([*line, *(row['paper_results'] and map(str, row['paper_results']) or ['-'] * len(results))])
+            decimals = 2 if published else 1  # as the paper's Tables 4 and 3 have them
+            line += [f'{result:.{decimals}f}' for result in row['paper_results']] or ['-'] * len(results)
+            cells.append(line)
         parts.append(format_table(header, cells))
-    notes = NOTES.format(
-        detection=_size(DETECTION_IMAGE), segmentation=_size(SEGMENTATION_IMAGE), proposals=1000, masks=100)
-    return '\n\n'.join([*parts, notes])
-
-
-def _size(shape: Sequence[int]) -> str:
-    return f'{shape[-1]} x {shape[-2]}'
+    return '\n\n'.join([*parts, NOTES])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
