@@ -1,4 +1,6 @@
 """What the tests of the shipped configs share."""
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -16,13 +18,19 @@ from convneur_mm.models.blocks import GRN
 from convneur_mm.models.neural_memory import NeuralMemory
 
 
+@functools.cache
+def read_config(name: str) -> Config:
+    """A shipped config, not to be changed: reading one of mmdet's takes more than half a second."""
+    return Config.fromfile(config(name))
+
+
 @pytest.fixture
 def open_config() -> Iterator[Callable[[str], Config]]:
     """Loads a shipped config and stays in its scope until the test ends."""
     with ExitStack() as stack:
 
         def load(name: str) -> Config:
-            cfg = Config.fromfile(config(name))
+            cfg = copy.deepcopy(read_config(name))
             stack.enter_context(DefaultScope.overwrite_default_scope(cfg.default_scope))
             return cfg
 

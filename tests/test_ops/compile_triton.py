@@ -1,8 +1,8 @@
 """Compiles every Triton kernel of the neural memory for a GPU that need not be there, as real settings launch them.
 
-``python compile_triton.py 90 [setting …]`` calls the operation forward and backward on tensors without memory,
-compiles what it launches for sm_90 instead of running it, and prints a line per kernel: the registers, spilled bytes
-and shared memory that ptxas gives it.
+``python compile_triton.py 90 80:classification,detection`` calls the operation forward and backward on tensors without
+memory, compiles what it launches for sm_90 in all settings and for sm_80 in these two, instead of running it, and
+prints a line per kernel: the registers, spilled bytes and shared memory that ptxas gives it.
 """
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -36,7 +38,7 @@ class NoDriver:
         self.target = GPUTarget('cuda', capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps what it has compiled by the number of the device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -69,10 +71,9 @@ def registers_and_spills(ptx: str, capability: int) -> tuple[int, int]:
     return int(re.search(r'Used (\d+) registers', report)[1]), int(re.search(r'(\d+) bytes spill stores', report)[1])
 
 
-def main(capability: int, *settings: str) -> None:
+def compile_all(capability: int, settings: Iterable[str]) -> None:
+    """Compiles and prints every kernel of the settings for one kind of GPU."""
     driver.set_active(NoDriver(capability))
-    backend.is_available = lambda tensor: True
-    backend._multiprocessors = lambda device: 132
     compiled = {}
     run = JITFunction.run
 
@@ -81,14 +82,23 @@ def main(capability: int, *settings: str) -> None:
         compiled[setting, self.fn.__name__, kernel.hash] = kernel
         return kernel
 
-    JITFunction.run = compile_only
-    for setting in settings or SETTINGS:
-        call(**SETTINGS[setting])
+    with patch.object(JITFunction, 'run', compile_only):
+        for setting in settings:
+            call(**SETTINGS[setting])
     for (setting, name, _), kernel in compiled.items():
+        assert f'.target sm_{capability}' in kernel.asm['ptx'], 'compiled for another kind of GPU'
         registers, spills = registers_and_spills(kernel.asm['ptx'], capability)
         print(f'sm_{capability} {setting} {name}: {registers} registers, {spills} bytes spilled, '
               f'{kernel.metadata.shared} bytes shared')
 
 
+def main(args: Iterable[str]) -> None:
+    backend.is_available = lambda tensor: True
+    backend._multiprocessors = lambda device: 132
+    for arg in args:
+        capability, _, settings = arg.partition(':')
+        compile_all(int(capability), settings.split(',') if settings else SETTINGS)
+
+
 if __name__ == '__main__':
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(sys.argv[1:])

@@ -63,11 +63,11 @@ def run(*command, cwd, **env):
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def assert_equal_weights(paths):
-    """Of ranks that trained together, for two iterations; returns the weights."""
+def assert_equal_weights(paths, iters):
+    """Of ranks that trained together, up to this iteration; returns the weights."""
     first, *others = (torch.load(path) for path in paths)
     for other in others:
-        assert first['iters'] == other['iters'] == 2  # 8 images, 2 processes of 2
+        assert first['iters'] == other['iters'] == iters
         assert first['weights'].keys() == other['weights'].keys()
         for name, value in first['weights'].items():
             assert torch.equal(value, other['weights'][name]), name
@@ -89,7 +89,8 @@ def trained(tmp_path_factory):
 
 def test_both_ranks_end_with_equal_weights(trained):
     folder, _, _ = trained
-    weights = assert_equal_weights([folder / 'work' / f'rank{i}.pth' for i in range(2)])
+    # An epoch: 8 images, 2 processes of 2.
+    weights = assert_equal_weights([folder / 'work' / f'rank{i}.pth' for i in range(2)], iters=2)
     moved = torch.load(folder / 'work' / 'epoch_1.pth', weights_only=False)['state_dict']
     assert torch.equal(moved['backbone.stages.0.0.depthwise_conv.weight'],
                        weights['backbone.stages.0.0.depthwise_conv.weight'])
@@ -142,16 +143,6 @@ def test_fewer_classes_than_the_checkpoint_has_are_refused(trained):
     assert 'classwise=True' in done.stdout
 
 
-def test_resume_goes_on(trained):
-    folder, size, _ = trained
-    shutil.copytree(folder / 'work', folder / 'resumed')  # other tests need the checkpoint that gives way to the next
-    done = run(ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', 'resumed', '--resume', '--cfg-options',
-               *size, 'train_cfg.max_epochs=2', cwd=folder, PORT='29611')
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert 'resumed epoch: 1, iter: 2' in done.stdout
-    assert (folder / 'resumed' / 'epoch_2.pth').exists()
-
-
 def start_nodes(folders, *args):
     """A launch in each of the folders, as if each were a machine, of one process; returns (exit code, output) of each.
     """
@@ -169,11 +160,15 @@ def start_nodes(folders, *args):
     return [(node.returncode, output) for node, output in zip(nodes, outputs)]
 
 
-def test_two_nodes_end_with_equal_weights(trained):
+def test_two_nodes_resume_and_end_with_equal_weights(trained):
     folder, _, _ = trained
-    nodes = start_nodes([folder, folder], '--cfg-options', *SIZE)
+    for i in range(2):  # other tests need the checkpoint that gives way to the next
+        shutil.copytree(folder / 'work', folder / f'node{i}')
+    nodes = start_nodes([folder, folder], '--resume', '--cfg-options', *SIZE, 'train_cfg.max_epochs=2')
     assert [code for code, _ in nodes] == [0, 0], nodes[0][1][-3000:] + nodes[1][1][-3000:]
-    assert_equal_weights([folder / f'node{i}' / f'rank{i}.pth' for i in range(2)])
+    assert 'resumed epoch: 1, iter: 2' in nodes[0][1]
+    assert (folder / 'node0' / 'epoch_2.pth').exists()
+    assert_equal_weights([folder / f'node{i}' / f'rank{i}.pth' for i in range(2)], iters=4)
 
 
 def test_data_missing_on_the_second_node(trained, tmp_path):

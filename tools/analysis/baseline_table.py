@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+r"""Tables 3 and 4 of the paper: the cost of ConvNeur and of the backbones beside it, under the same detector and heads.
+
+    tools/analysis/baseline_table.py
+    tools/analysis/baseline_table.py --json table.json
+
+Everything is counted on tensors without data: no weights are read, and no GPU is needed.
+"""
+import argparse
+import os.path as osp
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import torch
+from _benchmark import format_table, write_json
+from _flops import count_flops, count_parameters
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convneur_mm import config
+
+# A landscape image at 1333 x 800, padded to a multiple of 32, and what Table 4 names.
+DETECTION_IMAGE, SEGMENTATION_IMAGE = (1, 3, 800, 1344), (1, 3, 512, 2048)
+
+
+class Row(NamedTuple):
+    """A row: head, backbone, our config of it, and of the paper FLOPs in G and results (see ``RESULTS``), if given."""
+
+    head: str
+    backbone: str
+    config: str
+    paper_gflops: int | None = None
+    paper_results: tuple[float, ...] = ()
+
+
+def _detector(backbone: str, name: str, *paper_results: float) -> Row:
+    return Row('Cascade Mask R-CNN', backbone, name.format('cascade_rcnn', '1x_coco'), None, paper_results)
+
+
+def _segmentor(head: str, backbone: str, name: str, paper_gflops: int | None = None, *paper_results: float) -> Row:
+    prefix = {'Semantic FPN': 'semantic_fpn', 'UperNet': 'upernet'}[head]
+    return Row(head, backbone, name.format(prefix, '80k_ade20k'), paper_gflops, paper_results)
+
+
+RESULTS = {'Cascade Mask R-CNN': ('box AP', 'mask AP'), 'Semantic FPN': ('mIoU', ), 'UperNet': ('mIoU', )}
+TABLE = (
+    _detector('ConvNeur-m1', '{}_convneur_m1_{}'),
+    _detector('ConvNeur-m2', '{}_convneur_m2_{}', 41.2, 36.4),
+    _detector('ConvNeur-m3', '{}_convneur_m3_{}', 42.4, 39.0),
+    _detector('ConvNeur-m4', '{}_convneur_m4_{}'),
+    _detector('ResNet-50', 'baselines/{}_resnet50_{}', 38.0, 34.4),
+    _detector('PVT-T', 'baselines/{}_pvt_t_{}', 36.7, 35.1),
+    _detector('PVTv2-B0', 'baselines/{}_pvtv2_b0_{}', 38.2, 36.2),
+    _detector('ResNet-101', 'baselines/{}_resnet101_{}', 40.4, 36.4),
+    _detector('ResNeXt-101-32x4d', 'baselines/{}_resnext101_32x4d_{}', 41.9, 37.5),
+    _detector('PVT-S', 'baselines/{}_pvt_s_{}', 40.4, 37.8),
+    _detector('PVTv2-B1', 'baselines/{}_pvtv2_b1_{}', 41.8, 38.8),
+    _segmentor('Semantic FPN', 'ConvNeur-m1', '{}_convneur_m1_{}'),
+    _segmentor('Semantic FPN', 'ConvNeur-m2', '{}_convneur_m2_{}', 106, 39.17),
+    _segmentor('Semantic FPN', 'ConvNeur-m3', '{}_convneur_m3_{}', 123, 41.42),
+    _segmentor('Semantic FPN', 'ConvNeur-m4', '{}_convneur_m4_{}'),
+    _segmentor('Semantic FPN', 'ResNet-50', 'baselines/{}_resnet50_{}', 183, 36.59),
+    _segmentor('Semantic FPN', 'PVT-T', 'baselines/{}_pvt_t_{}', 158, 36.57),
+    _segmentor('UperNet', 'ConvNeur-m1', '{}_convneur_m1_{}'),
+    _segmentor('UperNet', 'ConvNeur-m2', '{}_convneur_m2_{}'),
+    _segmentor('UperNet', 'ConvNeur-m3', '{}_convneur_m3_{}'),
+    _segmentor('UperNet', 'ConvNeur-m4', '{}_convneur_m4_{}', 908, 45.72),
+    _segmentor('UperNet', 'ResNet-50', 'baselines/{}_resnet50_{}', 953, 42.10),
+    _segmentor('UperNet', 'DeiT-S', 'baselines/{}_deit_s_{}', 1217, 43.92),
+    _segmentor('UperNet', 'Swin-T', 'baselines/{}_swin_t_{}', 945, 44.51),
+)
+
+NOTES = """\
+paper: the paper's own figures, no runs of ours. Of its rows BiViT, FLatten-PVT-T and FLatten-Swin-T are missing here:
+  mmdet, mmseg and mmpretrain have no such backbone.
+params: of the backbone, and of all that works at inference; UperNet's auxiliary head does not.
+FLOPs: multiply-accumulates of all convolutions and matrix products, the memory's inner loop and attention included,
+  of the backbone and of everything. Detection: one image of 1333 x 800, padded to 1344 x 800; 1000 proposals go
+  through the three box heads, and 100 boxes through the three mask heads. Segmentation: one image of 2048 x 512.
++ norms: with norms, pooling and upsampling, as MMEngine's get_model_complexity_info counts them. The paper's figures of
+  other backbones agree with that count to 1 G, its figures of ConvNeur with the one without."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--json', metavar='FILE', help='write the table to FILE')
+    return parser.parse_args(argv)
+
+
+def build(name: str) -> nn.Module:
+    """The model of a shipped config on the meta device, in evaluation mode; nothing is loaded."""
+    cfg = Config.fromfile(config(name))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model).eval().to('meta')
+
+
+class _Heads(nn.Module):
+    """What follows the backbone at inference."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.neck = model.neck if model.with_neck else nn.Identity()
+        parts = ('rpn_head', 'roi_head') if hasattr(model, 'roi_head') else ('decode_head', )
+        self.heads = nn.ModuleDict({part: getattr(model, part) for part in parts})
+        self.test_cfg = model.test_cfg
+
+    def forward(self, features: Sequence[Tensor]) -> None:
+        features = self.neck(features)
+        if 'decode_head' in self.heads:
+            self.heads['decode_head'](features)
+            return
+        self.heads['rpn_head'](features)
+        # Which proposals there are depends on data; how many are kept at most does not.
+        roi_head = self.heads['roi_head']
+        for extractor, heads, count in (
+            (roi_head.bbox_roi_extractor, roi_head.bbox_head, self.test_cfg.rpn.max_per_img),
+            (roi_head.mask_roi_extractor, roi_head.mask_head, self.test_cfg.rcnn.max_per_img)):
+            for stage, head in zip(extractor, heads):
+                head(features[0].new_empty(count, stage.out_channels, *stage.roi_layers[0].output_size))
+
+
+class NormCounter(TorchDispatchMode):
+    """Adds up what MMEngine's counter takes norms, pooling and upsampling for, with its factors.
+
+    Attributes:
+        total (int): Of all calls below this mode so far.
+    """
+
+    INPUT_FACTORS = {torch.ops.aten.native_batch_norm: 2, torch.ops.aten.native_layer_norm: 5,
+                     torch.ops.aten._adaptive_avg_pool2d: 1}
+    OUTPUT_FACTORS = {torch.ops.aten.upsample_nearest2d: 1, torch.ops.aten.upsample_bilinear2d: 4}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        operator = func.overloadpacket
+        if operator in self.INPUT_FACTORS:
+            self.total += self.INPUT_FACTORS[operator] * args[0].numel()
+        elif operator in self.OUTPUT_FACTORS:
+            self.total += self.OUTPUT_FACTORS[operator] * output.numel()
+        return output
+
+
+class _Run(nn.Module):
+    """A module that keeps its last output, and the total of a NormCounter.
+
+    The mode is entered in here, within the FLOP counter's, which takes batch norm apart before it hands it on.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> None:
+        with NormCounter() as counter:
+            self.output = self.module(*inputs)
+        self.norms = counter.total
+
+
+def measure_row(row: Row) -> dict:
+    """Parameters in M and multiply-accumulates in G of the row's config, beside the paper's figures."""
+    model = build(row.config)
+    image = torch.empty(SEGMENTATION_IMAGE if hasattr(model, 'decode_head') else DETECTION_IMAGE, device='meta')
+    backbone, heads = _Run(model.backbone), _Run(_Heads(model))
+    of_backbone = count_flops(backbone, image)
+    gflops = (of_backbone + count_flops(heads, backbone.output)) / 1e9
+    gflops_with_norms = gflops + (backbone.norms + heads.norms) / 1e9
+    # The paper counts other backbones with MMEngine's counter; see NOTES.
+    counted = gflops if 'convneur' in row.config else gflops_with_norms
+    return dict(
+        row._asdict(), backbone_params_m=count_parameters(backbone) / 1e6,
+        params_m=(count_parameters(backbone) + count_parameters(heads)) / 1e6,
+        backbone_gflops=of_backbone / 1e9, gflops=gflops, gflops_with_norms=gflops_with_norms,
+        difference_gflops=None if row.paper_gflops is None else counted - row.paper_gflops)
+
+
+def report(rows: Sequence[dict]) -> str:
+    """A table for each head, and what is to be known of them."""
+    parts = []
+    for head, results in RESULTS.items():
+        of_head = [row for row in rows if row['head'] == head]
+        if not of_head:
+            continue
+        header = [head, 'params (M)', 'all (M)', 'FLOPs (G)', 'all (G)', '+ norms (G)']
+        published = any(row['paper_gflops'] is not None for row in of_head)
+        header += ['paper (G)', 'difference'] if published else []
+        header += [f'paper {result}' for result in results]
+        cells = []
+        for row in of_head:
+            line = [row['backbone'], *(f'{row[key]:.{digits}f}' for key, digits in (
+                ('backbone_params_m', 2), ('params_m', 2), ('backbone_gflops', 1), ('gflops', 1),
+                ('gflops_with_norms', 1)))]
+            if published:
+                line += ['-', '-'] if row['paper_gflops'] is None else [
+                    str(row['paper_gflops']), f'{row["difference_gflops"]:+.1f}']
+            decimals = 2 if published else 1  # as the paper's Tables 4 and 3 have them
+            line += [f'{result:.{decimals}f}' for result in row['paper_results']] or ['-'] * len(results)
+            cells.append(line)
+        parts.append(format_table(header, cells))
+    return '\n\n'.join([*parts, NOTES])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    rows = []
+    for number, row in enumerate(TABLE, 1):
+        if sys.stderr.isatty():
+            print(f'\r\033[K{number}/{len(TABLE)} {row.config}', end='', file=sys.stderr, flush=True)
+        rows.append(measure_row(row))
+    if sys.stderr.isatty():
+        print('\r\033[K', end='', file=sys.stderr)
+    print(report(rows))
+    if args.json:
+        write_json(args.json, dict(rows=rows))
+
+
+if __name__ == '__main__':
+    main()
