@@ -549,11 +549,9 @@ class OverLoCK(BaseModule):
         return fused.split([fused.size(1) - self.context_channels, self.context_channels], dim=1)
 
     def _focus(self, blocks: ModuleList, x: Tensor, context: Tensor, initial: Tensor) -> Tensor:
-        for i, block in enumerate(blocks):
-            if i > 0:
-                x, context = self._split(fused)
-            fused = block(x, context, initial)
-        return fused
+        for block in blocks[:-1]:
+            x, context = self._split(block(x, context, initial))
+        return blocks[-1](x, context, initial)
 
     def _put_out(self, outs: list[Tensor], stage: int, x: Tensor) -> None:
         if stage in self.out_indices and not self.for_classifier:
