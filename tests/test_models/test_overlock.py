@@ -1,0 +1,550 @@
+"""OverLoCK: published size and cost, its authors' weights by name, and its equations, written out plainly."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convneur_mm.models import OverLoCK, overlock
+from convneur_mm.models.overlock import DilatedRepConv, DynamicBlock
+
+ARCHS = ('xt', 't', 's', 'b')
+LIGHT = dict(depths=[1, 1, 1, 1], focus_depths=[2, 2], channels=[8, 16, 32, 32], kernel_sizes=[7, 7, 7, 7],
+             groups=[2, 2])
+# Of the authors' code: kernel size and dilation of the branches.
+BRANCHES = {7: '5_1 3_1 3_2 3_3', 13: '5_1 7_1 7_2 3_3 3_4 3_5', 15: '5_1 7_1 7_2 3_3 3_5 3_7',
+            17: '5_1 7_1 9_2 3_4 3_5 3_7'}
+
+
+def light(**options) -> OverLoCK:
+    return OverLoCK(LIGHT, **options)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Draws everything that starts as a constant: scales, biases, and the statistics of BatchNorm."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.5 if name.endswith('running_var') else 0.3 * torch.randn_like(value))
+    return model
+
+
+# Published size and cost.
+
+# Parameters (M) as trained and merged; multiply-accumulates (G) as trained, merged, and without the weighted sums.
+COUNTED = {
+    'xt': (17.31, 16.45, 2.86, 2.70, 2.67), 't': (34.99, 33.47, 5.99, 5.65, 5.59),
+    's': (58.31, 56.16, 10.44, 9.89, 9.79), 'b': (98.01, 94.94, 17.96, 17.10, 16.95),
+}
+
+
+@pytest.fixture(scope='module')
+def classifiers():
+    """Backbone, classifier and auxiliary classifier of an arch, without memory for their weights."""
+    def build(arch: str) -> tuple[OverLoCK, nn.Module, nn.Module]:
+        with torch.device('meta'):
+            backbone = OverLoCK(arch, out_indices=3, for_classifier=True)
+            channels = backbone.arch_settings[arch]['channels'][3]
+            # As in the authors' code.
+            head = nn.Sequential(
+                nn.Conv2d(channels * 5 // 4, 1024, 1, bias=False), nn.BatchNorm2d(1024), nn.SiLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Conv2d(1024, 1000, 1))
+            aux_head = nn.Sequential(
+                nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, 1000, 1))
+        return backbone.eval(), head.eval(), aux_head.eval()
+    return build
+
+
+def gmacs(backbone: nn.Module, head: nn.Module) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head(backbone(torch.zeros(1, 3, 224, 224, device='meta'))[-1])
+    return round(counter.get_total_flops() / 2e9, 2)
+
+
+def mparams(*modules: nn.Module) -> float:
+    return round(sum(param.numel() for module in modules for param in module.parameters()) / 1e6, 2)
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_parameters_and_flops(arch, classifiers, monkeypatch):
+    backbone, head, aux_head = classifiers(arch)
+    trained_m, merged_m, trained_g, merged_g, without_sums_g = COUNTED[arch]
+    assert mparams(backbone, head, aux_head) == trained_m
+    assert gmacs(backbone, head) == trained_g
+    backbone.switch_to_deploy()
+    assert mparams(backbone, head) == merged_m
+    assert gmacs(backbone, head) == merged_g
+    # The paper's counter did not see the weighted sums.
+    monkeypatch.setattr(overlock, 'neighborhood_sum', lambda weights, values: values)
+    assert gmacs(backbone, head) == without_sums_g
+
+
+# Weights by their names.
+
+def conv(name: str, out: int, into: int, size: int, bias: bool = True) -> dict[str, tuple]:
+    return {f'{name}.weight': (out, into, size, size), **({f'{name}.bias': (out,)} if bias else {})}
+
+
+def norm(name: str, channels: int) -> dict[str, tuple]:
+    return {f'{name}.weight': (channels,), f'{name}.bias': (channels,)}
+
+
+def batch_norm(name: str, channels: int) -> dict[str, tuple]:
+    return {**norm(name, channels), f'{name}.running_mean': (channels,), f'{name}.running_var': (channels,),
+            f'{name}.num_batches_tracked': ()}
+
+
+def scale(name: str, channels: int) -> dict[str, tuple]:
+    return {f'{name}.weight': (channels, 1, 1, 1), f'{name}.bias': (channels,)}
+
+
+def conv_bn(name: str, out: int, into: int, size: int, first: int = 0) -> dict[str, tuple]:
+    return {**conv(f'{name}.{first}', out, into, size, bias=False), **batch_norm(f'{name}.{first + 1}', out)}
+
+
+def dilated(name: str, channels: int, kernel_size: int) -> dict[str, tuple]:
+    shapes = {**conv(f'{name}.lk_origin', channels, 1, kernel_size, bias=False),
+              **batch_norm(f'{name}.origin_bn', channels)}
+    for branch in BRANCHES[kernel_size].split():
+        shapes.update(conv(f'{name}.dil_conv_k{branch}', channels, 1, int(branch[0]), bias=False))
+        shapes.update(batch_norm(f'{name}.dil_bn_k{branch}', channels))
+    return shapes
+
+
+def squeeze(name: str, channels: int) -> dict[str, tuple]:
+    hidden = max(16, channels // 8)
+    return {**conv(f'{name}.proj.1', hidden, channels, 1), **conv(f'{name}.proj.3', channels, hidden, 1)}
+
+
+def ffn(name: str, first: int, channels: int, hidden: int) -> dict[str, tuple]:
+    return {**conv(f'{name}.{first}', hidden, channels, 1), **conv(f'{name}.{first + 2}', hidden, 1, 3),
+            f'{name}.{first + 3}.gamma': (1, hidden, 1, 1), f'{name}.{first + 3}.beta': (1, hidden, 1, 1),
+            **conv(f'{name}.{first + 4}', channels, hidden, 1)}
+
+
+def base_block(name: str, c: int, kernel_size: int, scaled: bool) -> dict[str, tuple]:
+    return {**conv(f'{name}.dwconv', c, 1, 3), **norm(f'{name}.proj.0', c), **dilated(f'{name}.proj.1', c, kernel_size),
+            **batch_norm(f'{name}.proj.2', c), **squeeze(f'{name}.proj.3', c), **ffn(f'{name}.proj', 4, c, 4 * c),
+            **(scale(f'{name}.ls', c) if scaled else {})}
+
+
+def focus_block(name: str, c: int, context: int, kernel_size: int, heads: int, first: bool) -> dict[str, tuple]:
+    fused = c + context
+    return {
+        **({} if first else {**scale(f'{name}.x_scale', context), **scale(f'{name}.h_scale', context)}),
+        f'{name}.rpb1': (heads, 9, 9), f'{name}.rpb2': (heads, 2 * kernel_size - 1, 2 * kernel_size - 1),
+        **conv(f'{name}.dwconv1', fused, 1, 3), **norm(f'{name}.norm1', fused),
+        **conv(f'{name}.fusion.0', fused, 1, 3), **batch_norm(f'{name}.fusion.1', fused),
+        **conv(f'{name}.fusion.3', c, fused, 1), f'{name}.fusion.4.gamma': (1, c, 1, 1),
+        f'{name}.fusion.4.beta': (1, c, 1, 1), **conv_bn(f'{name}.weight_query', c // 2, c, 1),
+        **conv_bn(f'{name}.weight_key', c // 2, context, 1, first=1),
+        **conv(f'{name}.weight_proj', kernel_size ** 2 + 25, 49, 1), **conv_bn(f'{name}.dyconv_proj', c, c, 1),
+        **dilated(f'{name}.lepe.0', c, kernel_size), **batch_norm(f'{name}.lepe.1', c),
+        **squeeze(f'{name}.se_layer', c), **conv_bn(f'{name}.gate', c, c, 1), **batch_norm(f'{name}.proj.0', c),
+        **conv(f'{name}.proj.1', fused, c, 1), **conv(f'{name}.dwconv2', fused, 1, 3), **norm(f'{name}.norm2', fused),
+        **ffn(f'{name}.mlp', 0, fused, 3 * c), **scale(f'{name}.ls1', fused), **scale(f'{name}.ls2', fused),
+    }
+
+
+def authors_shapes(depths, focus_depths, channels, kernel_sizes, heads) -> dict[str, tuple]:
+    """Names and shapes of the weights in the authors' backbones, written down from their code."""
+    a, b, c, d = channels
+    context = d // 4
+    shapes = {
+        **conv_bn('patch_embed1', a // 2, 3, 3), **conv_bn('patch_embed1', a // 2, a // 2, 3, first=3),
+        **conv_bn('patch_embed1', a, a // 2, 3, first=6), **conv_bn('patch_embed1', a, a, 3, first=9),
+        **conv_bn('patch_embed2', b, a, 3), **conv_bn('patch_embed3', c, b, 3), **conv_bn('patch_embed4', d, c, 3),
+        **conv('high_level_proj', context, d, 1), **conv_bn('patch_embedx.x_proj', d, c, 3),
+        **conv_bn('patch_embedx.h_proj', context, context, 3),
+    }
+    for stage, depth in enumerate(depths):
+        for i in range(depth):
+            shapes.update(base_block(f'blocks{stage + 1}.{i}', channels[stage], kernel_sizes[stage], stage >= 2))
+    for stage, depth in enumerate(focus_depths, 2):
+        for i in range(depth):
+            shapes.update(focus_block(f'sub_blocks{stage + 1}.{i}', channels[stage], context, kernel_sizes[stage],
+                                      heads[stage - 2], first=stage == 2 and i == 0))
+    return shapes
+
+
+AUTHORS = {
+    'xt': ([2, 2, 3, 2], [6, 2], [56, 112, 256, 336], [17, 15, 13, 7], [8, 12]),
+    't': ([4, 4, 6, 2], [12, 2], [64, 128, 256, 512], [17, 15, 13, 7], [8, 16]),
+    's': ([6, 6, 8, 3], [16, 3], [64, 128, 320, 512], [17, 15, 13, 7], [16, 32]),
+    'b': ([8, 8, 10, 4], [20, 4], [80, 160, 384, 576], [17, 15, 13, 7], [12, 18]),
+}
+
+
+def dense_shapes(channels: list[int], detector: bool) -> dict[str, tuple]:
+    """What the authors' dense models have besides."""
+    context = channels[3] // 4
+    out = [*channels[:2], channels[2] + context, channels[3] + context]
+    shapes = {name: shape for i, width in enumerate(out) for name, shape in norm(f'extra_norm.{i}', width).items()}
+    if detector:
+        shapes.update({**norm('extra_norm.4', channels[3]), **conv('h_proj.0', out[3], channels[3], 1),
+                       **scale('h_proj.1', out[3])})
+    return shapes
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_weights_have_the_names_and_shapes_of_the_authors(arch):
+    expected = authors_shapes(*AUTHORS[arch])
+    with torch.device('meta'):
+        classifier = OverLoCK(arch, out_indices=3, for_classifier=True)
+        segmentor, detector = OverLoCK(arch), OverLoCK(arch, add_overview=True)
+    assert shapes_of(classifier) == expected
+    assert shapes_of(segmentor) == {**expected, **dense_shapes(AUTHORS[arch][2], detector=False)}
+    assert shapes_of(detector) == {**expected, **dense_shapes(AUTHORS[arch][2], detector=True)}
+
+
+def test_a_checkpoint_of_the_authors_is_loaded(tmp_path):
+    """Their classification checkpoints are a bare state dict, with both classifiers and without the outputs' norms."""
+    shapes = authors_shapes(LIGHT['depths'], LIGHT['focus_depths'], LIGHT['channels'], LIGHT['kernel_sizes'], [4, 4])
+    weights = {name: torch.randn(shape) if shape else torch.tensor(7) for name, shape in shapes.items()}
+    extra = {'head.0.weight': torch.randn(1024, 40, 1, 1), 'aux_head.2.weight': torch.randn(10, 32, 1, 1)}
+    torch.save({**weights, **extra}, tmp_path / 'authors.pth')
+    model = light(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'authors.pth')))
+    model.init_weights()
+    own = model.state_dict()
+    for name, value in weights.items():
+        assert torch.equal(own[name], value), name
+    assert {name for name in own if name not in weights} == set(dense_shapes(LIGHT['channels'], detector=False))
+
+
+def test_a_checkpoint_of_another_arch_is_refused(tmp_path):
+    torch.save(OverLoCK(dict(LIGHT, channels=[8, 16, 32, 64])).state_dict(), tmp_path / 'other.pth')
+    model = light(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'other.pth')))
+    with pytest.raises(ValueError, match=r'other\.pth holds weights of other shapes .*\(64, 32, 3, 3\)'):
+        model.init_weights()
+
+
+# The equations.
+
+class Plain:
+    """The authors' forward pass in evaluation mode, from their weights, one position of ContMix at a time."""
+
+    def __init__(self, state: dict[str, Tensor], kernel_sizes: list[int], heads: list[int]) -> None:
+        self.state, self.kernel_sizes, self.heads = state, kernel_sizes, heads
+
+    def conv(self, x: Tensor, name: str, stride: int = 1, dilation: int = 1) -> Tensor:
+        weight = self.state[f'{name}.weight']
+        return F.conv2d(x, weight, self.state.get(f'{name}.bias'), stride, dilation * (weight.size(-1) // 2), dilation,
+                        groups=x.size(1) // weight.size(1))
+
+    def bn(self, x: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (
+            self.state[f'{name}.{key}'].view(-1, 1, 1) for key in ('running_mean', 'running_var', 'weight', 'bias'))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    def conv_bn(self, x: Tensor, name: str, first: int = 0, stride: int = 1) -> Tensor:
+        return self.bn(self.conv(x, f'{name}.{first}', stride), f'{name}.{first + 1}')
+
+    def ln(self, x: Tensor, name: str) -> Tensor:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * self.state[f'{name}.weight'].view(-1, 1, 1) + self.state[f'{name}.bias'].view(-1, 1, 1)
+
+    def scale(self, x: Tensor, name: str) -> Tensor:
+        return x * self.state[f'{name}.weight'].view(-1, 1, 1) + self.state[f'{name}.bias'].view(-1, 1, 1)
+
+    def grn(self, x: Tensor, name: str) -> Tensor:
+        response = x.square().sum((2, 3), keepdim=True).sqrt()
+        relative = response / (response.mean(1, keepdim=True) + 1e-6)
+        return (self.state[f'{name}.gamma'] * relative + 1) * x + self.state[f'{name}.beta']
+
+    def squeeze(self, x: Tensor, name: str) -> Tensor:
+        hidden = F.gelu(self.conv(x.mean((2, 3), keepdim=True), f'{name}.proj.1'))
+        return x * self.conv(hidden, f'{name}.proj.3').sigmoid()
+
+    def residual(self, x: Tensor, name: str) -> Tensor:
+        return x + self.conv(x, name)
+
+    def ffn(self, x: Tensor, name: str, first: int) -> Tensor:
+        x = self.residual(F.gelu(self.conv(x, f'{name}.{first}')), f'{name}.{first + 2}')
+        return self.conv(self.grn(x, f'{name}.{first + 3}'), f'{name}.{first + 4}')
+
+    def dilated(self, x: Tensor, name: str, kernel_size: int) -> Tensor:
+        out = self.bn(self.conv(x, f'{name}.lk_origin'), f'{name}.origin_bn')
+        for branch in BRANCHES[kernel_size].split():
+            out = out + self.bn(self.conv(x, f'{name}.dil_conv_k{branch}', dilation=int(branch[2])),
+                                f'{name}.dil_bn_k{branch}')
+        return out
+
+    def base_block(self, x: Tensor, name: str, kernel_size: int) -> Tensor:
+        x = self.residual(x, f'{name}.dwconv')
+        y = self.bn(self.dilated(self.ln(x, f'{name}.proj.0'), f'{name}.proj.1', kernel_size), f'{name}.proj.2')
+        y = self.ffn(self.squeeze(y, f'{name}.proj.3'), f'{name}.proj', 4)
+        return (self.scale(x, f'{name}.ls') if f'{name}.ls.weight' in self.state else x) + y
+
+    def mix(self, x: Tensor, fused: Tensor, name: str, kernel_size: int, heads: int) -> Tensor:
+        n, channels, *size = x.shape
+        if min(size) < kernel_size:
+            ratio = kernel_size / min(size)
+            larger = [kernel_size if side == min(size) else int(ratio * side) for side in size]
+            x, fused = (F.interpolate(maps, larger, mode='bilinear', align_corners=False) for maps in (x, fused))
+        height, width = x.shape[2:]
+        query = self.conv_bn(fused[:, :channels], f'{name}.weight_query') * (channels // heads) ** -0.5
+        pooled = F.adaptive_avg_pool2d(fused[:, channels:], 7)
+        key = self.conv_bn(pooled, f'{name}.weight_key', first=1)
+        weight, bias = self.state[f'{name}.weight_proj.weight'].flatten(1), self.state[f'{name}.weight_proj.bias']
+        out = torch.zeros_like(x)
+        width_of_key, width_of_value = channels // 2 // heads, channels // 2 // heads
+        for head in range(heads):
+            part = slice(head * width_of_key, (head + 1) * width_of_key)
+            for h in range(height):
+                for w in range(width):
+                    affinity = torch.einsum('nc,ncs->ns', query[:, part, h, w], key[:, part].flatten(2))
+                    logits = affinity @ weight.T + bias  # (N, 25 + K²)
+                    for half, (k, own, table) in enumerate((
+                            (5, logits[:, :25], 'rpb1'), (kernel_size, logits[:, 25:], 'rpb2'))):
+                        top, left = min(max(h - k // 2, 0), height - k), min(max(w - k // 2, 0), width - k)
+                        offset = self.state[f'{name}.{table}'][
+                            head, top - h + k - 1:top - h + 2 * k - 1, left - w + k - 1:left - w + 2 * k - 1]
+                        kernel = (own + offset.flatten()).softmax(1).view(n, 1, k, k)
+                        start = half * channels // 2 + head * width_of_value
+                        value = x[:, start:start + width_of_value, top:top + k, left:left + k]
+                        out[:, start:start + width_of_value, h, w] = (kernel * value).sum((2, 3))
+        return F.adaptive_avg_pool2d(out, size)
+
+    def focus_block(self, x: Tensor, context: Tensor, initial: Tensor, name: str, kernel_size: int, heads: int
+                    ) -> tuple[Tensor, Tensor]:
+        channels = x.size(1)
+        if f'{name}.x_scale.weight' in self.state:
+            context = self.scale(context, f'{name}.x_scale') + self.scale(initial, f'{name}.h_scale')
+        identity = self.residual(torch.cat((x, context), 1), f'{name}.dwconv1')
+        fused = self.ln(identity, f'{name}.norm1')
+        x = self.conv(F.gelu(self.bn(self.conv(fused, f'{name}.fusion.0'), f'{name}.fusion.1')), f'{name}.fusion.3')
+        x = self.grn(x, f'{name}.fusion.4')
+        gate = F.silu(self.conv_bn(x, f'{name}.gate'))
+        static = self.bn(self.dilated(x, f'{name}.lepe.0', kernel_size), f'{name}.lepe.1')
+        mixed = self.conv_bn(self.mix(x, fused, name, kernel_size, heads), f'{name}.dyconv_proj') + static
+        mixed = gate * self.squeeze(mixed, f'{name}.se_layer')
+        mixed = self.conv(self.bn(mixed, f'{name}.proj.0'), f'{name}.proj.1')
+        x = self.residual(self.scale(identity, f'{name}.ls1') + mixed, f'{name}.dwconv2')
+        x = self.scale(x, f'{name}.ls2') + self.ffn(self.ln(x, f'{name}.norm2'), f'{name}.mlp', 0)
+        return x[:, :channels], x[:, channels:]
+
+    def blocks(self, prefix: str) -> list[str]:
+        """Names of the blocks of a list."""
+        return sorted({'.'.join(name.split('.')[:2]) for name in self.state if name.startswith(f'{prefix}.')})
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        for first, stride in ((0, 2), (3, 1), (6, 2)):
+            x = F.gelu(self.conv_bn(x, 'patch_embed1', first, stride))
+        x = self.conv_bn(x, 'patch_embed1', 9)
+        outs = []
+        for stage in (1, 2, 3, 4):
+            if stage > 1:
+                x = self.conv_bn(x, f'patch_embed{stage}', stride=2)
+            for name in self.blocks(f'blocks{stage}'):
+                x = self.base_block(x, name, self.kernel_sizes[stage - 1])
+            outs.append(x)
+        x, overview = outs[2:]
+        prior = self.conv(overview, 'high_level_proj')
+        initial = context = F.interpolate(prior, x.shape[2:], mode='bilinear', align_corners=False)
+        for name in self.blocks('sub_blocks3'):
+            x, context = self.focus_block(x, context, initial, name, self.kernel_sizes[2], self.heads[0])
+        outs[2] = torch.cat((x, context), 1)
+        x = self.conv_bn(x, 'patch_embedx.x_proj', stride=2)
+        context = self.conv_bn(context, 'patch_embedx.h_proj', stride=2)
+        for name in self.blocks('sub_blocks4'):
+            x, context = self.focus_block(x, context, prior, name, self.kernel_sizes[3], self.heads[1])
+        outs[3] = torch.cat((x, context), 1)
+        if 'extra_norm.0.weight' not in self.state:
+            return [overview, outs[3]]
+        outs = [self.ln(x, f'extra_norm.{i}') for i, x in enumerate(outs)]
+        if 'h_proj.0.weight' in self.state:
+            outs[3] = outs[3] + self.scale(self.conv(self.ln(overview, 'extra_norm.4'), 'h_proj.0'), 'h_proj.1')
+        return outs
+
+
+@pytest.mark.parametrize('options', [dict(), dict(add_overview=True), dict(out_indices=3, for_classifier=True)])
+def test_equals_the_equations(options):
+    """At stage 3 the map is larger than the kernels, at stage 4 smaller."""
+    model = randomised(light(**options)).double().eval()
+    image = torch.randn(2, 3, 113, 144, dtype=torch.float64)
+    with torch.no_grad():
+        outs, expected = model(image), Plain(model.state_dict(), LIGHT['kernel_sizes'], [4, 4])(image)
+    assert len(outs) == len(expected)
+    for out, plain in zip(outs, expected):
+        torch.testing.assert_close(out, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_contmix_equal_those_of_the_loop():
+    block = randomised(DynamicBlock(16, 8, kernel_size=7, groups=2, first=True)).double().eval()
+    plain = Plain({f'b.{name}': value for name, value in block.state_dict(keep_vars=True).items()}, [], [])
+    x, fused = (torch.randn(2, channels, 7, 8, dtype=torch.float64, requires_grad=True) for channels in (16, 24))
+    found, expected = block.mix(fused, x), plain.mix(x, fused, 'b', 7, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    inputs = [x, fused, *(getattr(block, name) for name in ('rpb1', 'rpb2')), block.weight_proj.weight,
+              block.weight_query[0].weight, block.weight_key[1].weight]
+    output = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, output) for out in (found, expected))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+# As a backbone.
+
+@pytest.mark.parametrize('height, width', [(224, 320), (130, 257), (33, 47)])
+def test_strides_and_channels(height, width):
+    model = light().eval()
+    with torch.no_grad():
+        outs = model(torch.randn(1, 3, height, width))
+    expected = [(1, channels, -(-height // stride), -(-width // stride))
+                for channels, stride in zip((8, 16, 40, 40), (4, 8, 16, 32))]
+    assert [tuple(out.shape) for out in outs] == expected
+    assert all(out.is_contiguous() and out.isfinite().all() for out in outs)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(add_overview=True), dict(out_indices=3, for_classifier=True),
+                                     dict(out_indices=(0, 1)), dict(out_indices=(1, 2))])
+def test_every_parameter_learns(options):
+    model = randomised(light(drop_path_rate=0.0, **options))
+    sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 96))).backward()
+    assert [name for name, param in model.named_parameters()
+            if param.grad is None or not param.grad.isfinite().all() or not param.grad.any()] == []
+
+
+@pytest.mark.parametrize('out_indices, last', [((0,), 'blocks1'), ((1,), 'blocks2'), ((-2,), 'sub_blocks3')])
+def test_stages_after_the_last_one_returned_are_not_built(out_indices, last):
+    whole, part = light().eval(), light(out_indices=out_indices).eval()
+    names = [name for name, _ in part.named_children()]
+    assert names[-2:] == [last, 'extra_norm'] and len(names) < len(list(whole.children()))
+    assert list(part.extra_norm) == [str(out_indices[0] % 4)]
+    part.load_state_dict(whole.state_dict(), strict=False)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(part(image)[0], whole(image)[out_indices[0]])
+
+
+def test_drop_path_rates_rise_from_block_to_block():
+    """In the order Base-Net, Overview-Net, Focus-Net; the first block never drops."""
+    model = light(drop_path_rate=0.7)
+    rates = [block.proj[-1] for i in range(4) for block in getattr(model, f'blocks{i + 1}')]
+    rates += [block.drop_path for block in (*model.sub_blocks3, *model.sub_blocks4)]
+    assert type(rates[0]) is nn.Identity
+    assert [drop.p for drop in rates[1:]] == pytest.approx([0.7 * i / 7 for i in range(1, 8)])
+    assert {drop.mode for drop in rates[1:]} == {'row'}
+
+
+@pytest.mark.parametrize('frozen', range(5))
+def test_frozen_stages(frozen):
+    model = light(frozen_stages=frozen).train()
+    stages = [('patch_embed1', 'blocks1'), ('patch_embed2', 'blocks2'),
+              ('patch_embed3', 'blocks3', 'patch_embed4', 'blocks4', 'high_level_proj', 'sub_blocks3'),
+              ('patch_embedx', 'sub_blocks4')]
+    expected = {name for names in stages[:frozen] for name in names}
+    for name, child in model.named_children():
+        assert all(param.requires_grad != (name in expected) for param in child.parameters()), name
+        assert all(module.training != (name in expected) for module in child.modules()), name
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.split('.')[0] in expected}
+    sum(out.mean() for out in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_recomputing_blocks_changes_nothing_but_memory():
+    """Outputs, gradients, and the running statistics, which see each batch once."""
+    found = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = randomised(light(with_cp=with_cp, drop_path_rate=0.5)).double()
+        calls = []
+        model.sub_blocks4[0].se_layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(1)
+        out = model(torch.randn(2, 3, 64, 64, dtype=torch.float64))
+        sum(level.square().sum() for level in out).backward()
+        assert len(calls) == 1 + with_cp
+        buffers = [value for name, value in model.named_buffers() if not name.endswith('num_batches_tracked')]
+        found.append((*out, *(param.grad for param in model.parameters()), *buffers))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+
+
+def test_images_of_a_batch_do_not_meet():
+    model = randomised(light()).double().eval()
+    images = torch.randn(3, 3, 64, 80, dtype=torch.float64)
+    with torch.no_grad():
+        for i, together in enumerate(zip(*model(images))):
+            for a, b in zip(together, model(images[i:i + 1])):
+                torch.testing.assert_close(a[None], b, rtol=1e-10, atol=1e-10)
+
+
+# Merging.
+
+@pytest.mark.parametrize('kernel_size', [7, 13, 15, 17])
+def test_a_merged_convolution_is_the_sum_of_its_branches(kernel_size):
+    layer = randomised(DilatedRepConv(6, kernel_size)).double().eval()
+    x = torch.randn(2, 6, 20, 23, dtype=torch.float64)
+    expected = layer(x)
+    layer.switch_to_deploy()
+    assert set(layer.state_dict()) == {'lk_origin.weight', 'lk_origin.bias'}
+    assert layer.lk_origin.weight.requires_grad and layer.lk_origin.weight.dtype == torch.float64
+    torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_a_merged_model_computes_the_same(dtype, tolerance, tmp_path):
+    model = light().to(dtype)
+    image = torch.randn(2, 3, 96, 128, dtype=dtype)
+    for _ in range(2):
+        model(image)  # statistics of the BatchNorms
+    model.eval()
+    built_merged = light(deploy=True).to(dtype).eval()
+    with torch.no_grad():
+        expected = model(image)
+        model.switch_to_deploy()
+        merged = model(image)
+        weights = model.state_dict()
+        model.switch_to_deploy()
+        assert weights.keys() == model.state_dict().keys() and not any('dil_' in name for name in weights)
+        built_merged.load_state_dict(weights)
+        for a, b, c in zip(expected, merged, built_merged(image)):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+            assert torch.equal(b, c)
+
+
+# What is refused.
+
+@pytest.mark.parametrize('options, message', [
+    (dict(arch='xxl'), r"arch must be one of \('xt', 't', 's', 'b'\) or a dict, got 'xxl'"),
+    (dict(arch=dict(LIGHT, depths=[1, 1])), r'lists of the lengths .*, got .*\[1, 1\]'),
+    (dict(arch={key: value for key, value in LIGHT.items() if key != 'groups'}), 'lists of the lengths'),
+    (dict(arch=dict(LIGHT, groups=[2, 3])), 'multiple of 4 x groups, got 32 channels and 3 groups'),
+    (dict(arch=dict(LIGHT, kernel_sizes=[7, 7, 9, 7])), r'kernel_size must be one of .*, got 9'),
+    (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1\.0'),
+    (dict(out_indices=4), 'got 4'),
+    (dict(frozen_stages=5), 'frozen_stages must be an integer from 0 to 4, got 5'),
+    (dict(frozen_stages=True), 'got True'),
+    (dict(for_classifier=True), r'for_classifier needs out_indices=3, got \(0, 1, 2, 3\)'),
+    (dict(add_overview=True, out_indices=(0, 1)), r'add_overview needs stage 3 .* got out_indices=\(0, 1\)'),
+    (dict(add_overview=True, for_classifier=True, out_indices=3), 'for_classifier=True'),
+])
+def test_what_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        OverLoCK(**{'arch': LIGHT, **options})
+
+
+def test_initial_weights():
+    model = light()
+    model.init_weights()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert 0 < module.weight.abs().max() <= 2, name
+            assert module.bias is None or not module.bias.any(), name
+    weights = torch.cat([module.weight.flatten() for module in model.modules() if isinstance(module, nn.Conv2d)])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not any(block.rpb2.any() for block in model.sub_blocks3)
+
+
+def test_no_checkpoint_is_said(caplog):
+    from mmengine.logging import MMLogger
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        light(init_cfg=dict(type='Pretrained', checkpoint=None)).init_weights()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert 'starts from random weights' in caplog.text
