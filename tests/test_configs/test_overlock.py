@@ -5,8 +5,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, HOOKS
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torchvision.ops import StochasticDepth
 
 from convneur_mm.datasets import SHAPE_CLASSES
 from convneur_mm.engine.launch import without_sync_bn
@@ -53,27 +54,52 @@ def run(model, scope, *size):
             *(head(torch.zeros(100, 256, 14, 14, device='meta')) for head in masks)]
 
 
+DROP_PATH = {  # from the paper, and the authors' scripts and configs
+    'in1k': dict(xt=0.1, t=0.15, s=0.4, b=0.5), 'coco': dict(t=0.2, s=0.4, b=0.5), 'ade20k': dict(t=0.2, s=0.3, b=0.5)}
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_each_builds_and_its_parts_fit_together(name, open_config, build_meta):
     cfg = open_config(name)
-    model = build_meta(cfg)
-    arch = name.split('overlock_')[1].split('_')[0]
-    assert model.backbone.arch == arch
-    if cfg.default_scope != 'mmpretrain':
-        assert cfg.model.backbone.init_cfg.checkpoint.endswith(f'/overlock_{arch}_in1k_224.pth')
-    with torch.no_grad():
-        run(model, cfg.default_scope, 64, 96)
-        if cfg.default_scope == 'mmseg':
-            assert model.auxiliary_head(model.backbone(torch.zeros(1, 3, 64, 64, device='meta'))).size(1) == 150
-        if cfg.default_scope == 'mmpretrain':
-            overview, _ = model.backbone(torch.zeros(1, 3, 64, 64, device='meta'))
-            assert model.head.aux_head(overview).size(1) == 1000
-    assert type(build_optim_wrapper(model, cfg.optim_wrapper).optimizer) is torch.optim.AdamW
-    for hook in (*cfg.default_hooks.values(), *cfg.get('custom_hooks', ())):
-        HOOKS.build(hook)
+    arch, task = name.split('overlock_')[1].split('_')[0], name.rsplit('_', 1)[1]
     before = copy.deepcopy(cfg.to_dict())
     before.pop('runner_type')
     assert apply_settings(cfg).to_dict() == before
+
+    model = build_meta(cfg)
+    backbone = model.backbone
+    assert backbone.arch == arch
+    rates = [module.p for module in backbone.modules() if isinstance(module, StochasticDepth)]
+    assert max(rates) == pytest.approx(DROP_PATH[task][arch])
+    if task == 'in1k':
+        overview, focus = backbone.high_level_proj.in_channels, backbone.sub_blocks4[-1].dwconv2.out_channels
+        assert (model.head.aux_head[2].in_channels, model.head.head[0].in_channels) == (overview, focus)
+    else:
+        assert cfg.model.backbone.init_cfg.checkpoint.endswith(f'/overlock_{arch}_in1k_224.pth')
+        channels = [backbone.extra_norm[str(i)].normalized_shape[0] for i in range(4)]
+        assert list((model.neck if task == 'coco' else model.decode_head).in_channels) == channels
+        assert task == 'coco' or model.auxiliary_head.in_channels == channels[2]
+
+
+@pytest.mark.parametrize('name, lr, decay, batch, clip_grad', [
+    ('overlock_b_300e_in1k', 2e-3, 0.05, 256, dict(max_norm=5.0)),
+    ('mask_rcnn_overlock_s_1x_coco', 2e-4, 0.05, 2, None), ('cascade_rcnn_overlock_b_3x_coco', 2e-4, 0.05, 2, None),
+    ('upernet_overlock_s_160k_ade20k', 6e-5, 0.01, 2, None),
+])
+def test_recipe(name, lr, decay, batch, clip_grad, open_config, build_meta, param_groups):
+    cfg = open_config(f'overlock/{name}')
+    assert cfg.train_dataloader.batch_size == batch and cfg.auto_scale_lr.base_batch_size == 8 * batch
+    assert cfg.sync_bn == 'torch'
+    cfg.model.backbone.update(arch=LIGHT)
+    model = build_meta(cfg)
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    assert type(optim_wrapper.optimizer) is torch.optim.AdamW
+    assert (optim_wrapper._accumulative_counts, optim_wrapper.clip_grad_kwargs) == (1, clip_grad)
+    params = dict(model.named_parameters())
+    for param, group in param_groups(model, optim_wrapper).items():
+        assert group['lr'] == lr, param
+        spared = params[param].ndim < 2 if 'in1k' in name else 'norm' in param
+        assert group['weight_decay'] == (0 if spared else decay), param
 
 
 @pytest.mark.parametrize('name, size, gmacs, published, mparams', [
@@ -92,29 +118,6 @@ def test_published_cost(name, size, gmacs, published, mparams, open_config, buil
     counted = counter.get_total_flops() / 2e9
     assert round(counted) == gmacs and abs(counted / published - 1) < 0.03
     assert round(sum(param.numel() for param in model.parameters()) / 1e6) == mparams
-
-
-@pytest.mark.parametrize('name, lr, decay, batch, drop_path', [
-    ('overlock_xt_300e_in1k', 2e-3, 0.05, 256, 0.1), ('overlock_t_300e_in1k', 2e-3, 0.05, 256, 0.15),
-    ('overlock_s_300e_in1k', 2e-3, 0.05, 256, 0.4), ('overlock_b_300e_in1k', 2e-3, 0.05, 256, 0.5),
-    ('mask_rcnn_overlock_s_1x_coco', 2e-4, 0.05, 2, 0.4), ('cascade_rcnn_overlock_b_3x_coco', 2e-4, 0.05, 2, 0.5),
-    ('upernet_overlock_t_160k_ade20k', 6e-5, 0.01, 2, 0.2), ('upernet_overlock_s_160k_ade20k', 6e-5, 0.01, 2, 0.3),
-])
-def test_recipe(name, lr, decay, batch, drop_path, open_config, build_meta, param_groups):
-    cfg = open_config(f'overlock/{name}')
-    assert cfg.train_dataloader.batch_size == batch and cfg.sync_bn == 'torch'
-    assert cfg.auto_scale_lr.base_batch_size == 8 * batch
-    model = build_meta(cfg)
-    rates = [module.p for module in model.backbone.modules() if type(module).__name__ == 'StochasticDepth']
-    assert max(rates) == pytest.approx(drop_path)
-    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    assert optim_wrapper._accumulative_counts == 1
-    assert optim_wrapper.clip_grad_kwargs == (dict(max_norm=5.0) if 'in1k' in name else {})
-    params = dict(model.named_parameters())
-    for param, group in param_groups(model, optim_wrapper).items():
-        assert group['lr'] == lr, param
-        spared = params[param].ndim < 2 if 'in1k' in name else 'norm' in param
-        assert group['weight_decay'] == (0 if spared else decay), param
 
 
 @pytest.mark.parametrize('name, end, milestones', [
@@ -161,14 +164,10 @@ def detection(cfg: Config, root: str) -> None:
     cfg.model.rpn_head.update(in_channels=32, feat_channels=32)
     roi_head = cfg.model.roi_head
     roi_head.bbox_roi_extractor.out_channels = roi_head.mask_roi_extractor.out_channels = 32
-    for head in roi_head.bbox_head if isinstance(roi_head.bbox_head, list) else [roi_head.bbox_head]:
-        head.update(in_channels=32, fc_out_channels=32, num_classes=6)
-        if 'conv_out_channels' in head:
-            head.conv_out_channels = 32
+    roi_head.bbox_head.update(in_channels=32, fc_out_channels=32, num_classes=6)
     roi_head.mask_head.update(in_channels=32, conv_out_channels=32, num_classes=6)
     cfg.model.train_cfg.rpn_proposal.max_per_img = cfg.model.test_cfg.rpn.max_per_img = 32
-    for part in cfg.model.train_cfg.rcnn if isinstance(cfg.model.train_cfg.rcnn, list) else [cfg.model.train_cfg.rcnn]:
-        part.sampler.num = 16
+    cfg.model.train_cfg.rcnn.sampler.num = 16
     for loader, split in ((cfg.train_dataloader, 'train'), (cfg.val_dataloader, 'val')):
         loader.dataset.update(
             data_root=f'{root}/coco/', ann_file=f'annotations/instances_{split}.json',
@@ -207,7 +206,6 @@ def segmentation(cfg: Config, root: str) -> None:
 @pytest.mark.parametrize('name, lighten, metric', [
     ('overlock_xt_300e_in1k', classification, 'accuracy/top1'),
     ('mask_rcnn_overlock_t_1x_coco', detection, 'coco/segm_mAP'),
-    ('cascade_rcnn_overlock_t_3x_coco', detection, 'coco/segm_mAP'),
     ('upernet_overlock_t_160k_ade20k', segmentation, 'mIoU'),
 ])
 def test_an_epoch(name, lighten, metric, clean, open_config, tmp_path):
