@@ -1,6 +1,7 @@
 """The weighted sums of ContMix, compared with a loop over positions."""
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models.contmix import neighborhood_sum, relative_position_bias, window_starts
 
@@ -69,6 +70,13 @@ def test_the_bias_depends_on_the_offset_alone():
                     down, right = top + i - h, left + j - w
                     expected = table[:, down + kernel_size - 1, right + kernel_size - 1]
                     assert torch.equal(bias[:, h, w, i, j], expected)
+
+
+def test_cost_is_that_of_a_plain_product():
+    weights, values = torch.zeros(2, 3, 9, 8, 5, 5, device='meta'), torch.zeros(2, 3, 9, 8, 4, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_sum(weights, values)
+    assert counter.get_total_flops() == 2 * weights.numel() * values.size(-1)
 
 
 def test_training_holds_no_copy_of_the_neighbourhoods():
