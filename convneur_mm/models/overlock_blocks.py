@@ -165,6 +165,7 @@ def conv_ffn(in_channels: int, hidden_channels: int) -> list[nn.Module]:
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+    """A convolution without bias, padded to keep the size but for its stride, and a BatchNorm."""
     return [nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False),
             nn.BatchNorm2d(out_channels)]
 

@@ -371,6 +371,12 @@ def test_initial_weights():
     assert not any(block.rpb2.any() for block in model.sub_blocks3)
 
 
+def test_what_overview_net_adds_starts_small():
+    model = light(add_overview=True)
+    model.init_weights()
+    assert torch.equal(model.h_proj[1].weight, torch.full((40, 1, 1, 1), 1e-5))
+
+
 def test_no_checkpoint_is_said(caplog):
     from mmengine.logging import MMLogger
     logger = MMLogger.get_current_instance()
