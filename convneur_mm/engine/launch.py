@@ -123,7 +123,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook')]
     cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
     notes = []
-    if not torch.cuda.is_available() and without_sync_bn(cfg.model):
+    if not torch.cuda.is_available() and any([without_sync_bn(cfg.model), cfg.pop('sync_bn', None)]):
         notes.append('BN replaces SyncBN, which needs a GPU: with several processes, each normalises by its own images '
                      'alone; to share statistics, train on GPUs')
     # A config that an earlier run wrote to its work dir has this hook, with that run's notes.
