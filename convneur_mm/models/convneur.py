@@ -1,7 +1,6 @@
 """ConvNeur, the backbone."""
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from ..engine.checkpoint import load_pretrained
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d
+from .global_branches import GLOBAL_BRANCHES, branch_options
 from .global_memory import GlobalMemory
-from .neural_memory import NeuralMemory
 
 PLACEMENTS = ('stage', 'block', 'none')
-MEMORY_OPTIONS = ('mem_channels', *(
-    name for name in inspect.signature(NeuralMemory).parameters if name not in ('channels', 'init_cfg')))
 
 
 @MODELS.register_module()
@@ -41,11 +38,14 @@ class ConvNeur(BaseModule):
         arch (str | dict): A name from the table, or a dict of ``depths``, ``channels`` and ``mem_channels``.
             Defaults to 'm3'.
         in_channels (int): Channels of the image. Defaults to 3.
-        memory_cfg (dict | None): Options of the memory that differ from their defaults: ``mem_channels`` (default: by
-            arch) and those of :class:`NeuralMemory`, among them ``chunk_size=196`` and ``inner_step=1.0``.
-            Defaults to None.
+        memory_cfg (dict | None): Options of the global branch that differ from their defaults: ``mem_channels``, the
+            width of its bottleneck (default: by arch), and those of the branch's class, for the neural memory those of
+            :class:`NeuralMemory`, among them ``chunk_size=196`` and ``inner_step=1.0``. Options that the branch does
+            not have are refused. Defaults to None.
         placement (str): Blocks with a global branch: the first of each 'stage', every 'block', or 'none'.
             Defaults to 'stage'.
+        global_branch (str): What stands in the bottleneck: 'neural_memory' or, for comparisons, 'cbam', 'non_local',
+            'self_attention', 'rwkv' or 'titans', see :mod:`.global_branches`. Defaults to 'neural_memory'.
         fusion (str): How the global map meets the local features: 'gate', 'add' or 'concat'. Defaults to 'gate'.
         drop_path_rate (float): Largest stochastic depth rate; blocks rise to it linearly. Defaults to 0.
         out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last). Each has a
@@ -80,6 +80,7 @@ class ConvNeur(BaseModule):
         in_channels: int = 3,
         memory_cfg: dict | None = None,
         placement: str = 'stage',
+        global_branch: str = 'neural_memory',
         fusion: str = 'gate',
         drop_path_rate: float = 0.0,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
@@ -96,15 +97,16 @@ class ConvNeur(BaseModule):
         self.arch = arch
         self.depths, self.channels, mem_channels = self._parse_arch(arch)
         num_stages = len(self.depths)
-        memory_cfg = self._parse_memory_cfg(memory_cfg)
+        for name, value, known in (('placement', placement, PLACEMENTS), ('fusion', fusion, FUSIONS),
+                                   ('global_branch', global_branch, tuple(GLOBAL_BRANCHES))):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {known}, got {value!r}')
+        memory_cfg = self._parse_memory_cfg(memory_cfg, global_branch)
         if memory_cfg.get('mem_channels') is not None:
             mem_channels = memory_cfg['mem_channels']
         memory_cfg.pop('mem_channels', None)
         if not isinstance(mem_channels, int) or mem_channels < 1:
             raise ValueError(f'mem_channels must be an integer of at least 1, got {mem_channels!r}')
-        for name, value, known in (('placement', placement, PLACEMENTS), ('fusion', fusion, FUSIONS)):
-            if value not in known:
-                raise ValueError(f'{name} must be one of {known}, got {value!r}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         self.out_indices = self._parse_out_indices(out_indices, num_stages)
@@ -131,7 +133,7 @@ class ConvNeur(BaseModule):
             self.stages.append(Sequential(*(
                 ConvNeurBlock(
                     channels,
-                    global_branch=GlobalMemory(channels, mem_channels, **memory_cfg)
+                    global_branch=GlobalMemory(channels, mem_channels, global_branch, **memory_cfg)
                     if placement == 'block' or (placement == 'stage' and j == 0) else None,
                     fusion=fusion,
                     drop_path_rate=drop_path_rates[first_blocks[i] + j],
@@ -234,11 +236,12 @@ class ConvNeur(BaseModule):
         return dict(pretrained[0], type='Pretrained') if pretrained else None, others or [default]
 
     @staticmethod
-    def _parse_memory_cfg(memory_cfg: dict | None) -> dict:
+    def _parse_memory_cfg(memory_cfg: dict | None, global_branch: str) -> dict:
         memory_cfg = dict(memory_cfg or {})
-        unknown = sorted(set(memory_cfg) - set(MEMORY_OPTIONS))
+        known = ('mem_channels', *branch_options(global_branch))
+        unknown = sorted(set(memory_cfg) - set(known))
         if unknown:
-            raise ValueError(f'memory_cfg takes the keys {MEMORY_OPTIONS}, got {unknown}')
+            raise ValueError(f'memory_cfg takes the keys {known} with global_branch={global_branch!r}, got {unknown}')
         return memory_cfg
 
     @staticmethod

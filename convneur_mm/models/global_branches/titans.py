@@ -1,0 +1,108 @@
+"""Titans' memory as context (Behrouz et al., "Titans: Learning to Memorize at Test Time", 2024) as a global branch."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ...ops.neural_memory import NORMALIZE_EPS, MemoryState, neural_memory
+from ..neural_memory import NeuralMemory
+from .self_attention import MultiHeadAttention
+
+
+class MemoryAsContext(BaseModule):
+    """The neural memory with Titans' segmented attention and persistent tokens around it (MAC, Sec. 4.1 there).
+
+    Tokens come in segments S_t. With the memory M of ConvNeur, whose LayerNorm and output projection stand before and
+    after all of this, for each segment:
+
+    - ``h_t = M_{t-1}(S_t W_Q)``,
+    - ``y_t = Attn([p_1 … p_n, h_t, S_t])``, in which every token of the context attends; of its outputs those of the
+      segment's tokens go on,
+    - M_t is M_{t-1} written with ``y_t W_K`` and ``y_t W_V``, the segment being one chunk,
+    - ``o_t = y_t ⊙ M_t(y_t)``.
+
+    Args:
+        channels (int): Channels of the tokens, Cm.
+        chunk_size (int): Tokens per segment, L. Defaults to 196.
+        num_persistent (int): Persistent tokens, n: learned, the same for all segments and images. Defaults to 4.
+        inner_step (float): See :class:`NeuralMemory`. Defaults to 1.0.
+        head_dim (int): Channels per head of the memory and of the attention. Defaults to 16.
+        hidden_dim (int): See :class:`NeuralMemory`. Defaults to 8.
+        max_write_norm (float): See :class:`NeuralMemory`. Defaults to 1.0.
+        backend (str): See :class:`NeuralMemory`. Defaults to 'auto'.
+        num_chunks (int | None): Segments per image, which instead decide L, see :class:`NeuralMemory`. Defaults to
+            None.
+        init_cfg (dict | list[dict] | None): MMEngine initialisation. Defaults to None.
+
+    Raises:
+        ValueError: If an option is outside its range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        chunk_size: int = 196,
+        num_persistent: int = 4,
+        inner_step: float = 1.0,
+        head_dim: int = 16,
+        hidden_dim: int = 8,
+        max_write_norm: float = 1.0,
+        backend: str = 'auto',
+        num_chunks: int | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        if isinstance(num_persistent, bool) or not isinstance(num_persistent, int) or num_persistent < 1:
+            raise ValueError(f'num_persistent must be an integer of at least 1, got {num_persistent!r}')
+        # Its parts serve here and its forward is never called: what is read and what is written differ.
+        self.memory = NeuralMemory(
+            channels, chunk_size=chunk_size, inner_step=inner_step, head_dim=head_dim, hidden_dim=hidden_dim,
+            max_write_norm=max_write_norm, backend=backend, num_chunks=num_chunks)
+        self.attention = MultiHeadAttention(channels, head_dim)
+        self.persistent = nn.Parameter(torch.empty(num_persistent, channels))
+        nn.init.trunc_normal_(self.persistent, std=0.02)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Mixes the tokens of a feature map, see :meth:`TokenMixer.forward`."""
+        memory = self.memory
+        if x.dim() != 3 or x.size(1) != size[0] * size[1] or x.size(2) != memory.channels:
+            raise ValueError(f'expected tokens of shape (B, {size[0]} * {size[1]}, {memory.channels}), '
+                             f'got {tuple(x.shape)}')
+        persistent = self.persistent.expand(len(x), -1, -1)
+        state = None
+        outputs = []
+        for segment in memory.norm(x).split(memory.tokens_per_chunk(x.size(1)), dim=1):
+            context = self._read(segment, state)
+            y = self.attention(torch.cat((persistent.to(context.dtype), context, segment), dim=1), segment.size(1))
+            read, state = self._write_and_read(y, state)
+            outputs.append(y * read)
+        return memory.proj(torch.cat(outputs, dim=1))
+
+    def _read(self, segment: Tensor, state: MemoryState | None) -> Tensor:
+        """M_{t-1}(S_t W_Q), (B, L, Cm); a single chunk whose state is not asked for is not written."""
+        q = self._unit_heads(self.memory.query(segment))
+        return self._run(q, q, q, state)[0]
+
+    def _write_and_read(self, y: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
+        """M_t(y_t), (B, L, Cm), and the state of M_t."""
+        k, v = self._unit_heads(self.memory.key(y)), self._heads(self.memory.value(y))
+        return self._run(self._unit_heads(y), k, v, state, retrieve='final', return_state=True)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None,
+             **options: str | bool) -> tuple[Tensor, MemoryState | None]:
+        memory, weights = self.memory, self.memory.weights.memory
+        y, state = neural_memory(
+            q, k, v, weights.w1, weights.w2, weights.generators, state=state, backend=memory.backend,
+            chunk_size=max(q.size(2), 1), inner_step=memory.inner_step, max_write_norm=memory.max_write_norm, **options)
+        return y.transpose(1, 2).flatten(2), state
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, L, Cm) → (B, h, L, d), in at least float32."""
+        return x.unflatten(2, (-1, self.memory.head_dim)).transpose(1, 2).to(
+            torch.promote_types(x.dtype, torch.float32))
+
+    def _unit_heads(self, x: Tensor) -> Tensor:
+        """The same, each of unit length."""
+        return F.normalize(self._heads(x), dim=-1, eps=NORMALIZE_EPS)
