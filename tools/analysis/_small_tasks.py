@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from convneur_mm.datasets.shapes import SHAPE_CLASSES, single_scene_at
 from convneur_mm.models import ConvNeur
+from convneur_mm.models.global_branches import branch_options
 
 IGNORED = -1  # label of what is not asked for
 WARMUP_ITERATIONS = 50
@@ -64,7 +65,9 @@ class Task:
 
     def backbone(self, arch: dict, **options) -> ConvNeur:
         """A ConvNeur of this task's chunk size, with the weights it starts from."""
-        memory_cfg = {'chunk_size': self.chunk_size, **options.pop('memory_cfg', {})}
+        memory_cfg = options.pop('memory_cfg', {})
+        if 'chunk_size' in branch_options(options.get('global_branch', 'neural_memory')):
+            memory_cfg = {'chunk_size': self.chunk_size, **memory_cfg}
         model = ConvNeur(arch, memory_cfg=memory_cfg, **options)
         model.init_weights()
         return model
@@ -143,9 +146,9 @@ class Legend(Task):
     and each appears equally often, as does each colour: what is in the picture, and how much of it, tells nothing.
     """
 
-    iterations: int = 800
+    iterations: int = 600
     batch: int = 16
-    lr: float = 2e-3
+    lr: float = 1e-3
     chunk_size: int = 64
     solved: float = 0.9
     chance: float = 1 / 4

@@ -50,10 +50,16 @@ VARIANTS: dict[str, dict] = {
     'final, 1 chunk': dict(memory_cfg=dict(retrieve='final', num_chunks=1)),
     'final, 16 chunks': dict(memory_cfg=dict(retrieve='final', num_chunks=16)),
     'final, never written': dict(memory_cfg=dict(retrieve='final', inner_step=0.0)),
+    'cbam': dict(global_branch='cbam'),
+    'non-local': dict(global_branch='non_local'),
+    'self-attention': dict(global_branch='self_attention'),
+    'rwkv': dict(global_branch='rwkv'),
+    'titans': dict(global_branch='titans'),
     'final, add': dict(fusion='add', memory_cfg=dict(retrieve='final')),
     'final, concat': dict(fusion='concat', memory_cfg=dict(retrieve='final')),
 }
 
+RESULT_KEYS = ('task', 'variant', 'budget_factor', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
 # Task → (variant, budget factor) → results of its seeds.
 Results = dict[str, dict[tuple[str, float], list[dict]]]
 
@@ -119,27 +125,26 @@ def wanted_runs(args: argparse.Namespace) -> list[Run]:
             for task in args.tasks if seed < seeds[task] for variant in args.variants]
 
 
-def execute(run: Run, task: Task, options: dict) -> dict:
+def execute(run: Run, task: Task, settings: dict) -> dict:
     """Trains and measures on one thread; returns what the file of the run holds.
 
-    Task and options come along because a process of its own may not have those of the one that started it.
+    Task and settings are those of the process that asks; one started for the run need not have the same.
     """
     torch.set_num_threads(1)
     MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
     task.draw(1, torch.Generator())  # pictures that are made once are no part of the time
-    started = time.perf_counter()
-    model = train(task, options, run.seed, run.iterations)
-    seconds = time.perf_counter() - started
+    started = time.process_time()  # this thread is all there is, and others may use the machine too
+    model = train(task, settings['options'], run.seed, settings['iterations'])
+    seconds = time.process_time() - started
     figures = task.measure(model, torch.Generator().manual_seed(2**32 + run.seed))
-    return dict(task=run.task, variant=run.variant, budget_factor=run.budget_factor, seed=run.seed,
-                settings=run.settings, figures=figures, seconds=seconds,
-                parameters=sum(p.numel() for p in model.parameters()),
+    return dict(task=run.task, variant=run.variant, budget_factor=run.budget_factor, seed=run.seed, settings=settings,
+                figures=figures, seconds=seconds, parameters=sum(p.numel() for p in model.parameters()),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__))
 
 
 def results_of(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
     """Executes the runs and yields each with its result as it ends."""
-    calls = [(run, TASKS[run.task], VARIANTS[run.variant]) for run in runs]
+    calls = [(run, TASKS[run.task], run.settings) for run in runs]
     if jobs == 1:
         for call in calls:
             yield call[0], execute(*call)
@@ -174,7 +179,7 @@ def train_missing(args: argparse.Namespace) -> None:
         done += cost(run)
         eta = (time.monotonic() - started) * (work - done) / done
         figures = ', '.join(f'{name} {value:.3f}' for name, value in result['figures'].items())
-        note(f'[{number}/{len(missing)}] {run}: {figures}; {result["seconds"]:.0f} s; {eta / 60:.0f} min to go')
+        note(f'[{number}/{len(missing)}] {run}: {figures}; {result["seconds"]:.0f} s of CPU time; {eta / 60:.0f} min to go')
 
 
 def cost(run: Run) -> float:
@@ -186,18 +191,28 @@ def read(run: Run, folder: Path) -> dict | None:
     """The result of a run, None if it has none yet.
 
     Raises:
-        ValueError: If it was made with other settings than these.
+        ValueError: If its file holds something else, or was made with other settings than these.
     """
     path = run.path(folder)
     if not path.exists():
         return None
-    try:
-        result = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} is not the result of a run ({error}): delete it') from None
-    if result.get('settings') != run.settings:
+    result = load(path)
+    if result['settings'] != run.settings:
         raise ValueError(f'{path} was made with other settings than these: delete it, or name another --out-dir')
     return result
+
+
+def load(path: Path) -> dict:
+    """What the file of a run holds.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding='utf-8'))
+        return {key: result[key] for key in RESULT_KEYS}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path} is not the result of a run ({type(error).__name__}: {error}): delete it') from None
 
 
 def note(text: str) -> None:
@@ -216,7 +231,7 @@ def all_results(args: argparse.Namespace) -> Results:
     results: Results = {}
     if not args.out_dir.is_dir():
         raise ValueError(f'--out-dir {args.out_dir} is not a folder')
-    found = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(args.out_dir.glob('*.json'))]
+    found = [load(path) for path in sorted(args.out_dir.glob('*.json'))]
     for task in args.tasks:
         for variant in args.variants:
             of_variant = [result for result in found if (result['task'], result['variant']) == (task, variant)]
@@ -238,7 +253,7 @@ def print_tables(results: Results) -> None:
         task = TASKS[name]
         print(f'\n{name}: {task.iterations} iterations, chance {task.chance:.2f}, solved from {task.solved:.2f} on\n')
         figures = list(next(iter(rows.values()))[0]['figures'])
-        header = ('', 'solved', *(figure.replace('_', ' ') for figure in figures), 'least', 'most', 'parameters', 's')
+        header = ('', 'solved', *(figure.replace('_', ' ') for figure in figures), 'least', 'most', 'parameters', 'CPU s')
         print(bench.format_table(header, [table_row(task, row, runs, figures) for row, runs in rows.items()]))
 
 
