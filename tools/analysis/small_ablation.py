@@ -179,7 +179,7 @@ def train_missing(args: argparse.Namespace) -> None:
         done += cost(run)
         eta = (time.monotonic() - started) * (work - done) / done
         figures = ', '.join(f'{name} {value:.3f}' for name, value in result['figures'].items())
-        note(f'[{number}/{len(missing)}] {run}: {figures}; {result["seconds"]:.0f} s of CPU time; {eta / 60:.0f} min to go')
+        note(f'[{number}/{len(missing)}] {run}: {figures}; {result["seconds"]:.0f} CPU s; {eta / 60:.0f} min to go')
 
 
 def cost(run: Run) -> float:
@@ -253,7 +253,8 @@ def print_tables(results: Results) -> None:
         task = TASKS[name]
         print(f'\n{name}: {task.iterations} iterations, chance {task.chance:.2f}, solved from {task.solved:.2f} on\n')
         figures = list(next(iter(rows.values()))[0]['figures'])
-        header = ('', 'solved', *(figure.replace('_', ' ') for figure in figures), 'least', 'most', 'parameters', 'CPU s')
+        header = ('', 'solved', *(figure.replace('_', ' ') for figure in figures), 'least', 'most', 'parameters',
+                  'CPU s')
         print(bench.format_table(header, [table_row(task, row, runs, figures) for row, runs in rows.items()]))
 
 
