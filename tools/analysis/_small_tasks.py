@@ -146,7 +146,7 @@ class Legend(Task):
     and each appears equally often, as does each colour: what is in the picture, and how much of it, tells nothing.
     """
 
-    iterations: int = 600
+    iterations: int = 900
     batch: int = 16
     lr: float = 1e-3
     chunk_size: int = 64
