@@ -191,11 +191,26 @@ def test_shapes_splits_differ(tasks):
     assert not any(torch.equal(a, b) for a in train for b in val)
 
 
+def test_shapes_measures_validation(tasks):
+    """A model that knows the pictures of validation, and no others."""
+    task = replace(tasks.Shapes(), num_train=12, num_val=12)
+    images, labels = tasks.shapes_pictures('val', 12, 64)
+    answers = {image.numpy().tobytes(): label for image, label in zip(images, labels)}
+
+    class Known(torch.nn.Module):
+
+        def forward(self, x):
+            pixels = ((x * 0.25 + 0.5) * 255).round().to(torch.uint8)
+            return torch.nn.functional.one_hot(torch.stack([answers[image.numpy().tobytes()] for image in pixels]), 6)
+
+    assert task.measure(Known(), generator()) == dict(accuracy=1.0)
+
+
 # ---- training and the tool
 
 
-def test_train_learns_and_repeats(tasks):
-    """A task one can solve at a glance; the same seed gives the same weights, another one others."""
+def test_train_repeats(tasks):
+    """The same seed gives the same weights, another one others."""
     task = replace(tasks.Legend(), batch=4, band=1, side=8, channels=16, mem_channels=16)
     losses = []
     options = dict(placement='none')
@@ -225,8 +240,9 @@ def test_every_variant_builds(ablation):
 
 def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     command = ['--variants', 'none', 'final', '--seeds', '2', '--out-dir', str(tmp_path / 'runs')]
-    executed = []
-    execute = ablation.execute
+    executed, trained = [], []
+    execute, train = ablation.execute, ablation.train
+    monkeypatch.setattr(ablation, 'train', lambda *call: trained.append(call) or train(*call))
 
     def stop_after_five(*call):
         if len(executed) == 5:
@@ -247,6 +263,8 @@ def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     assert len(executed) == 5 and (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
     ablation.main(command)
     assert len(executed) == len(set(executed)) == 12
+    assert [(ablation.VARIANTS[run.variant], run.seed, 2) for run in executed] == [call[1:] for call in trained]
+    assert all(task is ablation.TASKS[run.task] for run, (task, *_) in zip(executed, trained))
     assert all(path.read_text() == text for path, text in before.items())
     out, err = capsys.readouterr()
     assert '5 of 12 runs' in err and 'min to go' in err
@@ -259,15 +277,15 @@ def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     assert result['versions']['torch'] == torch.__version__ and result['seconds'] > 0
 
 
-def test_two_jobs_equal_one(ablation, tmp_path):
-    """Processes of their own train what this one would, and on the tasks of this one."""
-    command = ['--tasks', 'recall', '--variants', 'final', '--seeds', '2', '--out-dir']
-    ablation.main([*command, str(tmp_path / 'one')])
-    ablation.main([*command, str(tmp_path / 'two'), '--jobs', '2'])
-    one, two = ([json.loads(path.read_text()) for path in sorted((tmp_path / jobs).iterdir())]
-                for jobs in ('one', 'two'))
-    assert len(one) == 2
-    assert [(r['settings'], r['figures']) for r in one] == [(r['settings'], r['figures']) for r in two]
+def test_other_process_equals_this_one(ablation, tmp_path):
+    """A process started for the run trains what this one would, on this one's tasks."""
+    command = ['--tasks', 'recall', '--variants', 'final', '--seeds', '1', '--out-dir']
+    ablation.main([*command, str(tmp_path / 'this')])
+    ablation.main([*command, str(tmp_path / 'other'), '--jobs', '2'])
+    this, other = (json.loads((tmp_path / name / 'recall-final-x1-seed0.json').read_text())
+                   for name in ('this', 'other'))
+    assert (this['settings'], this['figures']) == (other['settings'], other['figures'])
+    assert this['settings']['task']['side'] == 4
 
 
 def result(ablation, folder, variant, seed, accuracy, factor=1.0, **changes):
