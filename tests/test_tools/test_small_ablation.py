@@ -318,6 +318,15 @@ def test_other_settings_are_refused(ablation, tmp_path, command):
         ablation.main([*command, '--tasks', 'recall', '--variants', 'none', '--out-dir', str(tmp_path)])
 
 
+def test_a_report_may_change(ablation, tmp_path, monkeypatch, capsys):
+    """What counts as solved is read off the results, and makes no others of them."""
+    result(ablation, tmp_path, 'none', 0, 0.5)
+    for solved, count in ((0.4, '1 of 1'), (0.6, '0 of 1')):
+        monkeypatch.setitem(ablation.TASKS, 'recall', replace(ablation.TASKS['recall'], solved=solved, seeds=9))
+        ablation.main(['--table', '--out-dir', str(tmp_path)])
+        assert f' {count} ' in capsys.readouterr().out
+
+
 def test_bad_input(ablation, tmp_path, capsys):
     with pytest.raises(SystemExit, match='holds no results'):
         ablation.main(['--table', '--out-dir', str(tmp_path)])

@@ -228,7 +228,7 @@ class Shapes(Task):
     batch: int = 16
     lr: float = 1.5e-3
     chunk_size: int = 64
-    solved: float = 0.5
+    solved: float = 0.35  # has learned something: twice what guessing gives
     chance: float = 1 / len(SHAPE_CLASSES)
     seeds: int = 3
     cost: float = 0.5

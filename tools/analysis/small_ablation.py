@@ -60,6 +60,8 @@ VARIANTS: dict[str, dict] = {
 }
 
 RESULT_KEYS = ('task', 'variant', 'budget_factor', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
+# Fields of a task that change neither a training nor its figures; its iterations count with the budget.
+REPORT_FIELDS = ('iterations', 'solved', 'chance', 'seeds', 'cost')
 # Task → (variant, budget factor) → results of its seeds.
 Results = dict[str, dict[tuple[str, float], list[dict]]]
 
@@ -80,8 +82,8 @@ class Run:
     @property
     def settings(self) -> dict:
         """All that the result depends on beside the seed, as JSON gives it back."""
-        return json.loads(json.dumps(dict(
-            task=asdict(TASKS[self.task]), options=VARIANTS[self.variant], iterations=self.iterations)))
+        task = {name: value for name, value in asdict(TASKS[self.task]).items() if name not in REPORT_FIELDS}
+        return json.loads(json.dumps(dict(task=task, options=VARIANTS[self.variant], iterations=self.iterations)))
 
     def path(self, folder: Path) -> Path:
         name = f'{self.task}-{self.variant}-x{self.budget_factor:g}-seed{self.seed}'
@@ -274,21 +276,26 @@ def spread(values: Sequence[float]) -> str:
 
 
 def plot(path: Path, results: Results) -> None:
-    """A plot for each task: a dot for each seed, its mean, and what guessing and solving are."""
+    """A plot for each task: a dot for each seed, their mean, the means of other figures, guessing and solving."""
     figure, axes = bench.new_figure(len(results))
+    labels = {}
     for axis, (name, rows) in zip([axes] if len(results) == 1 else axes, results.items()):
         task = TASKS[name]
         axis.axvline(task.chance, color='grey', linestyle=':', label='guessing')
         axis.axvline(task.solved, color='green', linestyle='--', label='solved')
         for y, runs in enumerate(rows.values()):
-            accuracies = [run['figures']['accuracy'] for run in runs]
-            axis.plot(accuracies, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='' if y else 'a seed')
-            axis.plot(statistics.mean(accuracies), y, '|', color='black', markersize=16, label='' if y else 'mean')
+            accuracies, *others = ([run['figures'][figure] for run in runs] for figure in runs[0]['figures'])
+            axis.plot(accuracies, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='a seed')
+            axis.plot(statistics.mean(accuracies), y, '|', color='black', markersize=16, label='mean')
+            for figure_name, values, marker in zip(list(runs[0]['figures'])[1:], others, '^v'):
+                axis.plot(statistics.mean(values), y, marker, color='tab:orange', markerfacecolor='none',
+                          label=f'mean, {figure_name.replace("_", " ")}')
         axis.set_yticks(range(len(rows)), [row_name(*row) for row in rows])
         axis.invert_yaxis()
         axis.set(title=name, xlabel='accuracy', xlim=(0, 1.02))
         axis.grid(axis='x', alpha=0.3)
-        axis.legend(loc='lower left', fontsize='small')
+        labels.update(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(labels.values(), labels, loc='outside lower center', ncols=len(labels))
     figure.savefig(path, dpi=100)
 
 
