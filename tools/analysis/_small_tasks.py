@@ -1,0 +1,332 @@
+"""The tasks of small_ablation.py, and how a model is trained on one of them.
+
+A task draws batches, builds a model around the backbone's options it is given, and measures a trained model on fresh
+data. Everything about it is a field, so a result can say exactly what it was trained on.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convneur_mm.datasets.shapes import SHAPE_CLASSES, single_scene_at
+from convneur_mm.models import ConvNeur
+from convneur_mm.models.global_branches import branch_options
+
+IGNORED = -1  # label of what is not asked for
+WARMUP_ITERATIONS = 50
+MAX_GRAD_NORM = 1.0
+# Red, green, blue, yellow: of the same brightness in sum of squares, give or take a few percent.
+LEGEND_COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0), (0.7, 0.7, 0.1))
+CELL = 4  # pixels, the patch of the backbone's stem
+PIXEL_MEAN, PIXEL_STD = 0.25, 0.4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all tasks share.
+
+    Attributes:
+        iterations: Length of a training at budget factor 1.
+        batch: Sequences or pictures of an iteration.
+        lr: Peak learning rate of AdamW.
+        chunk_size: Tokens of a chunk of the memory, where a variant does not say otherwise.
+        solved: Accuracy from which a run counts as solved.
+        chance: Accuracy of guessing.
+        seeds: How many seeds are trained where nothing else is said.
+        cost: Time of an iteration, as against other tasks; for estimates of the time to go.
+    """
+
+    iterations: int
+    batch: int
+    lr: float
+    chunk_size: int
+    solved: float
+    chance: float
+    seeds: int
+    cost: float
+
+    def build(self, **options) -> nn.Module:
+        """A model; ``options`` are those of :class:`ConvNeur`."""
+        raise NotImplementedError
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        """A batch: the model's inputs, and labels of its logits (B, classes, ...), IGNORED where nothing is asked."""
+        raise NotImplementedError
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        """Figures of a trained model on data it has not seen; 'accuracy' is among them."""
+        raise NotImplementedError
+
+    def backbone(self, arch: dict, **options) -> ConvNeur:
+        """A ConvNeur of this task's chunk size, with the weights it starts from."""
+        memory_cfg = options.pop('memory_cfg', {})
+        if 'chunk_size' in branch_options(options.get('global_branch', 'neural_memory')):
+            memory_cfg = {'chunk_size': self.chunk_size, **memory_cfg}
+        model = ConvNeur(arch, memory_cfg=memory_cfg, **options)
+        model.init_weights()
+        return model
+
+
+# ---- recall
+
+
+@dataclass(frozen=True)
+class Recall(Task):
+    """Tokens show a key with its value, later ones the key alone: name the value, drawn anew for each sequence.
+
+    The global branch alone, on a map of tokens without any local branch: the first half of the rows shows, the
+    second asks.
+    """
+
+    iterations: int = 150
+    batch: int = 32
+    lr: float = 2e-3
+    chunk_size: int = 32
+    solved: float = 0.95
+    chance: float = 1 / 8
+    seeds: int = 5
+    cost: float = 2.0
+    keys: int = 12
+    values: int = 8
+    side: int = 16
+    channels: int = 64
+
+    def build(self, **options) -> nn.Module:
+        arch = dict(depths=[1], channels=[self.channels], mem_channels=self.channels)
+        block = self.backbone(arch, out_indices=(0, ), **options).stages[0][0]
+        return _RecallModel(self, nn.Identity() if block.global_branch is None else block.global_branch)
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        table = torch.randint(self.values, (batch, self.keys), generator=g)
+        keys = torch.randint(self.keys, (batch, self.side**2), generator=g)
+        labels = table.gather(1, keys)
+        shown = labels.clone()
+        half = self.side // 2 * self.side
+        shown[:, half:] = self.values  # stands for none
+        labels[:, :half] = IGNORED
+        return (keys, shown), labels
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        inputs, labels = self.draw(256, g)
+        return dict(accuracy=accuracy(predict(model, inputs), labels))
+
+
+class _RecallModel(nn.Module):
+
+    def __init__(self, task: Recall, branch: nn.Module) -> None:
+        super().__init__()
+        self.side = task.side
+        self.key = nn.Embedding(task.keys, task.channels)
+        self.value = nn.Embedding(task.values + 1, task.channels)
+        self.branch = branch
+        self.norm = nn.LayerNorm(task.channels)
+        self.head = nn.Linear(task.channels, task.values)
+
+    def forward(self, keys: Tensor, shown: Tensor) -> Tensor:
+        """Two (B, N) → logits (B, values, N)."""
+        x = (self.key(keys) + self.value(shown)).mT.unflatten(2, (self.side, self.side))
+        return self.head(self.norm(self.branch(x).flatten(2).mT)).mT
+
+
+# ---- legend
+
+
+@dataclass(frozen=True)
+class Legend(Task):
+    """Pictures of cells, one patch of the stem each: a legend of patterns in colour, and queries of the same in white.
+
+    The legend lies along the top or the bottom, the queries along the other side, farther away than the local branch
+    sees. A query's label is the colour that its pattern has in the legend. Patterns are drawn anew for each picture,
+    and each appears equally often, as does each colour: what is in the picture, and how much of it, tells nothing.
+    """
+
+    iterations: int = 900
+    batch: int = 16
+    lr: float = 1e-3
+    chunk_size: int = 64
+    solved: float = 0.9
+    chance: float = 1 / 4
+    seeds: int = 5
+    cost: float = 1.0
+    side: int = 16  # of the picture, in cells
+    band: int = 3  # rows of cells of the legend, and of the queries
+    pairs: int = 4
+    noise: float = 0.05
+    channels: int = 48
+    mem_channels: int = 64
+
+    def build(self, **options) -> nn.Module:
+        arch = dict(depths=[2], channels=[self.channels], mem_channels=self.mem_channels)
+        return _LegendModel(self.backbone(arch, out_indices=(0, ), **options))
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        images, labels, _ = self.pictures(batch, g)
+        return (images, ), labels
+
+    def pictures(self, batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), labels of cells (B, H/4, W/4), and whether the legend is at the top (B,)."""
+        patterns = _ranks((batch, self.pairs, CELL * CELL), g) < CELL * CELL // 2
+        patterns = patterns.float().unflatten(-1, (1, CELL, CELL))
+        colours = _ranks((batch, self.pairs), g) % len(LEGEND_COLOURS)
+        at_top = torch.rand(batch, generator=g) < 0.5
+
+        cells = torch.zeros(batch, self.side, self.side, 3, CELL, CELL)
+        labels = torch.full((batch, self.side, self.side), IGNORED)
+        image = torch.arange(batch)[:, None, None]
+        legend, queries = (_ranks((batch, self.band * self.side), g).unflatten(1, (self.band, self.side)) % self.pairs
+                           for _ in range(2))
+        rgb = torch.tensor(LEGEND_COLOURS)[colours][..., None, None]  # (B, pairs, 3, 1, 1)
+        cells[:, :self.band] = (patterns * rgb)[image, legend]
+        cells[:, -self.band:] = patterns[image, queries]
+        labels[:, -self.band:] = colours[image, queries]
+        cells[~at_top], labels[~at_top] = cells[~at_top].flip(1), labels[~at_top].flip(1)
+
+        pixels = self.side * CELL
+        images = cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, 3, pixels, pixels)
+        images = images + self.noise * torch.randn(images.shape, generator=g)
+        return (images - PIXEL_MEAN) / PIXEL_STD, labels, at_top
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        images, labels, at_top = self.pictures(256, g)
+        predicted = predict(model, (images, ))
+        return dict(accuracy=accuracy(predicted, labels),
+                    legend_at_top=accuracy(predicted[at_top], labels[at_top]),
+                    legend_at_bottom=accuracy(predicted[~at_top], labels[~at_top]))
+
+
+class _LegendModel(nn.Module):
+
+    def __init__(self, backbone: ConvNeur) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Conv2d(backbone.channels[0], len(LEGEND_COLOURS), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → logits (B, colours, H/4, W/4)."""
+        return self.head(self.backbone(images)[0])
+
+
+def _ranks(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """A random permutation of 0 to n - 1 along the last axis."""
+    return torch.rand(shape, generator=g).argsort(-1)
+
+
+# ---- shapes
+
+
+@dataclass(frozen=True)
+class Shapes(Task):
+    """The generated pictures of the quick start for classification: one shape each, told by its outline alone."""
+
+    iterations: int = 600
+    batch: int = 16
+    lr: float = 1.5e-3
+    chunk_size: int = 64
+    solved: float = 0.35  # has learned something: twice what guessing gives
+    chance: float = 1 / len(SHAPE_CLASSES)
+    seeds: int = 3
+    cost: float = 0.5
+    size: int = 64
+    num_train: int = 2000
+    num_val: int = 600
+    depths: tuple[int, ...] = (1, 1, 2, 1)
+    channels: tuple[int, ...] = (24, 48, 96, 192)
+    mem_channels: int = 48
+
+    def build(self, **options) -> nn.Module:
+        arch = dict(depths=self.depths, channels=self.channels, mem_channels=self.mem_channels)
+        last = len(self.depths) - 1
+        return _ShapesModel(self.backbone(arch, out_indices=(last, ), gap_before_final_norm=True, **options))
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        images, labels = shapes_pictures('train', self.num_train, self.size)
+        chosen = torch.randint(self.num_train, (batch, ), generator=g)
+        images = images[chosen]
+        for axis in (2, 3):
+            flipped = torch.rand(batch, generator=g) < 0.5
+            images[flipped] = images[flipped].flip(axis)
+        return (_normalised(images), ), labels[chosen]
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        images, labels = shapes_pictures('val', self.num_val, self.size)
+        return dict(accuracy=accuracy(predict(model, (_normalised(images), )), labels))
+
+
+class _ShapesModel(nn.Module):
+
+    def __init__(self, backbone: ConvNeur) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.channels[-1], len(SHAPE_CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → logits (B, classes)."""
+        return self.head(self.backbone(images)[0])
+
+
+@lru_cache(maxsize=2)
+def shapes_pictures(split: str, number: int, size: int) -> tuple[Tensor, Tensor]:
+    """uint8 pictures (number, 3, size, size) and their classes, the same in every run."""
+    scenes = [single_scene_at(0, split, index, size) for index in range(number)]
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor([scene.instances[0].label for scene in scenes])
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return (images / 255 - 0.5) / 0.25
+
+
+# ---- training
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of the labels that are asked for and named right."""
+    asked = labels != IGNORED
+    return (predicted[asked] == labels[asked]).float().mean().item()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The class of each logit, in batches small enough for any machine."""
+    return torch.cat([model(*part).argmax(1) for part in zip(*(x.split(64) for x in inputs))])
+
+
+def train(task: Task, options: dict, seed: int, iterations: int,
+          report: Callable[[int, float], None] = lambda iteration, loss: None) -> nn.Module:
+    """A model trained from random weights: AdamW, a warm-up, and a linear decay to zero over the second half.
+
+    Args:
+        task: What to train on.
+        options: Options of the backbone.
+        seed: Of the weights and of the data.
+        iterations: Length of the training.
+        report: Called after each iteration with its number, from 1 on, and its loss.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        RuntimeError: If a gradient is not finite.
+    """
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    model = task.build(**options).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1.0, (i + 1) / WARMUP_ITERATIONS, 2 * (iterations - i) / iterations))
+    for iteration in range(1, iterations + 1):
+        inputs, labels = task.draw(task.batch, g)
+        loss = F.cross_entropy(model(*inputs), labels, ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, error_if_nonfinite=True)
+        optimizer.step()
+        schedule.step()
+        report(iteration, loss.item())
+    return model.eval()

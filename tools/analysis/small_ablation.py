@@ -1,0 +1,318 @@
+#!/usr/bin/env python
+r"""What each part of ConvNeur is good for, on generated tasks that train in a minute or two on one core.
+
+    # everything, two trainings at a time; run it again to go on where it stopped
+    tools/analysis/small_ablation.py --jobs 2
+    # does no memory get there with three times the budget?
+    tools/analysis/small_ablation.py --tasks legend --variants none --budget-factor 3
+    # from the files of the runs alone
+    tools/analysis/small_ablation.py --table --plot ablation.png
+
+Tasks: recall (key and value, the global branch alone), legend (what a pattern means stands elsewhere in the picture,
+farther away than the local branch sees), shapes (one generated shape, told by its outline). Every run leaves a JSON
+file of its own; a run whose file is there is not repeated.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import os.path as osp
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import _benchmark as bench
+import mmengine
+import torch
+from _small_tasks import Legend, Recall, Shapes, Task, train
+from mmengine.logging import MMLogger
+
+TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}
+# Options of the backbone.
+VARIANTS: dict[str, dict] = {
+    'none': dict(placement='none'),
+    'previous': dict(),
+    'previous, parallel': dict(memory_cfg=dict(update_rule='parallel')),
+    'final': dict(memory_cfg=dict(retrieve='final')),
+    'final, parallel': dict(memory_cfg=dict(retrieve='final', update_rule='parallel')),
+    'final, 1 chunk': dict(memory_cfg=dict(retrieve='final', num_chunks=1)),
+    'final, 16 chunks': dict(memory_cfg=dict(retrieve='final', num_chunks=16)),
+    'final, never written': dict(memory_cfg=dict(retrieve='final', inner_step=0.0)),
+    'cbam': dict(global_branch='cbam'),
+    'non-local': dict(global_branch='non_local'),
+    'self-attention': dict(global_branch='self_attention'),
+    'rwkv': dict(global_branch='rwkv'),
+    'titans': dict(global_branch='titans'),
+    'final, add': dict(fusion='add', memory_cfg=dict(retrieve='final')),
+    'final, concat': dict(fusion='concat', memory_cfg=dict(retrieve='final')),
+}
+
+RESULT_KEYS = ('task', 'variant', 'budget_factor', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
+# Fields of a task that change neither a training nor its figures; its iterations count with the budget.
+REPORT_FIELDS = ('iterations', 'solved', 'chance', 'seeds', 'cost')
+# Task → (variant, budget factor) → results of its seeds.
+Results = dict[str, dict[tuple[str, float], list[dict]]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what it is, and where its result lies."""
+
+    task: str
+    variant: str
+    budget_factor: float
+    seed: int
+
+    @property
+    def iterations(self) -> int:
+        return max(1, round(TASKS[self.task].iterations * self.budget_factor))
+
+    @property
+    def settings(self) -> dict:
+        """All that the result depends on beside the seed, as JSON gives it back."""
+        task = {name: value for name, value in asdict(TASKS[self.task]).items() if name not in REPORT_FIELDS}
+        return json.loads(json.dumps(dict(task=task, options=VARIANTS[self.variant], iterations=self.iterations)))
+
+    def path(self, folder: Path) -> Path:
+        name = f'{self.task}-{self.variant}-x{self.budget_factor:g}-seed{self.seed}'
+        return folder / f'{name.replace(", ", "-").replace(" ", "-")}.json'
+
+    def __str__(self) -> str:
+        return f'{self.task}, {self.variant}, {self.iterations} iterations, seed {self.seed}'
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), metavar='TASK',
+                        help=f'of {", ".join(TASKS)} (default: all)')
+    parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS), metavar='VARIANT',
+                        help='of ' + ', '.join(repr(name) for name in VARIANTS) + ' (default: all)')
+    parser.add_argument('--seeds', type=int, metavar='N', help='seeds 0 to N - 1 (default: by task, '
+                        + ', '.join(f'{name} {task.seeds}' for name, task in TASKS.items()) + ')')
+    parser.add_argument('--budget-factor', type=float, default=1.0, metavar='X',
+                        help='times the iterations of each task (default: %(default)g)')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N',
+                        help='trainings at a time, one thread each (default: %(default)s)')
+    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/small_ablation'), metavar='DIR',
+                        help='where the results are (default: %(default)s)')
+    parser.add_argument('--table', action='store_true', help='print the tables of the results there are; train nothing')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the results there are; train nothing')
+    args = parser.parse_args(argv)
+    for name in ('seeds', 'jobs', 'budget_factor'):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f'--{name.replace("_", "-")} must be greater than 0, got {value}')
+    return args
+
+
+# ---- runs
+
+
+def wanted_runs(args: argparse.Namespace) -> list[Run]:
+    """Those asked for, all first seeds before the second ones: a table of a stopped ablation is even."""
+    seeds = {name: args.seeds or TASKS[name].seeds for name in args.tasks}
+    return [Run(task, variant, args.budget_factor, seed) for seed in range(max(seeds.values()))
+            for task in args.tasks if seed < seeds[task] for variant in args.variants]
+
+
+def execute(run: Run, task: Task, settings: dict) -> dict:
+    """Trains and measures on one thread; returns what the file of the run holds.
+
+    Task and settings are those of the process that asks; one started for the run need not have the same.
+    """
+    torch.set_num_threads(1)
+    MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
+    task.draw(1, torch.Generator())  # pictures that are made once are no part of the time
+    started = time.process_time()  # this thread is all there is, and others may use the machine too
+    model = train(task, settings['options'], run.seed, settings['iterations'])
+    seconds = time.process_time() - started
+    figures = task.measure(model, torch.Generator().manual_seed(2**32 + run.seed))
+    return dict(task=run.task, variant=run.variant, budget_factor=run.budget_factor, seed=run.seed, settings=settings,
+                figures=figures, seconds=seconds, parameters=sum(p.numel() for p in model.parameters()),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__))
+
+
+def results_of(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
+    """Executes the runs and yields each with its result as it ends."""
+    calls = [(run, TASKS[run.task], run.settings) for run in runs]
+    if jobs == 1:
+        for call in calls:
+            yield call[0], execute(*call)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
+        try:
+            pending = {pool.submit(execute, *call): call[0] for call in calls}
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def train_missing(args: argparse.Namespace) -> None:
+    """Executes the wanted runs that have no file yet, and writes their files.
+
+    Raises:
+        ValueError: If a file holds the result of other settings.
+    """
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    runs = wanted_runs(args)
+    missing = [run for run in runs if read(run, args.out_dir) is None]
+    note(f'{len(runs) - len(missing)} of {len(runs)} runs are in {args.out_dir}, {len(missing)} to go')
+    started, done = time.monotonic(), 0.0
+    work = sum(cost(run) for run in missing)
+    for number, (run, result) in enumerate(results_of(missing, args.jobs), start=1):
+        path = run.path(args.out_dir)
+        unfinished = path.with_suffix(f'.{os.getpid()}.tmp')
+        bench.write_json(unfinished, result)
+        unfinished.replace(path)
+        done += cost(run)
+        eta = (time.monotonic() - started) * (work - done) / done
+        figures = ', '.join(f'{name} {value:.3f}' for name, value in result['figures'].items())
+        note(f'[{number}/{len(missing)}] {run}: {figures}; {result["seconds"]:.0f} CPU s; {eta / 60:.0f} min to go')
+
+
+def cost(run: Run) -> float:
+    """Of a run, as against others: iterations times what one takes, about."""
+    return run.iterations * TASKS[run.task].cost
+
+
+def read(run: Run, folder: Path) -> dict | None:
+    """The result of a run, None if it has none yet.
+
+    Raises:
+        ValueError: If its file holds something else, or was made with other settings than these.
+    """
+    path = run.path(folder)
+    if not path.exists():
+        return None
+    result = load(path)
+    if result['settings'] != run.settings:
+        raise ValueError(f'{path} was made with other settings than these: delete it, or name another --out-dir')
+    return result
+
+
+def load(path: Path) -> dict:
+    """What the file of a run holds.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding='utf-8'))
+        return {key: result[key] for key in RESULT_KEYS}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path} is not the result of a run ({type(error).__name__}: {error}): delete it') from None
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- reports
+
+
+def all_results(args: argparse.Namespace) -> Results:
+    """The results there are.
+
+    Raises:
+        ValueError: If there are none, or one was made with other settings.
+    """
+    results: Results = {}
+    if not args.out_dir.is_dir():
+        raise ValueError(f'--out-dir {args.out_dir} is not a folder')
+    found = [load(path) for path in sorted(args.out_dir.glob('*.json'))]
+    for task in args.tasks:
+        for variant in args.variants:
+            of_variant = [result for result in found if (result['task'], result['variant']) == (task, variant)]
+            for factor in sorted({result['budget_factor'] for result in of_variant}):
+                seeds = sorted(result['seed'] for result in of_variant if result['budget_factor'] == factor)
+                results.setdefault(task, {})[variant, factor] = [
+                    read(Run(task, variant, factor, seed), args.out_dir) for seed in seeds]
+    if not results:
+        raise ValueError(f'{args.out_dir} holds no results of these tasks and variants')
+    return results
+
+
+def row_name(variant: str, factor: float) -> str:
+    return variant if factor == 1 else f'{variant}, {factor:g} x the budget'
+
+
+def print_tables(results: Results) -> None:
+    for name, rows in results.items():
+        task = TASKS[name]
+        print(f'\n{name}: {task.iterations} iterations, chance {task.chance:.2f}, solved from {task.solved:.2f} on\n')
+        figures = list(next(iter(rows.values()))[0]['figures'])
+        header = ('', 'solved', *(figure.replace('_', ' ') for figure in figures), 'least', 'most', 'parameters',
+                  'CPU s')
+        print(bench.format_table(header, [table_row(task, row, runs, figures) for row, runs in rows.items()]))
+
+
+def table_row(task: Task, row: tuple[str, float], runs: Sequence[dict], figures: Sequence[str]) -> tuple[str, ...]:
+    accuracies = [run['figures']['accuracy'] for run in runs]
+    solved = sum(accuracy >= task.solved for accuracy in accuracies)
+    return (row_name(*row), f'{solved} of {len(runs)}', *(spread([run['figures'][name] for run in runs])
+                                                         for name in figures),
+            f'{min(accuracies):.2f}', f'{max(accuracies):.2f}', f'{runs[0]["parameters"]:,}',
+            f'{statistics.median(run["seconds"] for run in runs):.0f}')
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    mean = f'{statistics.mean(values):.2f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
+
+
+def plot(path: Path, results: Results) -> None:
+    """A plot for each task: a dot for each seed, their mean, the means of other figures, guessing and solving."""
+    figure, axes = bench.new_figure(len(results))
+    labels = {}
+    for axis, (name, rows) in zip([axes] if len(results) == 1 else axes, results.items()):
+        task = TASKS[name]
+        axis.axvline(task.chance, color='grey', linestyle=':', label='guessing')
+        axis.axvline(task.solved, color='green', linestyle='--', label='solved')
+        for y, runs in enumerate(rows.values()):
+            accuracies, *others = ([run['figures'][figure] for run in runs] for figure in runs[0]['figures'])
+            axis.plot(accuracies, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='a seed')
+            axis.plot(statistics.mean(accuracies), y, '|', color='black', markersize=16, label='mean')
+            for figure_name, values, marker in zip(list(runs[0]['figures'])[1:], others, '^v'):
+                axis.plot(statistics.mean(values), y, marker, color='tab:orange', markerfacecolor='none',
+                          label=f'mean, {figure_name.replace("_", " ")}')
+        axis.set_yticks(range(len(rows)), [row_name(*row) for row in rows])
+        axis.invert_yaxis()
+        axis.set(title=name, xlabel='accuracy', xlim=(0, 1.02))
+        axis.grid(axis='x', alpha=0.3)
+        labels.update(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(labels.values(), labels, loc='outside lower center', ncols=len(labels))
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if not (args.table or args.plot):
+            train_missing(args)
+        results = all_results(args)
+        print_tables(results)
+        if args.plot:
+            plot(args.plot, results)
+    except ValueError as error:
+        sys.exit(f'small_ablation: error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('small_ablation: stopped; the same command goes on from here')
+
+
+if __name__ == '__main__':
+    main()
