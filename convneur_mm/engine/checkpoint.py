@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import os.path as osp
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -29,6 +30,9 @@ from .weights_file import (
 
 # Names that MMEngine looks up or fetches in its own ways; all else is a path or a URL.
 MMENGINE_SCHEMES = ('torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls', 'pavi', 's3', 'petrel')
+# Names that timm's and the authors' ConvNeXt have and ConvNeur does not, and mmpretrain's layer scale.
+CONVNEXT = re.compile(r'\.(conv_dw|dwconv)\.weight$|^stages\.\d+\.\d+\.gamma$')
+CONVERTER = 'tools/model_converters/convnext_to_convneur.py'
 
 
 def fetch_checkpoint(filename: str) -> str:
@@ -147,7 +151,7 @@ def check_some_match(expected: Iterable[str], found: Iterable[str], filename: st
     expected, found = list(expected), list(found)
     if not set(expected) & set(found):
         raise CheckpointError(f'{filename} holds none of the model\'s weights: the model has {_some(expected)}, '
-                              f'the checkpoint {_some(found)}{_timm_remedy(found)}')
+                              f'the checkpoint {_some(found)}{_convnext_remedy(found, filename)}')
 
 
 def check_all_match(own: Collection[str], differences: Differences, filename: str, classes: tuple[int, int] | None
@@ -229,6 +233,10 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
     candidates = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    # Some of the authors' names are ours too, and the others would be left out with a warning.
+    remedy = _convnext_remedy(candidates, filename)
+    if remedy:
+        raise CheckpointError(f'{filename} has other names than the model{remedy}')
     check_some_match(own, candidates or weights, filename)
     reshaped = compare_weights(own, candidates).other_shape
     if reshaped:
@@ -242,7 +250,10 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     logger = MMLogger.get_current_instance()
     logger.info(f'loaded {len(own) - len(missing)} of {len(own)} backbone weights from {filename}')
     if missing:
-        logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: {_some(missing)}')
+        if _has_memory(own) and not _has_memory(candidates):  # mmpretrain's ConvNeXt-V2 has our names
+            remedy = f'. If these are weights of ConvNeXt-V2, convert them by {CONVERTER} {filename} NEW.pth'
+        logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: {_some(missing)}'
+                       f'{remedy}')
     if unexpected:
         logger.info(f'{len(unexpected)} weights of {filename} are not used: {_some(unexpected)}')
 
@@ -251,13 +262,15 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _timm_remedy(names: Iterable[str]) -> str:
-    """How to rename the weights of timm's ConvNeXt-V2 models, if these are their names."""
-    if not any('.blocks.0.conv_dw.' in name for name in names):
+def _has_memory(names: Iterable[str]) -> bool:
+    return any('.global_branch.' in name for name in names)
+
+
+def _convnext_remedy(names: Iterable[str], filename: str) -> str:
+    """The command that converts these weights, or '' where their names are not those of ConvNeXt."""
+    if not any(CONVNEXT.search(name) for name in names):
         return ''
-    return ('. Those are timm\'s names: save it again with stem. renamed to downsample_layers.0., stages.N.downsample. '
-            'to downsample_layers.N., stages.N.blocks. to stages.N., conv_dw to depthwise_conv, mlp.fc1 and mlp.fc2 to '
-            'pointwise_conv1 and pointwise_conv2, mlp.grn.weight and mlp.grn.bias to grn.gamma and grn.beta')
+    return f'. Those are weights of ConvNeXt: convert them by {CONVERTER} {filename} NEW.pth'
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 # What MMEngine logs before the first step, beside records of several lines, and the summary says in fewer words.
 REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
             'Load checkpoint from',
-            *(f'ConvNeur-{arch} starts from random weights' for arch in ('m1', 'm2', 'm3', 'm4')))
+            *(f'ConvNeur-{arch} starts from random weights' for arch in ('m1', 'm2', 'm3', 'm4', 'm5', 'm6')))
 # Warnings about the insides of MMEngine and mmseg, which nobody who trains a model can do anything about.
 POINTLESS = ('"FileClient" will be deprecated', '"HardDiskBackend" is the alias', 'The prefix is not set in metric')
 # Lines that pycocotools, MMEngine and the forks' data sets print, in each process.

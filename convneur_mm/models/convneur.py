@@ -32,7 +32,12 @@ class ConvNeur(BaseModule):
     m2      2, 2, 6, 2   48, 96, 192, 384      96
     m3      2, 2, 6, 2   64, 128, 256, 512     128
     m4      2, 2, 8, 2   80, 160, 320, 640     160
+    m5      3, 3, 9, 3   96, 192, 384, 768     192
+    m6      3, 3, 27, 3  128, 256, 512, 1024   256
     ======  ===========  ====================  ============
+
+    The paper has m1 to m4. m5 and m6 are ours, with the depths and channels of ConvNeXt-V2 Tiny and Base, for weights
+    that are converted from those.
 
     Args:
         arch (str | dict): A name from the table, or a dict of ``depths``, ``channels`` and ``mem_channels``.
@@ -72,6 +77,8 @@ class ConvNeur(BaseModule):
         'm2': dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384], mem_channels=96),
         'm3': dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512], mem_channels=128),
         'm4': dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640], mem_channels=160),
+        'm5': dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768], mem_channels=192),
+        'm6': dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024], mem_channels=256),
     }
 
     def __init__(

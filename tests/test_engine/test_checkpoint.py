@@ -348,27 +348,34 @@ class TestBackbones:
                                                   r'arch\? weight \(4, 3\) \(expected \(5, 3\)\), bias'):
             load_pretrained(nn.Linear(3, 5), str(tmp_path / 'x.pth'))
 
-    @pytest.mark.needs('timm')
-    def test_timms_names(self, tmp_path):
-        """Renamed as the message says they load, but for those of convolutions that are linear layers here."""
-        import timm
-        weights = timm.create_model('convnextv2_atto', depths=(1, 1, 1, 1)).state_dict()
-        torch.save(weights, tmp_path / 'x.pth')
-        backbone = ConvNeur(dict(depths=[1, 1, 1, 1], channels=[40, 80, 160, 320], mem_channels=16))
-        with pytest.raises(CheckpointError, match=r"Those are timm's names: save it again with stem\.") as error:
+    @pytest.mark.parametrize('names', [
+        ('stem.0.weight', 'stages.0.blocks.0.conv_dw.weight'),
+        # Of these, the first is ours too.
+        ('downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight'),
+        ('backbone.downsample_layers.0.0.weight', 'backbone.stages.0.0.dwconv.weight'),
+        ('downsample_layers.0.0.weight', 'stages.0.0.gamma'),
+        ('backbone.downsample_layers.0.0.weight', 'backbone.stages.0.0.gamma'),
+    ], ids=['timm', 'authors', 'authors-detector', 'mmpretrain-v1', 'mmpretrain-v1-classifier'])
+    def test_convnext_has_to_be_converted(self, names, tmp_path):
+        backbone = ConvNeur(dict(depths=[1], channels=[16], mem_channels=16), out_indices=0)
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        torch.save({name: torch.zeros(16, 3, 4, 4) for name in names}, tmp_path / 'x.pth')
+        told = r'Those are weights of ConvNeXt: convert them by tools/\S+ \S*x.pth NEW.pth'
+        with pytest.raises(CheckpointError, match=told) as error:
             load_pretrained(backbone, str(tmp_path / 'x.pth'))
         assert '\n' not in str(error.value)
-        for pattern, name in (
-                (r'^stem\.', 'downsample_layers.0.'), (r'^stages\.(\d)\.downsample\.', r'downsample_layers.\1.'),
-                (r'^stages\.(\d)\.blocks\.', r'stages.\1.'), ('conv_dw', 'depthwise_conv'),
-                (r'mlp\.fc', 'pointwise_conv'), (r'mlp\.grn\.weight', 'grn.gamma'), (r'mlp\.grn\.bias', 'grn.beta')):
-            assert name.replace('\\1', 'N') in str(error.value)
-            weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
-        weights = {name: value for name, value in weights.items() if not name.startswith('head.')}
-        assert set(weights) <= set(backbone.state_dict())
-        torch.save(weights, tmp_path / 'x.pth')
-        with pytest.raises(CheckpointError, match='1 x 1 convolutions .*pointwise_conv1.weight'):
-            load_pretrained(backbone, str(tmp_path / 'x.pth'))
+        assert (Path(__file__).parents[2] / re.search(r'tools/\S+', str(error.value))[0]).is_file()
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+    @pytest.mark.parametrize('source, target, is_told', [
+        ('none', 'stage', True), ('none', 'none', False), ('stage', 'stage', False), ('stage', 'block', False)])
+    def test_a_file_without_memories_may_be_of_convnext(self, source, target, is_told, tmp_path, logged):
+        """mmpretrain's ConvNeXt-V2 has our names."""
+        arch = dict(depths=[2, 1], channels=[16, 16], mem_channels=16)
+        torch.save(ConvNeur(arch, placement=source, out_indices=1).state_dict(), tmp_path / 'x.pth')
+        load_pretrained(ConvNeur(arch, placement=target, out_indices=(0, 1)), str(tmp_path / 'x.pth'))
+        warning, = [line for level, line in logged if level == 'WARNING']  # norm0 is missing in any case
+        assert ('If these are weights of ConvNeXt-V2, convert them by tools/' in warning) == is_told
 
     @pytest.mark.parametrize('prefix, saved', [
         (None, ''), (None, 'backbone.'), ('', ''), ('neck', 'neck.'), ('neck.', 'neck.'), ('model.backbone',

@@ -107,7 +107,7 @@ def test_the_tools_name_what_is_wrong(args, message, run, monkeypatch):
 
 def test_a_bad_architecture_is_named_by_the_tool(run, tmp_path):
     make_shapes_coco(tmp_path / 'data' / 'shapes', num_train=1, num_val=1, image_size=64)
-    with pytest.raises(ValueError, match=r"arch must be one of \('m1', 'm2', 'm3', 'm4'\) or a dict, got 'm7'"):
+    with pytest.raises(ValueError, match=r"arch must be one of \('m1', .*'m6'\) or a dict, got 'm7'"):
         run('train', '--cfg-options', 'model.backbone.arch=m7', config=SHAPES)
 
 

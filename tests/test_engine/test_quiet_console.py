@@ -20,6 +20,7 @@ from convneur_mm.engine.quiet_console import ON_CONSOLE, ConsoleFilter, QuietRun
     ('two\nlines', 'INFO', ON_CONSOLE, True, True),
     ('Checkpoints will be saved to work', 'INFO', {}, False, True),
     ('ConvNeur-m3 starts from random weights: …', 'WARNING', {}, False, True),
+    ('ConvNeur-m6 starts from random weights: …', 'WARNING', {}, False, True),
     ('"FileClient" will be deprecated in future', 'WARNING', {}, False, False),
     ('The prefix is not set in metric class X.', 'WARNING', ON_CONSOLE, False, False),
 ])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import ConvNeur, NeuralMemory
 
-ARCHS = ('m1', 'm2', 'm3', 'm4')
+ARCHS = ('m1', 'm2', 'm3', 'm4', 'm5', 'm6')
 TINY = dict(depths=[1, 2, 1, 1], channels=[16, 24, 32, 48], mem_channels=16)
 
 
@@ -63,6 +63,14 @@ def test_archs_are_those_of_the_docstring():
 def test_published_size(arch, params, flops):
     """Table 1 and 2 of the paper."""
     found = classifier_counts(arch=arch)
+    assert round(found[0], 1) == params
+    assert round(found[1], 2) == flops
+
+
+@pytest.mark.parametrize('arch, params, flops', [('m5', 32.2, 5.34), ('m6', 95.0, 16.90)])
+def test_size_of_the_archs_that_the_paper_lacks(arch, params, flops):
+    with torch.device('meta'):
+        found = classifier_counts(arch=arch)
     assert round(found[0], 1) == params
     assert round(found[1], 2) == flops
 
@@ -450,7 +458,7 @@ def test_resolves_from_every_scope(scope):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(arch='m5'), "arch must be one of .*'m1', 'm2', 'm3', 'm4'.* got 'm5'"),
+    (dict(arch='m7'), "arch must be one of .*'m1', 'm2', 'm3', 'm4', 'm5', 'm6'.* got 'm7'"),
     (dict(arch=dict(depths=[1])), 'a custom arch must be a dict of'),
     (dict(arch=dict(TINY, channels=[16, 24])), 'with as many depths as channels'),
     (dict(arch=dict(depths=[], channels=[], mem_channels=16)), 'with as many depths as channels'),

@@ -233,7 +233,7 @@ def test_parts_are_timed_on_what_reaches_them(backbone):
     (['m1', '--device', 'abacus'], '--device must be'),
     (['m1', '--baseline', 'm2'], "--baseline must be one of .'m1'., got 'm2'"),
     (['no_such_net'], "unknown model 'no_such_net'"),
-    (['m1-local', '--split'], "--split is for m1, m2, m3, m4, got .'m1-local'."),
+    (['m1-local', '--split'], "--split is for m1, m2, m3, m4, m5, m6, got .'m1-local'."),
 ])
 def test_bad_options_of_the_backbone_benchmark(backbone, args, message):
     with pytest.raises(SystemExit, match=f'benchmark_backbone: error: {message}'):

@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     bench.add_common_arguments(parser, repeats=10)
     args = parser.parse_args(argv)
     if not args.models:
-        args.models = ['m3'] if args.split else [*ConvNeur.arch_settings, *PEERS]
+        args.models = ['m3'] if args.split else ['m1', 'm2', 'm3', 'm4', *PEERS]
     return args
 
 
