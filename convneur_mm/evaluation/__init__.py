@@ -1,4 +1,8 @@
-"""Metrics beside those of mmseg. They need mmseg: configs import this package by name."""
-from .boundary import BoundaryMetric, boundary_counts, boundary_scores
+"""Metrics beside those of mmseg, which this package needs: configs import it by name."""
+from ..stack import require
+
+require('mmseg')
+
+from .boundary import BoundaryMetric, boundary_counts, boundary_scores  # noqa: E402
 
 __all__ = ['BoundaryMetric', 'boundary_counts', 'boundary_scores']

@@ -12,13 +12,10 @@ import cv2
 import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger, print_log
+from mmseg.registry import METRICS
 from prettytable import PrettyTable
 from scipy.ndimage import find_objects
 from scipy.spatial import KDTree
-
-from ..stack import require
-
-METRICS = require('mmseg.registry').METRICS
 
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
