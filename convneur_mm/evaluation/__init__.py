@@ -3,6 +3,6 @@ from ..stack import require
 
 require('mmseg')
 
-from .boundary import BoundaryMetric, boundary_counts, boundary_scores  # noqa: E402
+from .boundary import BoundaryCounts, BoundaryMetric, boundary_counts, boundary_scores  # noqa: E402
 
-__all__ = ['BoundaryMetric', 'boundary_counts', 'boundary_scores']
+__all__ = ['BoundaryCounts', 'BoundaryMetric', 'boundary_counts', 'boundary_scores']

@@ -76,7 +76,6 @@ def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignor
     diagonal = float(np.hypot(*pred.shape))
     tolerance = tolerance * diagonal if isinstance(tolerance, float) else tolerance
     width = max(1, round(band_width * diagonal)) if isinstance(band_width, float) else band_width
-    width = min(width, max(pred.shape))  # a larger window sees no more
     square = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
 
     counts = BoundaryCounts(*np.zeros((len(BoundaryCounts._fields), num_classes)))
@@ -102,7 +101,7 @@ def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignor
         counts.hd95[i] = max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))
 
     # A window with more than one label has a change of label within the width.
-    trimap = valid & (cv2.dilate(truth, square) != cv2.erode(truth, square))
+    trimap = cv2.dilate(truth, square) != cv2.erode(truth, square)
     pred, truth = pred[trimap], truth[trimap]
     both, *each = (np.bincount(labels, minlength=num_classes + 1)[1:] for labels in (truth[pred == truth], pred, truth))
     counts.trimap_intersection[:] = both
@@ -127,9 +126,8 @@ def boundary_scores(images: Sequence[BoundaryCounts], num_classes: int) -> dict[
     fields = BoundaryCounts._fields
     images = BoundaryCounts(*np.reshape(images, (-1, len(fields), num_classes)).swapaxes(0, 1))
     total = BoundaryCounts(*(np.nansum(counts, axis=0) for counts in images))
-    # A class that is only in one of prediction and truth has no precision or no recall, and an F1 of 0.
-    precision = np.nan_to_num(_ratio(total.matched_pred, total.pred))
-    recall = np.nan_to_num(_ratio(total.matched_truth, total.truth))
+    precision, recall = _ratio(total.matched_pred, total.pred), _ratio(total.matched_truth, total.truth)
+    # A class that is only in one of prediction and truth has no precision or no recall: its F1 is 0.
     f1 = np.nan_to_num(_ratio(2 * precision * recall, precision + recall))
     return dict(
         F1=np.where(total.pred + total.truth > 0, f1, np.nan),

@@ -90,10 +90,9 @@ def test_precision_and_recall_are_of_different_boundaries():
 
 @pytest.mark.parametrize('missed', [True, False])
 def test_class_in_one_of_both(missed):
-    """A class that is missed, or found where there is none: the worst values, from which the diagonal is a distance."""
+    """A class that is missed, or found where there is none: the worst values, which is the diagonal for distances."""
     pair = (np.zeros((20, 20), int), square(5)) if missed else (square(5), np.zeros((20, 20), int))
     found = scores(pair)
-    assert [found[name][1] for name in ('F1', 'IoU', 'TrimapIoU')] == [0, 0, 0 if missed else np.nan] or not missed
     assert found['F1'][1] == found['IoU'][1] == 0
     assert found['Hausdorff'][1] == found['HD95'][1] == np.hypot(20, 20)
     if missed:
@@ -137,6 +136,14 @@ def test_all_ignored():
     assert all(np.isnan(value) for value in means.values())
 
 
+def test_ignored_label_of_the_metric():
+    truth = square(5)
+    truth[:, 8:12] = 254
+    metric = build_metric(ignore_index=254)
+    metric.process(None, [sample(square(5), truth)])
+    assert metric.evaluate(1)['boundary/mF1'] == 100
+
+
 def test_ignored_pixels():
     """What is predicted there makes no difference, and their edge is a boundary of prediction and truth."""
     truth = square(5)
@@ -149,6 +156,14 @@ def test_ignored_pixels():
     assert counts(truth, truth, **options).truth[1] == 3 * 6 - 4
     with pytest.raises(ValueError, match='^the truth has the label 254, expected 0 to 1, or the ignore_index'):
         counts(pred, truth)
+
+
+def test_256_classes():
+    """Labels of a PNG's 8 bits, all of them classes but 0."""
+    truth = np.where(square(5) == 1, 255, 7).astype(np.uint8)
+    found = counts(truth, truth, 256, ignore_index=0)
+    assert np.flatnonzero(found.truth).tolist() == [7, 255]
+    assert found.truth[255] == 20
 
 
 def test_lengths_as_a_share_of_the_diagonal():
@@ -178,6 +193,22 @@ def test_data_set_of_several_images():
     assert metric.evaluate(3) == {
         f'boundary/m{name}': round(values.mean() * (1 if name in DISTANCES else 100), 2)
         for name, values in found.items()}
+
+
+def test_scores_of_counts():
+    """With numbers that all differ, so that none can stand for another."""
+    from convneur_mm.evaluation import BoundaryCounts, boundary_scores
+    first = BoundaryCounts(*np.array([[2, 7], [5, 11], [3, 4], [8, 9], [6, 1], [13, 12], [10, 14], [15, 16],
+                                      [17, np.nan], [18, np.nan]]))
+    second = BoundaryCounts(*np.array([[1, 0], [19, 0], [2, 0], [7, 0], [4, 0], [9, 0], [3, 0], [5, 0],
+                                       [23, np.nan], [29, np.nan]]))
+    precision, recall = 3 / 24, 5 / 15
+    found = boundary_scores([first, second], 2)
+    expected = dict(F1=2 * precision * recall / (precision + recall), IoU=10 / 22, TrimapIoU=13 / 20, Hausdorff=20,
+                    HD95=23.5)
+    assert {name: values[0] for name, values in found.items()} == pytest.approx(expected, rel=1e-14)
+    assert found['F1'][1] == pytest.approx(2 * (7 / 11) * (4 / 9) / (7 / 11 + 4 / 9), rel=1e-14)
+    assert np.isnan(found['Hausdorff'][1])
 
 
 def test_boundaries_notice_a_shift_more_than_iou():
@@ -340,9 +371,12 @@ def test_two_processes(tmp_path):
         metric.process(None, [sample(*image) for image in part])
         processes.append(context.Process(target=evaluate_part, args=(rank, metric, tmp_path / 'store', queue)))
         processes[-1].start()
-    found = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
+    try:
+        found = [queue.get(timeout=60) for _ in processes]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
     assert found == [expected, expected]
 
 
