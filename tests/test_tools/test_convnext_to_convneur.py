@@ -248,7 +248,8 @@ def features_only() -> dict[str, Tensor]:
     (lambda: ConvNeur('m1').state_dict(), 'these are weights of ConvNeur already'),
     (lambda: timm_model('m1', depths=(2, 2, 3, 2)).state_dict(), r'no arch of ConvNeur has depths \[2, 2, 3, 2\] and '
      r'channels \[40, 80, 160, 320\]; there are m1 \[2, 2, 6, 2\], \[40, 80, 160, 320\]; m2'),
-    (lambda: timm_model('m1', 1, '_rms').state_dict(), r'it lacks downsample_layers\S+bias \(4\), stages\S+norm.bias \(12\)$'),
+    (lambda: timm_model('m1', 1, '_rms').state_dict(),
+     r'it lacks downsample_layers\S+bias \(4\), stages\S+norm.bias \(12\)$'),
     (lambda: timm_model('m1', 1, '_ols').state_dict(), r'it has also downsample_layers\.\*\.\*\.weight'),
     (lambda: timm_model('m1', 1, head_norm_first=True).state_dict(), 'has also norm_pre.weight, norm_pre.bias'),
     (lambda: without('stages.2.blocks.4.gamma'), r'it lacks stages\.\*\.\*\.gamma$'),
