@@ -31,7 +31,7 @@ from .weights_file import (
 # Names that MMEngine looks up or fetches in its own ways; all else is a path or a URL.
 MMENGINE_SCHEMES = ('torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls', 'pavi', 's3', 'petrel')
 # Names that timm's and the authors' ConvNeXt have and ConvNeur does not, and mmpretrain's layer scale.
-CONVNEXT = re.compile(r'\.(conv_dw|dwconv)\.weight$|^stages\.\d+\.\d+\.gamma$')
+CONVNEXT = re.compile(r'\bstages\.\d+\.(blocks\.)?\d+\.((conv_dw|dwconv)\.weight|gamma)$')
 CONVERTER = 'tools/model_converters/convnext_to_convneur.py'
 
 

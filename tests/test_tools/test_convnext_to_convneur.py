@@ -176,8 +176,10 @@ def test_new_weights_are_those_of_the_initialisation(tool):
     """The same in each run, without a step of the caller's generator, at the scales that training starts from."""
     source = timm_model('m1').state_dict()
     state = torch.get_rng_state()
-    first, second = tool.convert(source), tool.convert(source)
+    first = tool.convert(source)
     assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)  # so that the second starts from another state of the generator
+    second = tool.convert(source)
     model = ConvNeur('m1', out_indices=3)
     model.init_weights()
     for name in first.new:
@@ -248,8 +250,7 @@ def features_only() -> dict[str, Tensor]:
     (lambda: ConvNeur('m1').state_dict(), 'these are weights of ConvNeur already'),
     (lambda: timm_model('m1', depths=(2, 2, 3, 2)).state_dict(), r'no arch of ConvNeur has depths \[2, 2, 3, 2\] and '
      r'channels \[40, 80, 160, 320\]; there are m1 \[2, 2, 6, 2\], \[40, 80, 160, 320\]; m2'),
-    (lambda: timm_model('m1', 1, '_rms').state_dict(),
-     r'it lacks downsample_layers\S+bias \(4\), stages\S+norm.bias \(12\)$'),
+    (lambda: timm_model('m1', 1, '_rms').state_dict(), r'it lacks downsample_\S+ \(4\), stages\S+norm.bias \(12\)$'),
     (lambda: timm_model('m1', 1, '_ols').state_dict(), r'it has also downsample_layers\.\*\.\*\.weight'),
     (lambda: timm_model('m1', 1, head_norm_first=True).state_dict(), 'has also norm_pre.weight, norm_pre.bias'),
     (lambda: without('stages.2.blocks.4.gamma'), r'it lacks stages\.\*\.\*\.gamma$'),

@@ -12,8 +12,6 @@ Tasks: recall (key and value, the global branch alone), legend (what a pattern m
 farther away than the local branch sees), shapes (one generated shape, told by its outline). Every run leaves a JSON
 file of its own; a run whose file is there is not repeated.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -8,8 +8,6 @@ with that backbone); the arch follows from its shapes. The result holds ConvNeur
 its linear head. Until it is trained it computes what the source computes: the convolution that makes a gate map from a
 memory's output is zero, so the gate is sigmoid(0) = 1/2 everywhere, and the last layer of each gated block is doubled.
 """
-from __future__ import annotations
-
 import argparse
 import os
 import os.path as osp
