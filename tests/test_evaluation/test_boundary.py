@@ -319,6 +319,7 @@ def test_truth_as_prediction(pair):
     (dict(tolerance=-1), 'tolerance must be an integer of at least 0, .* got -1'),
     (dict(tolerance=True), 'tolerance must be an integer .* got True'),
     (dict(tolerance=1.5), 'tolerance must be .* a share of the image.s diagonal between 0.0 and 1.0, got 1.5'),
+    (dict(tolerance=0.0), 'tolerance must be .* got 0.0'),
     (dict(band_width=0), 'band_width must be an integer of at least 1, .* got 0'),
     (dict(band_width='2%'), "band_width must be .* got '2%'")])
 def test_lengths_that_are_none(options, message):
@@ -387,8 +388,8 @@ def test_registered_for_mmseg():
     assert mmseg.registry.METRICS.module_dict['BoundaryMetric'] is BoundaryMetric
     assert 'BoundaryMetric' not in METRICS.module_dict
     with DefaultScope.overwrite_default_scope('mmseg'):
-        evaluator = Evaluator([dict(type='BoundaryMetric', tolerance=3)])
-    assert evaluator.metrics[0].tolerance == 3
+        evaluator = Evaluator([dict(type='BoundaryMetric', tolerance=3, prefix='edges')])
+    assert (evaluator.metrics[0].tolerance, evaluator.metrics[0].prefix) == (3, 'edges')
 
 
 def test_a_runner_tests_with_it(tmp_path, capfd):
