@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mmengine.config import Config
@@ -276,6 +276,7 @@ def pairs(draw, ignored=()):
     return pred, draw(arrays(np.uint8, shape, elements=labels | st.sampled_from(ignored) if ignored else labels))
 
 
+@settings(deadline=None)
 @given(pair=pairs(ignored=[255]), tolerance=st.integers(0, 3), width=st.integers(1, 3))
 def test_small_maps_against_the_definitions(pair, tolerance, width):
     expected = plain_counts(*pair, 4, 255, tolerance, width)
@@ -294,6 +295,7 @@ def test_a_picture_against_the_definitions():
     assert (found.matched_pred[:4] < found.pred[:4]).all()  # and so something is told apart
 
 
+@settings(deadline=None)
 @given(pair=pairs())
 def test_prediction_and_truth_change_places(pair):
     """All but the trimap are the same."""
@@ -302,6 +304,7 @@ def test_prediction_and_truth_change_places(pair):
         np.testing.assert_allclose(forth[name], back[name], rtol=1e-14, atol=0, err_msg=name)
 
 
+@settings(deadline=None)
 @given(pair=pairs(ignored=[255]))
 def test_truth_as_prediction(pair):
     truth = pair[1]
