@@ -2,11 +2,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.registry import DefaultScope
 
 pytestmark = pytest.mark.needs('mmpretrain')
 
 LIGHT = dict(depths=[1, 1, 1, 1], focus_depths=[1, 1], channels=[8, 16, 32, 32], kernel_sizes=[7, 7, 7, 7],
              groups=[2, 2])
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """That of mmpretrain's runs, whatever run an earlier test has left its own of."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        yield
 
 
 def build_head(**options):
