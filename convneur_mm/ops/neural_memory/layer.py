@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .exported import is_exporting, layer_exported
 from .memory import Settings, run
-from .op import check_tensors, resolve_backend
+from .op import check_tensors, refuse_state, resolve_backend
 from .reference import layer_reference
 from .types import LayerWeights, MemoryOptions, MemoryState
 
@@ -41,8 +42,11 @@ def neural_memory_layer(
     heads, d, _ = weights.w1.shape
     if x.dim() != 3 or x.size(2) != heads * d:
         raise ValueError(f'x must have shape (B, N, {heads * d}), got {tuple(x.shape)}')
-    check_tensors({'x': x, **dict(zip(LayerWeights._fields, weights))}, len(x), heads, d, weights.w1, weights.w2,
+    check_tensors({'x': x, **dict(zip(LayerWeights._fields, weights))}, x.size(0), heads, d, weights.w1, weights.w2,
                   weights.memory.generators, state)
+    if is_exporting():
+        refuse_state(state, options)
+        return layer_exported(x, weights, eps, options), None
     if backend == 'reference' and x.numel():
         return layer_reference(x, weights, state, eps, options)
     inner_dtype = torch.promote_types(weights.query.dtype, torch.float32)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .exported import is_exporting, neural_memory_exported
 from .memory import Settings, run
 from .reference import neural_memory_reference
 from .types import MemoryOptions, MemoryState, MemoryWeights, UpdateGenerators, check_choice
@@ -72,12 +73,21 @@ def neural_memory(
     batch, heads, _, d = q.shape
     check_tensors(dict(q=q, k=k, v=v), batch, heads, d, w1, w2, generators, state)
     weights = MemoryWeights(w1, w2, *generators)
+    if is_exporting():
+        refuse_state(state, options)
+        return neural_memory_exported(q, k, v, weights, options).to(q.dtype), None
     if backend == 'reference' and q.numel():
         y, state = neural_memory_reference(q, k, v, weights, state, options)
         return y.to(q.dtype), state
     inner_dtype = torch.promote_types(q.dtype, torch.float32)
     return run([x.to(inner_dtype) for x in (q, k, v)], MemoryWeights(*(w.to(inner_dtype) for w in weights)), state,
                Settings(False, 0.0, q.dtype, backend, options))
+
+
+def refuse_state(state: MemoryState | None, options: MemoryOptions) -> None:
+    """Raises a ValueError if a memory that is exported is to go on from a state or return one."""
+    if state is not None or options.return_state:
+        raise ValueError('an exported memory begins anew with each image: call it without state and return_state')
 
 
 def check_backend(backend: str, name: str = 'backend') -> None:

@@ -1,0 +1,118 @@
+"""tools/deploy/export_onnx.py: the graph computes what the model does, at every size, or is not written."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from mmseg.structures import SegDataSample
+from tiny_models import CLASSES, CONFIGS, TINY, save_weights, separated
+
+from convneur_mm.apis import init_model
+from convneur_mm.engine.launch import find_config, read_config
+
+FOLDER = Path(__file__).parents[2] / 'tools' / 'deploy'
+onnx, onnxruntime, openvino = map(pytest.importorskip, ('onnx', 'onnxruntime', 'openvino'))
+pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch without scans')
+
+
+@pytest.fixture(scope='module')
+def tool():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'path', [str(FOLDER), *sys.path])
+        import export_onnx
+        # What is compared while exporting takes longer than the export of so small a model.
+        patch.setattr(export_onnx, 'SIZES', ((1, 40, 72), (2, 65, 33)))
+        patch.setattr(export_onnx, 'TRACED', (3, 96, 132))
+        yield export_onnx
+
+
+def export(tool, folder: Path, task: str, *options: str, **backbone: object) -> tuple[nn.Module, Path]:
+    """A tiny model and its file, written by the tool in this process."""
+    overrides = {**TINY[task], **{f'model.backbone.{name}': value for name, value in backbone.items()}}
+    read_config(find_config(CONFIGS[task]), overrides).dump(folder / 'config.py')
+    model = separated(init_model(folder / 'config.py', device='cpu'))
+    checkpoint, out = save_weights(model, folder / 'weights.pth', classes=CLASSES[task]), folder / 'model.onnx'
+    with pytest.MonkeyPatch.context() as patch:
+        paths = map(str, (folder / 'config.py', checkpoint, '--out', out))
+        patch.setattr(sys, 'argv', ['export_onnx.py', *paths, *options])
+        tool.main()
+    return model, out
+
+
+def normalised(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """RGB pictures (N, 3, H, W) as the model's own preprocessor leaves them, which takes what OpenCV reads, BGR."""
+    samples = [SegDataSample() for _ in image] if hasattr(model, 'encode_decode') else None
+    return model.data_preprocessor(dict(inputs=list(image.flip(1)), data_samples=samples))['inputs']
+
+
+@pytest.mark.parametrize('task, backbone', [
+    ('classifier', dict(memory_cfg=dict(chunk_size=36, retrieve='final'))), ('segmentor', dict(placement='none'))])
+def test_one_file_for_all_sizes(tool, tmp_path, task, backbone):
+    """In onnxruntime and in OpenVINO, against the model and its preprocessing as mmengine runs them.
+
+    A memory in one of them and mmseg's heads in the other, as each takes the exporter a while.
+    """
+    model, file = export(tool, tmp_path, task, '--dynamic', **backbone)
+    session = onnxruntime.InferenceSession(str(file))
+    other = openvino.Core().compile_model(str(file), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    for size in ((1, 64, 64), (3, 224, 224), (2, 111, 75), (1, 300, 160)):
+        image = (torch.rand(size[0], 3, *size[1:]) * 255).round()
+        x = normalised(model, image)[:, :, :size[1], :size[2]]
+        with torch.no_grad():
+            expected = model(x) if task == 'classifier' else model.encode_decode(
+                x, [dict(img_shape=size[1:], ori_shape=size[1:])] * size[0])
+        assert expected.std() > 1e-2
+        for found in (session.run(None, {'image': image.numpy()})[0], other(image.numpy())[0]):
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+    assert json.loads(onnx.load(str(file)).metadata_props[0].value) == list(CLASSES[task])
+    assert [x.name for x in session.get_outputs()] == ['scores' if task == 'classifier' else 'logits']
+
+
+def test_backbone_of_a_detector_at_one_size(tool, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export(tool, tmp_path, 'detector')
+    assert ended.value.code == 2
+    assert 'CascadeRCNN is neither a classifier nor a segmentor: export its backbone' in capsys.readouterr().err
+    options = ['--part', 'backbone', '--shape', '70', '90', '--batch-size', '2']
+    model, file = export(tool, tmp_path, 'detector', *options, placement='none')
+    session = onnxruntime.InferenceSession(str(file))
+    assert session.get_inputs()[0].shape == [2, 3, 70, 90]
+    image = (torch.rand(2, 3, 70, 90) * 255).round()
+    with torch.no_grad():
+        expected = model.backbone(normalised(model, image)[:, :, :70, :90])
+    assert [x.name for x in session.get_outputs()] == ['stage0', 'stage1', 'stage2', 'stage3']
+    for found, feature in zip(session.run(None, {'image': image.numpy()}), expected):
+        torch.testing.assert_close(torch.from_numpy(found), feature, rtol=0, atol=1e-4)
+
+
+def test_a_graph_that_differs_is_not_written(tool, tmp_path, capsys, monkeypatch):
+    """mmseg's upsampling bakes the traced size into the graph, which then is right at that size alone."""
+    monkeypatch.setattr(tool, '_replace', lambda model: None)
+    with pytest.raises(SystemExit) as ended:
+        export(tool, tmp_path, 'segmentor', '--dynamic', placement='none')
+    assert ended.value.code == 2
+    assert 'the graph computes something else than the model' in capsys.readouterr().err
+    assert not list(tmp_path.glob('*.onnx*'))
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--out', 'x.pt'], 'must be a file that ends with .onnx'),
+    (['--out', 'nowhere/x.onnx'], 'in a folder that exists'),
+    (['--out', 'x.onnx', '--dynamic', '--shape', '64', '64'], 'leave them or --dynamic out'),
+    (['--out', 'x.onnx', '--shape', '16', '64'], 'at least 32 x 32'),
+    (['--out', 'x.onnx', '--batch-size', '0'], 'at least 1')])
+def test_arguments(tool, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        tool.parse_args(['config.py', *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('size', [(7, 9), (12, 6), (1, 5), (3, 4)])
+def test_pooling(tool, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    for bins in ((1, 1), (2, 3), (6, 6)):
+        torch.testing.assert_close(tool._Pool(bins)(x), nn.AdaptiveAvgPool2d(bins)(x), rtol=0, atol=1e-12)
