@@ -2,6 +2,7 @@
 #   tools/dist_train.sh configs/upernet_convneur_m3_80k_ade20k.py 4
 _base_ = [
     './_base_/models/upernet_convneur.py',
+    './_base_/pretrained.py',
     './_base_/datasets/ade20k.py',
     './_base_/schedules/ade20k_80k.py',
     './_base_/mmseg_runtime.py',

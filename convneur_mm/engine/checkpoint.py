@@ -114,6 +114,25 @@ def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
             if isinstance(value, Tensor)}
 
 
+def as_parts(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights of a classifier by the names that its backbone and its head have in a model of mmpretrain.
+
+    Files of OverLoCK's authors hold each part's weights by the names that the part itself has.
+
+    Args:
+        own (Mapping[str, Tensor]): The model's state dict.
+        weights (Mapping[str, Tensor]): Of the checkpoint.
+
+    Returns:
+        dict[str, Tensor] | None: None if the weights have a name of the model, or do not give it all that it has.
+    """
+    if any(name in own for name in weights):
+        return None
+    renamed = {next((whole for part in ('backbone', 'head') if (whole := f'{part}.{name}') in own), name): value
+               for name, value in weights.items()}
+    return None if compare_weights(own, renamed).missing else renamed
+
+
 class Differences(NamedTuple):
     """Of the weights of a checkpoint from those of a model.
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..stack import require
 from .checkpoint import (
+    as_parts,
     check_all_match,
     check_backbone_shapes,
     check_some_match,
@@ -40,6 +41,8 @@ class CheckpointKeysHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares names and shapes in ``checkpoint`` with the model's before they are loaded.
 
+        A classifier's weights that have the names of its backbone and of its head get those of the model.
+
         Raises:
             CheckpointError: If they are not the model's, or the state of training is missing where it is needed.
         """
@@ -49,6 +52,11 @@ class CheckpointKeysHook(Hook):
             raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
                                   'it as load_from instead')
         own, weights = unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint)
+        renamed = as_parts(own, weights)
+        if renamed:
+            runner.logger.info(f'{name} holds the weights of backbone and head by their own names, and is loaded by '
+                               'those of the model')
+            checkpoint['state_dict'] = weights = renamed
         check_some_match(own, weights, name)
         differences = compare_weights(own, weights)
         if not (runner._resume or _tests(runner)):

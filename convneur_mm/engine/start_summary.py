@@ -194,14 +194,21 @@ def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -
 
 
 def _model(model: nn.Module) -> str:
-    backbones = [module for module in model.modules() if isinstance(module, ConvNeur)]
-    arches = ' and '.join(f'ConvNeur-{b.arch}' if isinstance(b.arch, str) else
-                          f'ConvNeur (depths {b.depths}, channels {b.channels})' for b in backbones)
-    parameters = list(model.parameters())
+    names = [f'ConvNeur-{module.arch}' if isinstance(module.arch, str) else
+             f'ConvNeur (depths {module.depths}, channels {module.channels})'
+             for module in model.modules() if isinstance(module, ConvNeur)]
+    names = names or [_other_backbone(module) for name, module in model.named_modules()
+                      if 'backbone' in name.split('.')[-1:] and 'backbone' not in name.split('.')[:-1]]
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (
-        parameters, [p for p in parameters if p.requires_grad]))
-    return (f'{type(model).__name__} with {arches or "no ConvNeur"}; {total:.2f} M parameters, '
+        model.parameters(), [p for p in model.parameters() if p.requires_grad]))
+    return (f'{type(model).__name__}{" with " * bool(names)}{" and ".join(names)}; {total:.2f} M parameters, '
             f'{trained:.2f} M of them trainable')
+
+
+def _other_backbone(module: nn.Module) -> str:
+    arch = getattr(module, 'arch', None)
+    return (f'{type(module).__name__}{f"-{arch}" if isinstance(arch, str) else ""} of '
+            f'{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters')
 
 
 def _memory(model: nn.Module) -> list[tuple[str, str]]:

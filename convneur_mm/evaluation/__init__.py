@@ -1,8 +1,2 @@
-"""Metrics beside those of mmseg, which this package needs: configs import it by name."""
-from ..stack import require
-
-require('mmseg')
-
-from .boundary import BoundaryCounts, BoundaryMetric, boundary_counts, boundary_scores  # noqa: E402
-
-__all__ = ['BoundaryCounts', 'BoundaryMetric', 'boundary_counts', 'boundary_scores']
+"""Metrics that configs import by name, each module with what it needs: :mod:`.boundary` (mmseg) and :mod:`.boundary_ap`
+(mmdet)."""

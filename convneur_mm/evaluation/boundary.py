@@ -1,7 +1,8 @@
 """How well the boundaries of a segmentation agree with the truth: boundary F1, boundary IoU, trimap IoU, Hausdorff.
 
 A class's boundary is its pixels with one of their four neighbours outside the class. What lies beyond the image's edge
-is outside every class, and so are ignored pixels, in the prediction too.
+is outside every class, and so are ignored pixels, in the prediction too. The module needs mmseg: configs import it by
+name.
 """
 from __future__ import annotations
 
@@ -12,10 +13,15 @@ import cv2
 import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger, print_log
-from mmseg.registry import METRICS
-from prettytable import PrettyTable
-from scipy.ndimage import find_objects
-from scipy.spatial import KDTree
+
+from ..stack import require
+
+require('mmseg')
+
+from mmseg.registry import METRICS  # noqa: E402
+from prettytable import PrettyTable  # noqa: E402
+from scipy.ndimage import find_objects  # noqa: E402
+from scipy.spatial import KDTree  # noqa: E402
 
 CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, ModuleList, PretrainedInit, Sequential
+from mmengine.model import ModuleList, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..engine.checkpoint import load_pretrained
+from .base import Backbone
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d
 from .global_branches import GLOBAL_BRANCHES, branch_options
 from .global_memory import GlobalMemory
@@ -19,7 +18,7 @@ PLACEMENTS = ('stage', 'block', 'none')
 
 
 @MODELS.register_module()
-class ConvNeur(BaseModule):
+class ConvNeur(Backbone):
     """ConvNeur, from "Efficiency Follows Global-Local Decoupling" (CVPR 2026).
 
     Four stages of ConvNeXt-V2 blocks; the first block of each stage is gated by a global branch, a neural memory that
@@ -97,13 +96,10 @@ class ConvNeur(BaseModule):
         channels_last: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        pretrained, others = self._parse_init_cfg(init_cfg)
-        super().__init__(init_cfg=others)
-        self.pretrained = pretrained
-
-        self.arch = arch
-        self.depths, self.channels, mem_channels = self._parse_arch(arch)
-        num_stages = len(self.depths)
+        depths, channels, mem_channels = self._parse_arch(arch)
+        num_stages = len(depths)
+        super().__init__(arch, num_stages, drop_path_rate, out_indices, frozen_stages, init_cfg)
+        self.depths, self.channels = depths, channels
         for name, value, known in (('placement', placement, PLACEMENTS), ('fusion', fusion, FUSIONS),
                                    ('global_branch', global_branch, tuple(GLOBAL_BRANCHES))):
             if value not in known:
@@ -116,12 +112,6 @@ class ConvNeur(BaseModule):
         memory_cfg.pop('mem_channels', None)
         if not isinstance(mem_channels, int) or mem_channels < 1:
             raise ValueError(f'mem_channels must be an integer of at least 1, got {mem_channels!r}')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
-        self.out_indices = self._parse_out_indices(out_indices, num_stages)
-        if isinstance(frozen_stages, bool) or frozen_stages not in range(num_stages + 1):
-            raise ValueError(f'frozen_stages must be an integer from 0 to {num_stages}, got {frozen_stages!r}')
-        self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
         self.channels_last = channels_last
 
@@ -183,43 +173,16 @@ class ConvNeur(BaseModule):
                     outs.append(norm(x).contiguous())
         return tuple(outs)
 
-    def init_weights(self) -> None:
-        """Initialises all weights, then loads the pretrained ones if there are any; a second call changes nothing.
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """The modules of each stage that is built."""
+        return [list(modules) for modules in zip(self.downsample_layers, self.stages)]
 
-        Raises:
-            ValueError: If the checkpoint named by ``init_cfg`` holds none of the backbone's weights, or weights of
-                other shapes.
-        """
-        called_before = self.is_init
-        super().init_weights()
-        if called_before:  # MMEngine has warned and changed nothing
-            return
+    def _complete_weights(self) -> None:
         # With a bias of zero an image's padding is zero after the stem, and every LayerNorm on the way back multiplies
         # its gradient by 1 / sqrt(eps) = 1000: through four stages that ends training from random weights at once.
         stem_bias = self.downsample_layers[0][0].bias
         if not stem_bias.any():
             nn.init.trunc_normal_(stem_bias, std=0.02)
-        if self.pretrained is None:
-            return
-        checkpoint = self.pretrained.get('checkpoint')
-        if checkpoint:
-            load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
-        else:
-            MMLogger.get_current_instance().warning(
-                f'ConvNeur-{self.arch} starts from random weights: no ImageNet checkpoint is given. Set '
-                'model.backbone.init_cfg.checkpoint to a path or URL.')
-
-    def train(self, mode: bool = True) -> ConvNeur:
-        """Sets the mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
-
-    def _freeze_stages(self) -> None:
-        for i in range(min(self.frozen_stages, len(self.stages))):
-            for module in (self.downsample_layers[i], self.stages[i]):
-                module.eval()
-                module.requires_grad_(False)
 
     def _parse_arch(self, arch: str | dict) -> tuple[list[int], list[int], int]:
         if isinstance(arch, str):
@@ -233,18 +196,6 @@ class ConvNeur(BaseModule):
         return list(arch['depths']), list(arch['channels']), arch['mem_channels']
 
     @staticmethod
-    def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, list[dict]]:
-        """The checkpoint to load, if there is one, and how weights are drawn."""
-        init_cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-        pretrained = [cfg for cfg in init_cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
-        if len(pretrained) > 1:
-            names = ', '.join(repr(cfg.get('checkpoint')) for cfg in pretrained)
-            raise ValueError(f'init_cfg must name one checkpoint at most, got {names}')
-        others = [cfg for cfg in init_cfgs if cfg not in pretrained]
-        default = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
-        return dict(pretrained[0], type='Pretrained') if pretrained else None, others or [default]
-
-    @staticmethod
     def _parse_memory_cfg(memory_cfg: dict | None, global_branch: str) -> dict:
         memory_cfg = dict(memory_cfg or {})
         known = ('mem_channels', *branch_options(global_branch))
@@ -252,14 +203,3 @@ class ConvNeur(BaseModule):
         if unknown:
             raise ValueError(f'memory_cfg takes the keys {known} with global_branch={global_branch!r}, got {unknown}')
         return memory_cfg
-
-    @staticmethod
-    def _parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
-        if not indices or any(not -num_stages <= i < num_stages for i in indices):
-            raise ValueError(f'out_indices must name stages from {-num_stages} to {num_stages - 1}, '
-                             f'got {out_indices!r}')
-        indices = [i % num_stages for i in indices]
-        if sorted(set(indices)) != indices:
-            raise ValueError(f'out_indices must be in ascending order without repetition, got {out_indices!r}')
-        return tuple(indices)

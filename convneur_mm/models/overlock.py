@@ -5,21 +5,19 @@ from collections.abc import Sequence
 
 import torch.nn as nn
 import torch.nn.functional as F
-from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..engine.checkpoint import load_pretrained
+from .base import Backbone
 from .blocks import LayerNorm2d
-from .convneur import ConvNeur
 from .overlock_blocks import BaseBlock, ChannelScale, ContextDownsample, DilatedRepConv, DynamicBlock, conv_bn
 
 CONTEXT_REDUCTION = 4  # The context prior has a quarter of the last stage's channels.
 
 
 @MODELS.register_module()
-class OverLoCK(BaseModule):
+class OverLoCK(Backbone):
     """OverLoCK, from "An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels" (CVPR 2025).
 
     Base-Net computes features down to stride 16. Overview-Net takes them to stride 32 at once and yields the context
@@ -97,15 +95,9 @@ class OverLoCK(BaseModule):
         deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        pretrained, others = ConvNeur._parse_init_cfg(init_cfg)
-        super().__init__(init_cfg=others)
-        self.pretrained = pretrained
-        self.arch = arch
+        super().__init__(arch, 4, drop_path_rate, out_indices, frozen_stages, init_cfg)
         settings = self._parse_arch(arch)
         channels, depths, focus_depths = settings['channels'], settings['depths'], settings['focus_depths']
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
-        self.out_indices = ConvNeur._parse_out_indices(out_indices, 4)
         self.for_classifier = for_classifier
         if for_classifier and self.out_indices != (3,):
             raise ValueError(f'for_classifier needs out_indices=3, got {out_indices!r}')
@@ -113,9 +105,6 @@ class OverLoCK(BaseModule):
         if add_overview and (for_classifier or 3 not in self.out_indices):
             raise ValueError('add_overview needs stage 3 among out_indices and for_classifier=False, got '
                              f'out_indices={out_indices!r} and for_classifier={for_classifier!r}')
-        if isinstance(frozen_stages, bool) or frozen_stages not in range(5):
-            raise ValueError(f'frozen_stages must be an integer from 0 to 4, got {frozen_stages!r}')
-        self.frozen_stages = frozen_stages
 
         num_blocks = sum(depths) + sum(focus_depths)
         rates = iter([drop_path_rate * i / (num_blocks - 1) for i in range(num_blocks)])
@@ -224,38 +213,12 @@ class OverLoCK(BaseModule):
             if isinstance(module, DilatedRepConv):
                 module.switch_to_deploy()
 
-    def init_weights(self) -> None:
-        """Initialises all weights, then loads the pretrained ones if there are any; a second call changes nothing.
-
-        Raises:
-            ValueError: If the checkpoint named by ``init_cfg`` holds none of the backbone's weights, or weights of
-                other shapes.
-        """
-        called_before = self.is_init
-        super().init_weights()
-        if called_before or self.pretrained is None:
-            return
-        checkpoint = self.pretrained.get('checkpoint')
-        if checkpoint:
-            load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
-        else:
-            MMLogger.get_current_instance().warning(
-                f'OverLoCK-{self.arch} starts from random weights: no ImageNet checkpoint is given. Set '
-                'model.backbone.init_cfg.checkpoint to a path or URL.')
-
-    def train(self, mode: bool = True) -> OverLoCK:
-        """Sets the mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
-
-    def _freeze_stages(self) -> None:
-        stages = (('patch_embed1', 'blocks1'), ('patch_embed2', 'blocks2'),
-                  ('patch_embed3', 'blocks3', 'patch_embed4', 'blocks4', 'high_level_proj', 'sub_blocks3'),
-                  ('patch_embedx', 'sub_blocks4'))
-        for names in stages[:min(self.frozen_stages, self.out_indices[-1] + 1)]:
-            for name in names:
-                getattr(self, name).eval().requires_grad_(False)
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """The modules of each stage that is built; Overview-Net is of the third."""
+        names = (('patch_embed1', 'blocks1'), ('patch_embed2', 'blocks2'),
+                 ('patch_embed3', 'blocks3', 'patch_embed4', 'blocks4', 'high_level_proj', 'sub_blocks3'),
+                 ('patch_embedx', 'sub_blocks4'))
+        return [[getattr(self, name) for name in stage] for stage in names[:self.out_indices[-1] + 1]]
 
     def _parse_arch(self, arch: str | dict) -> dict[str, list[int]]:
         if isinstance(arch, str):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from mmengine.fileio import load
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from safetensors import torch as safetensors
 
@@ -408,3 +409,34 @@ class TestBackbones:
         for read in read_checkpoint, functools.partial(load_pretrained, nn.Linear(2, 1)):
             with nullcontext() if options.get('allow_pickle') else pytest.raises(UnsafeCheckpointError):
                 read(str(tmp_path / 'x.pth'), **options)
+
+
+@pytest.mark.needs('mmpretrain')
+def test_the_file_of_overlocks_authors_is_tested_as_it_is(run, tiny_config):
+    """Its names are those of backbone and head, without a word before them: the scores are the same."""
+    cfg = tiny_config('')
+    cfg.custom_imports = dict(imports=['convneur_mm', 'convneur_mm.models.overlock_head'])
+    channels = [8, 16, 32, 32]
+    cfg.model.backbone = dict(type='OverLoCK', out_indices=3, for_classifier=True, arch=dict(
+        depths=[1] * 4, focus_depths=[1, 1], channels=channels, kernel_sizes=[7] * 4, groups=[2, 2]))
+    cfg.model.head = dict(type='OverLoCKClsHead', num_classes=6, in_channels=40, overview_channels=32)
+    cfg.dump('config.py')
+    init_default_scope('mmpretrain')
+    import convneur_mm.models.overlock_head  # noqa: F401
+    weights = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=weights, meta={}), 'ours.pth')
+    torch.save({name.removeprefix('backbone.').removeprefix('head.'): value for name, value in weights.items()},
+               'authors.pth')
+    found = []
+    for name in 'ours', 'authors':
+        assert run('test', f'{name}.pth', '--out', f'{name}.pkl') is None
+        found.append(load(f'{name}.pkl'))
+    assert len(found[0]) == 6
+    for ours, authors in zip(*found):
+        assert torch.equal(ours['pred_score'], authors['pred_score'])
+
+    # One that lacks a weight is refused as before.
+    del weights['head.aux_head.0.weight']
+    torch.save({name.removeprefix('backbone.').removeprefix('head.'): value for name, value in weights.items()},
+               'partial.pth')
+    assert re.match("partial.pth holds none of the model's weights", run('test', 'partial.pth'))

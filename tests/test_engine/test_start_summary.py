@@ -24,7 +24,7 @@ from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shap
 from convneur_mm.engine import start_summary
 from convneur_mm.engine.optim import BFloat16OptimWrapper
 from convneur_mm.engine.start_summary import chunk_lines, memory_groups, memory_path
-from convneur_mm.models import ConvNeur, NeuralMemory
+from convneur_mm.models import ConvNeur, NeuralMemory, OverLoCK
 from convneur_mm.ops.neural_memory import cpu
 
 ROOT = Path(__file__).parents[2]
@@ -276,7 +276,7 @@ def test_pretrained_parts_are_named(toy_runner, tmp_path, capsys):
 def test_a_model_without_memories(toy_runner, capsys):
     toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3))).train()
     out = capsys.readouterr().out
-    assert 'Toy with no ConvNeur; 0.00 M parameters' in out
+    assert 'Toy with Sequential of 0.00 M parameters; 0.00 M parameters, 0.00 M of them trainable' in out
     assert re.search(' memory +none\n', out)
     assert 'chunks' not in out
 
@@ -484,6 +484,26 @@ class TestFacts:
         assert start_summary._model(model) == (
             'ModuleList with ConvNeur (depths [1, 1, 1, 1], channels [8, 16, 24, 32]) and ConvNeur-m1; '
             f'{counts[0]:.2f} M parameters, {counts[1]:.2f} M of them trainable')
+
+    def test_model_of_another_backbone(self):
+        """With what it is called and how large it is; the inner one of a backbone that wraps another is no second."""
+        class Segmentor(nn.Module):
+            def __init__(self, backbone):
+                super().__init__()
+                self.backbone = backbone
+                self.decode_head = nn.Linear(1000, 500, bias=False)
+
+        with torch.device('meta'):
+            model = Segmentor(OverLoCK('t', out_indices=0).requires_grad_(False))
+            size = sum(p.numel() for p in model.backbone.parameters()) / 1e6
+            assert start_summary._model(model) == (
+                f'Segmentor with OverLoCK-t of {size:.2f} M parameters; {size + 0.5:.2f} M parameters, 0.50 M of them '
+                'trainable')
+            wrapper = Segmentor(nn.ModuleDict(dict(backbone=nn.Linear(1000, 1000, bias=False))))
+            assert start_summary._model(nn.ModuleDict(dict(module=wrapper))) == (
+                'ModuleDict with ModuleDict of 1.00 M parameters; 1.50 M parameters, 1.50 M of them trainable')
+            assert start_summary._model(wrapper.decode_head) == (
+                'Linear; 0.50 M parameters, 0.50 M of them trainable')
 
     def test_memory(self, monkeypatch):
         monkeypatch.setattr(cpu, 'kernels', None)

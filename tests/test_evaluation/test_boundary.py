@@ -25,13 +25,13 @@ DISTANCES = ('Hausdorff', 'HD95')
 
 
 def counts(pred, truth, num_classes=2, **options):
-    from convneur_mm.evaluation import boundary_counts
+    from convneur_mm.evaluation.boundary import boundary_counts
     return boundary_counts(np.asarray(pred), np.asarray(truth), num_classes, **options)
 
 
 def scores(*images, num_classes=2, **options):
     """The metrics of pairs of prediction and truth."""
-    from convneur_mm.evaluation import boundary_scores
+    from convneur_mm.evaluation.boundary import boundary_scores
     return boundary_scores([counts(*image, num_classes, **options) for image in images], num_classes)
 
 
@@ -42,7 +42,7 @@ def square(x, y=5, side=6, size=20):
 
 
 def build_metric(num_classes=2, **options):
-    from convneur_mm.evaluation import BoundaryMetric
+    from convneur_mm.evaluation.boundary import BoundaryMetric
     metric = BoundaryMetric(**options)
     metric.dataset_meta = dict(classes=[f'class {i}' for i in range(num_classes)])
     return metric
@@ -197,7 +197,7 @@ def test_data_set_of_several_images():
 
 def test_scores_of_counts():
     """With numbers that all differ, so that none can stand for another."""
-    from convneur_mm.evaluation import BoundaryCounts, boundary_scores
+    from convneur_mm.evaluation.boundary import BoundaryCounts, boundary_scores
     first = BoundaryCounts(*np.array([[2, 7], [5, 11], [3, 4], [8, 9], [6, 1], [13, 12], [10, 14], [15, 16],
                                       [17, np.nan], [18, np.nan]]))
     second = BoundaryCounts(*np.array([[1, 0], [19, 0], [2, 0], [7, 0], [4, 0], [9, 0], [3, 0], [5, 0],
@@ -350,10 +350,9 @@ def test_without_mmseg(monkeypatch):
         raise StackError(f'{name} needs mmsegmentation')
 
     monkeypatch.setattr('convneur_mm.stack.require', missing)
-    for name in 'convneur_mm.evaluation', 'convneur_mm.evaluation.boundary':
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(sys.modules, 'convneur_mm.evaluation.boundary', raising=False)
     with pytest.raises(StackError, match='^mmseg needs'):
-        importlib.import_module('convneur_mm.evaluation')
+        importlib.import_module('convneur_mm.evaluation.boundary')
 
 
 def evaluate_part(rank, metric, store, queue):
@@ -387,7 +386,7 @@ def test_two_processes(tmp_path):
 def test_registered_for_mmseg():
     import mmseg.registry
 
-    from convneur_mm.evaluation import BoundaryMetric
+    from convneur_mm.evaluation.boundary import BoundaryMetric
     assert mmseg.registry.METRICS.module_dict['BoundaryMetric'] is BoundaryMetric
     assert 'BoundaryMetric' not in METRICS.module_dict
     with DefaultScope.overwrite_default_scope('mmseg'):
@@ -400,7 +399,7 @@ def test_a_runner_tests_with_it(tmp_path, capfd):
     make_shapes_ade20k(tmp_path / 'data', num_train=1, num_val=3, image_size=64)
     (tmp_path / 'child.py').write_text(f"""
 _base_ = {convneur_mm.config('semantic_fpn_convneur_m1_shapes')!r}
-custom_imports = dict(imports=['convneur_mm', 'convneur_mm.evaluation'])
+custom_imports = dict(imports=['convneur_mm', 'convneur_mm.evaluation.boundary'])
 test_evaluator = [
     dict(type='IoUMetric', iou_metrics=['mIoU'], output_dir={str(tmp_path / 'found')!r}),
     dict(type='BoundaryMetric', tolerance=2, band_width=3)]

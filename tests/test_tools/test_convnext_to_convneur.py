@@ -115,10 +115,15 @@ def assert_same_function(weights: dict[str, Tensor], arch: str, expected: list[T
 @pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('arch', NAMES)
 def test_features_and_logits_are_those_of_the_source(tool, arch, version):
-    """timm's model against ours, and its weights in the two other layouts."""
+    """timm's model against ours, and its weights in the two other layouts.
+
+    Of m5 and m6 in one layout if they are ConvNeXt-V1: they are large, and names depend on size and version apart.
+    """
     source, x = timm_model(arch, version), torch.randn(1, 3, 64, 96)
     weights = source.state_dict()
-    layouts = {'timm': weights, "the authors'": authors_weights(weights), 'mmpretrain': mmpretrain_weights(weights)}
+    layouts = {'timm': weights}
+    if version == 2 or arch not in ('m5', 'm6'):
+        layouts.update({"the authors'": authors_weights(weights), 'mmpretrain': mmpretrain_weights(weights)})
     results = {}
     for layout, saved in layouts.items():
         before = {name: value.clone() for name, value in saved.items()} if arch == 'm1' else {}

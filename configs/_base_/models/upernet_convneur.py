@@ -1,4 +1,3 @@
-_base_ = '../pretrained.py'
 custom_imports = dict(imports=['convneur_mm'])
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)

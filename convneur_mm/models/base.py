@@ -1,0 +1,103 @@
+"""What the backbones have in common: pretrained weights, frozen stages, and the checks of shared options."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn as nn
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule, PretrainedInit
+
+from ..engine.checkpoint import load_pretrained
+
+
+class Backbone(BaseModule):
+    """A backbone of stages, from the first of which on some may be frozen.
+
+    A subclass has ``stage_modules`` and calls :meth:`_freeze_stages` once it has built its layers.
+
+    Args:
+        arch (str | dict): Its name is in what is logged.
+        num_stages (int): Number of stages there are, built or not.
+        drop_path_rate (float): In [0, 1), only checked here.
+        out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last).
+        frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none.
+        init_cfg (dict | list[dict] | None): See :class:`ConvNeur`.
+
+    Raises:
+        ValueError: For an unknown option or stage, naming the value and what was expected.
+    """
+
+    def __init__(self, arch: str | dict, num_stages: int, drop_path_rate: float, out_indices: int | Sequence[int],
+                 frozen_stages: int, init_cfg: dict | list[dict] | None) -> None:
+        pretrained, others = _parse_init_cfg(init_cfg)
+        super().__init__(init_cfg=others)
+        self.pretrained = pretrained
+        self.arch = arch
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        self.out_indices = _parse_out_indices(out_indices, num_stages)
+        if isinstance(frozen_stages, bool) or frozen_stages not in range(num_stages + 1):
+            raise ValueError(f'frozen_stages must be an integer from 0 to {num_stages}, got {frozen_stages!r}')
+        self.frozen_stages = frozen_stages
+
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """The modules of each stage that is built, its LayerNorm for the output excepted."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Initialises all weights, then loads the pretrained ones if there are any; a second call changes nothing.
+
+        Raises:
+            ValueError: If the checkpoint named by ``init_cfg`` holds none of the backbone's weights, or weights of
+                other shapes.
+        """
+        called_before = self.is_init
+        super().init_weights()
+        if called_before:  # MMEngine has warned and changed nothing
+            return
+        self._complete_weights()
+        if self.pretrained is None:
+            return
+        checkpoint = self.pretrained.get('checkpoint')
+        if checkpoint:
+            load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
+        else:
+            MMLogger.get_current_instance().warning(
+                f'{type(self).__name__}-{self.arch} starts from random weights: no ImageNet checkpoint is given. Set '
+                'model.backbone.init_cfg.checkpoint to a path or URL.')
+
+    def _complete_weights(self) -> None:
+        """Sets weights that ``init_cfg`` cannot describe, before pretrained ones are loaded."""
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Sets the mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        for modules in self.stage_modules()[:self.frozen_stages]:
+            for module in modules:
+                module.eval().requires_grad_(False)
+
+
+def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, list[dict]]:
+    """The checkpoint to load, if there is one, and how weights are drawn."""
+    init_cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+    pretrained = [cfg for cfg in init_cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
+    if len(pretrained) > 1:
+        names = ', '.join(repr(cfg.get('checkpoint')) for cfg in pretrained)
+        raise ValueError(f'init_cfg must name one checkpoint at most, got {names}')
+    others = [cfg for cfg in init_cfgs if cfg not in pretrained]
+    default = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
+    return dict(pretrained[0], type='Pretrained') if pretrained else None, others or [default]
+
+
+def _parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    if not indices or any(not -num_stages <= i < num_stages for i in indices):
+        raise ValueError(f'out_indices must name stages from {-num_stages} to {num_stages - 1}, got {out_indices!r}')
+    indices = [i % num_stages for i in indices]
+    if sorted(set(indices)) != indices:
+        raise ValueError(f'out_indices must be in ascending order without repetition, got {out_indices!r}')
+    return tuple(indices)
