@@ -50,8 +50,8 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
 
     Returns:
         BaseModel: In eval mode, on the device. Its ``cfg`` is the config, its ``dataset_meta`` a dict with ``classes``
-        (tuple of names by label) and ``palette`` (list of tuples of red, green and blue, 0 to 255, by label) of the checkpoint, or
-        where it has none of the test data set in the config. If that has none either, both are missing.
+        (tuple of names by label) and ``palette`` (list of tuples of red, green and blue, 0 to 255, by label) of the
+        checkpoint, or where it has none of the test data set in the config. If that has none either, both are missing.
 
     Raises:
         LaunchError: If there is no such config or device, or the config is of none of the three packages.
