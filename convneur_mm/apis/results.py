@@ -105,17 +105,18 @@ class LabelMaps(Results):
     """``labels/NAME.png``, a picture of one channel with the class of each pixel, and ``classes.json``.
 
     The numbers are those of the annotation files: from 1 on for data whose 0 is no class, such as ADE20K, as
-    ``tools/test.py --out`` writes them. ``classes.json`` maps them to names and colours.
+    ``tools/test.py --out`` writes them. ``classes.json`` maps them to names and RGB colours.
     """
 
     def __init__(self, model: BaseModel, folder: Path) -> None:
         super().__init__(model, folder)
         self.path = folder / 'labels'
         self._first = int(bool(model.dataset_meta.get('reduce_zero_label')))
-        classes = {str(i): dict(name=name, colour=colour) for i, (name, colour) in enumerate(
-            zip(self.classes, model.dataset_meta['palette'], strict=True), self._first)}
-        (folder / 'classes.json').write_text(json.dumps(classes, indent=1) + '\n', encoding='utf-8')
-        self._dtype = np.uint8 if len(classes) + self._first <= 256 else np.uint16
+        classes = zip(self.classes, model.dataset_meta['palette'], strict=True)
+        lines = [f'"{i}": {json.dumps(dict(name=name, color=color))}' for i, (name, color) in enumerate(
+            classes, self._first)]
+        (folder / 'classes.json').write_text('\n'.join(['{', ',\n'.join(lines), '}\n']), encoding='utf-8')
+        self._dtype = np.uint8 if len(lines) + self._first <= 256 else np.uint16
 
     def write(self, name: str, file: str, sample: BaseDataElement) -> None:
         """See :meth:`Results.add`."""
