@@ -188,7 +188,9 @@ class TestVideo:
                 (name, int(sample.pred_label)) for name, sample in zip(names, samples, strict=True)]
         drawn = self.frames(tmp_path / 'out/clip.mp4')
         assert len(drawn) == 5
-        assert drawn[0].shape == ((224, 299, 3) if task == 'classifier' else (48, 64, 3))
+        height, width = drawn[0].shape[:2]
+        assert height == (224 if task == 'classifier' else 48)
+        assert width / height == pytest.approx(64 / 48, rel=0.01)
         assert cv2.VideoCapture(str(tmp_path / 'out/clip.mp4')).get(cv2.CAP_PROP_FPS) == 10
 
     def test_one_that_ends_early_is_noted(self, run, clip, tmp_path):
