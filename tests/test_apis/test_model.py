@@ -73,7 +73,7 @@ class TestClasses:
         path = save_weights(tiny_model('segmentor'), tmp_path / 'x.pth', classes=names, palette=palette,
                             reduce_zero_label=True)
         meta = tiny_model('segmentor', path).dataset_meta
-        assert meta == dict(classes=names, palette=[list(colour) for colour in palette], reduce_zero_label=True)
+        assert meta == dict(classes=names, palette=palette, reduce_zero_label=True)
         assert lines[-1] == (f'7 classes (a, b, c, d, e, f, …) of the checkpoint {path}, '
                              f'colours of the checkpoint {path}')
 
@@ -96,7 +96,7 @@ class TestClasses:
         torch.save(dict(state_dict=weights, meta=dict(CLASSES=tuple('abcdefg'), PALETTE=[[9, 9, 9]] * 7)),
                    tmp_path / 'x.pth')
         meta = tiny_model('segmentor', tmp_path / 'x.pth').dataset_meta
-        assert (meta['classes'], meta['palette']) == (tuple('abcdefg'), [[9, 9, 9]] * 7)
+        assert (meta['classes'], meta['palette']) == (tuple('abcdefg'), [(9, 9, 9)] * 7)
 
     def test_without_any_the_place_for_them_is_named(self, lines):
         meta = tiny_model('classifier', options={
