@@ -1,0 +1,291 @@
+#!/usr/bin/env python
+r"""What a memory carried from frame to frame is good for: naming objects that earlier frames showed and this one hides.
+
+    # all trainings, half a minute each on one core; run it again to go on where it stopped
+    tools/analysis/hidden_object.py
+    # from the files of the runs alone
+    tools/analysis/hidden_object.py --table --plot hidden_object.png
+
+Clips of six frames show boxes with marks. Each box is open in one of the first three frames, where its inside has one
+of four colours, and closed in all others; boxes move at random. The colours inside are asked in the last three frames,
+which show closed boxes alone. Every run leaves a JSON file; a run whose file is there is not repeated.
+"""
+import argparse
+import json
+import os
+import os.path as osp
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import _benchmark as bench
+import mmengine
+import torch
+from _small_tasks import IGNORED, Task, accuracy, predict, train
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from convneur_mm.models import ConvNeur
+
+COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0), (0.7, 0.7, 0.1))
+CLOSED = 0.5  # grey of a closed box's front
+BOX = 8  # pixels of a side: a position of the features that are classified
+LONG = 30  # closed frames of the longer clips
+VARIANTS = {'without state': False, 'carried state': True}
+RESULT_KEYS = ('variant', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
+
+
+@dataclass(frozen=True)
+class HiddenObject(Task):
+    """See the top of the file.
+
+    Attributes:
+        shown: Frames at the start of a clip, in one of which a box is open.
+        hidden: Frames after them, in all of which every box is closed.
+        side: Of a frame, in boxes.
+        boxes: In a clip, each with a mark of its own.
+        marks: To choose from, the same in all clips.
+        noise: Standard deviation of what is added to pixels.
+        channels: Of the two stages of one block each.
+        mem_channels: Of their memories.
+    """
+
+    iterations: int = 400
+    batch: int = 16
+    lr: float = 3e-3
+    chunk_size: int = 64
+    solved: float = 0.9
+    chance: float = 1 / len(COLOURS)
+    seeds: int = 5
+    cost: float = 1.0
+    shown: int = 3
+    hidden: int = 3
+    side: int = 8
+    boxes: int = 3
+    marks: int = 6
+    noise: float = 0.05
+    channels: tuple[int, int] = (16, 32)
+    mem_channels: int = 32
+
+    def build(self, carry: bool) -> nn.Module:
+        arch = dict(depths=[1, 1], channels=list(self.channels), mem_channels=self.mem_channels)
+        return _Model(self.backbone(arch, out_indices=(1, )), carry)
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        clips, labels = self.clips(batch, g, self.hidden)
+        return (clips, ), labels
+
+    def clips(self, batch: int, g: torch.Generator, hidden: int) -> tuple[Tensor, Tensor]:
+        """Clips (B, T, 3, H, W) of T = shown + ``hidden`` frames, and labels of their boxes (B, T, side, side).
+
+        Labels are the colours inside, in the last ``self.hidden`` frames; IGNORED elsewhere.
+        """
+        frames, cells = self.shown + hidden, self.side**2
+        # Half of each mark's pixels are lit, the same marks for everybody.
+        marks = torch.rand(self.marks, BOX // 2 * BOX, generator=torch.Generator().manual_seed(0))
+        marks = (marks.argsort(-1) < BOX * BOX // 4).float().view(self.marks, 1, BOX // 2, BOX).expand(-1, 3, -1, -1)
+        chosen = torch.rand(batch, self.marks, generator=g).argsort(-1)[:, :self.boxes]
+        colours = torch.randint(len(COLOURS), (batch, self.boxes), generator=g)
+        opened = torch.randint(self.shown, (batch, self.boxes), generator=g)
+        places = torch.rand(batch, frames, cells, generator=g).argsort(-1)[..., :self.boxes]  # (B, T, boxes)
+
+        is_open = opened[:, None] == torch.arange(frames)[:, None]  # (B, T, boxes)
+        inside = torch.where(is_open[..., None], torch.tensor(COLOURS)[colours][:, None], torch.tensor(CLOSED))
+        inside = inside[..., None, None].expand(-1, -1, -1, -1, BOX // 2, BOX)
+        boxes = torch.cat((marks[chosen][:, None].expand_as(inside), inside), -2)  # (B, T, boxes, 3, 8, 8)
+
+        clip, frame = torch.arange(batch)[:, None, None], torch.arange(frames)[:, None]
+        pixels = torch.zeros(batch, frames, cells, 3, BOX, BOX)
+        pixels[clip, frame, places] = boxes
+        labels = torch.full((batch, frames, cells), IGNORED)
+        seen = torch.arange(frames)[:, None] >= opened[:, None]
+        labels[clip, frame, places] = torch.where(seen, colours[:, None], IGNORED)
+        size = self.side * BOX
+        pixels = pixels.unflatten(2, (self.side, self.side)).permute(0, 1, 4, 2, 5, 3, 6)
+        pixels = pixels.reshape(batch, frames, 3, size, size)
+        pixels = pixels + self.noise * torch.randn(pixels.shape, generator=g)
+        return (pixels - 0.1) / 0.3, labels.unflatten(2, (self.side, self.side))
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        """Accuracy on clips as in training, on longer ones, and with the states of all frames thrown away."""
+        clips, labels = self.clips(256, g, self.hidden)
+        figures = dict(accuracy=accuracy(predict(model, (clips, )), labels))
+        long_clips, long_labels = self.clips(64, g, LONG)
+        figures['hidden_for_30_frames'] = accuracy(predict(model, (long_clips, )), long_labels)
+        model.carry = False
+        figures['state_thrown_away'] = accuracy(predict(model, (clips, )), labels)
+        return figures
+
+
+class _Model(nn.Module):
+
+    def __init__(self, backbone: ConvNeur, carry: bool) -> None:
+        super().__init__()
+        self.backbone, self.carry = backbone, carry
+        self.head = nn.Conv2d(backbone.channels[-1], len(COLOURS), 1)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """(B, T, 3, H, W) → logits (B, colours, T, H/8, W/8)."""
+        if not self.carry:
+            features, = self.backbone(clips.flatten(0, 1))
+            return self.head(features).unflatten(0, clips.shape[:2]).transpose(1, 2)
+        logits, states = [], None
+        for frame in clips.unbind(1):
+            (features, ), states = self.backbone(frame, states=states, return_states=True)
+            logits.append(self.head(features))
+        return torch.stack(logits, 2)
+
+
+TASK = HiddenObject()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=TASK.seeds, metavar='N',
+                        help='seeds 0 to N - 1 (default: %(default)s)')
+    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/hidden_object'), metavar='DIR',
+                        help='where the results are (default: %(default)s)')
+    parser.add_argument('--table', action='store_true', help='print the table of the results there are; train nothing')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the results there are; train nothing')
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f'--seeds must be at least 1, got {args.seeds}')
+    return args
+
+
+def settings() -> dict:
+    """All that a result depends on beside its variant and seed, as JSON gives it back."""
+    return json.loads(json.dumps(dict(asdict(TASK), long=LONG)))
+
+
+def path_of(folder: Path, variant: str, seed: int) -> Path:
+    return folder / f'{variant.replace(" ", "-")}-seed{seed}.json'
+
+
+def load(path: Path) -> dict | None:
+    """The result in a file, None if there is none yet.
+
+    Raises:
+        ValueError: If the file holds something else, or the result of other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding='utf-8'))
+        result = {key: result[key] for key in RESULT_KEYS}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path} is not the result of a run ({type(error).__name__}: {error}): delete it') from None
+    if result['settings'] != settings():
+        raise ValueError(f'{path} was made with other settings than these: delete it, or name another --out-dir')
+    return result
+
+
+def execute(variant: str, seed: int) -> dict:
+    """Trains and measures on one thread; returns what the file of the run holds."""
+    torch.set_num_threads(1)
+    MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
+    started = time.process_time()
+    model = train(TASK, dict(carry=VARIANTS[variant]), seed, TASK.iterations)
+    seconds = time.process_time() - started
+    figures = TASK.measure(model, torch.Generator().manual_seed(2**32 + seed))
+    return dict(variant=variant, seed=seed, settings=settings(), figures=figures, seconds=seconds,
+                parameters=sum(p.numel() for p in model.parameters()),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__))
+
+
+def train_missing(args: argparse.Namespace) -> None:
+    """Executes the wanted runs that have no file yet, and writes their files."""
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        for variant in VARIANTS:
+            path = path_of(args.out_dir, variant, seed)
+            if load(path) is not None:
+                continue
+            result = execute(variant, seed)
+            unfinished = path.with_suffix(f'.{os.getpid()}.tmp')
+            bench.write_json(unfinished, result)
+            unfinished.replace(path)
+            figures = ', '.join(f'{name} {value:.3f}' for name, value in result['figures'].items())
+            print(f'{variant}, seed {seed}: {figures}; {result["seconds"]:.0f} CPU s', file=sys.stderr, flush=True)
+
+
+def all_results(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """The results of the wanted seeds there are, by variant.
+
+    Raises:
+        ValueError: If there are none of a variant.
+    """
+    results = {}
+    for variant in VARIANTS:
+        found = [load(path_of(args.out_dir, variant, seed)) for seed in range(args.seeds)]
+        results[variant] = [result for result in found if result is not None]
+        if not results[variant]:
+            raise ValueError(f'--out-dir {args.out_dir} holds no results of {variant!r}')
+    return results
+
+
+def print_table(results: dict[str, list[dict]]) -> None:
+    figures = list(next(iter(results.values()))[0]['figures'])
+    rows = []
+    for variant, runs in results.items():
+        values = [[run['figures'][name] for run in runs] for name in figures]
+        solved = sum(value >= TASK.solved for value in values[0])
+        rows.append((variant, f'{solved} of {len(runs)}', *(spread(of_figure) for of_figure in values),
+                     f'{min(values[0]):.2f}', f'{max(values[0]):.2f}', f'{runs[0]["parameters"]:,}',
+                     f'{statistics.median(run["seconds"] for run in runs):.0f}'))
+    header = '', 'solved', *(name.replace('_', ' ') for name in figures), 'least', 'most', 'parameters', 'CPU s'
+    print(f'{TASK.iterations} iterations, chance {TASK.chance:.2f}, solved from {TASK.solved:.2f} on\n')
+    print(bench.format_table(header, rows))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    mean = f'{statistics.mean(values):.2f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
+
+
+def plot(path: Path, results: dict[str, list[dict]]) -> None:
+    """A dot for each seed, their mean, and guessing, for each figure."""
+    names = list(next(iter(results.values()))[0]['figures'])
+    figure, axes = bench.new_figure(len(names))
+    for axis, name in zip(axes, names):
+        axis.axvline(TASK.chance, color='grey', linestyle=':', label='guessing')
+        for y, runs in enumerate(results.values()):
+            values = [run['figures'][name] for run in runs]
+            axis.plot(values, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='a seed')
+            axis.plot(statistics.mean(values), y, '|', color='black', markersize=16, label='mean')
+        axis.set_yticks(range(len(results)), list(results))
+        axis.invert_yaxis()
+        axis.set(title=name.replace('_', ' '), xlabel='accuracy', xlim=(0, 1.02))
+        axis.grid(axis='x', alpha=0.3)
+    labels = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    figure.legend(labels.values(), labels, loc='outside lower center', ncols=len(labels))
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if not (args.table or args.plot):
+            train_missing(args)
+        results = all_results(args)
+        print_table(results)
+        if args.plot:
+            plot(args.plot, results)
+    except ValueError as error:
+        sys.exit(f'hidden_object: error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('hidden_object: stopped; the same command goes on from here')
+
+
+if __name__ == '__main__':
+    main()
