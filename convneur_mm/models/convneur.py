@@ -229,7 +229,7 @@ class ConvNeur(BaseModule):
         memories = {name: module for name, module in self.stages.named_modules(prefix='stages')
                     if isinstance(module, NeuralMemory)}
         if not memories:
-            setting = f"placement={self.placement!r}, global_branch={self.global_branch!r}"
+            setting = f'placement={self.placement!r}, global_branch={self.global_branch!r}'
             raise ValueError('states are those of neural memories, of which this ConvNeur has none: it has '
                              f"{setting}, and needs placement='stage' or 'block' and global_branch='neural_memory'")
         return memories
@@ -249,8 +249,8 @@ class ConvNeur(BaseModule):
                                               ('device', tensor.device, x.device)):
                     if found != expected:
                         raise ValueError(f'the state of {name} has {field} of {what} {found}, expected {expected} for '
-                                         f'{len(x)} images on {x.device}: states are carried on with the same backbone, '
-                                         'number of images, dtype and device')
+                                         f'{len(x)} images on {x.device}: states are carried on with the same '
+                                         'backbone, number of images, dtype and device')
 
     def init_weights(self) -> None:
         """Initialises all weights, then loads the pretrained ones if there are any; a second call changes nothing.

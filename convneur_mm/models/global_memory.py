@@ -9,7 +9,6 @@ from ..ops.neural_memory import MemoryState
 from .global_branches import GLOBAL_BRANCHES
 from .plain import is_plain, pointwise
 
-
 # See limit_norm.
 MAX_STATE_NORM = 10.0
 

@@ -80,7 +80,8 @@ class Stream:
 def stream(model: nn.Module) -> Iterator[Stream]:
     """Lets each call of a model's backbone go on from the memories that the call before left.
 
-    Within it the model is used as ever, with the frames of a video one after the other, or of B videos as batches of B::
+    Within it the model is used as ever, with the frames of a video one after the other, or in batches with the next
+    frame of each of B videos::
 
         with stream(detector) as state:
             for frame in video:

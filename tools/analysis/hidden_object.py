@@ -30,15 +30,14 @@ if __name__ == '__main__':
 import _benchmark as bench
 import mmengine
 import torch
-from _small_tasks import IGNORED, Task, accuracy, predict, train
+from _small_tasks import IGNORED, LEGEND_COLOURS, PIXEL_MEAN, PIXEL_STD, Task, accuracy, predict, train
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from convneur_mm.models import ConvNeur
 
-COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0), (0.7, 0.7, 0.1))
 CLOSED = 0.5  # grey of a closed box's front
-BOX = 8  # pixels of a side: a position of the features that are classified
+PATCH = 4  # pixels of a side: that of the backbone's stem, and what of a picture one logit is for
 LONG = 30  # closed frames of the longer clips
 VARIANTS = {'without state': False, 'carried state': True}
 RESULT_KEYS = ('variant', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
@@ -51,12 +50,13 @@ class HiddenObject(Task):
     Attributes:
         shown: Frames at the start of a clip, in one of which a box is open.
         hidden: Frames after them, in all of which every box is closed.
-        side: Of a frame, in boxes.
+        side: Of a frame, in places for a box.
+        box: Side of a box, in patches, which are all alike: a mark above a colour.
         boxes: In a clip, each with a mark of its own.
         marks: To choose from, the same in all clips.
         noise: Standard deviation of what is added to pixels.
-        channels: Of the two stages of one block each.
-        mem_channels: Of their memories.
+        channels: Of the backbone, one block.
+        mem_channels: Of its memory.
     """
 
     iterations: int = 400
@@ -64,56 +64,55 @@ class HiddenObject(Task):
     lr: float = 3e-3
     chunk_size: int = 64
     solved: float = 0.9
-    chance: float = 1 / len(COLOURS)
+    chance: float = 1 / len(LEGEND_COLOURS)
     seeds: int = 5
     cost: float = 1.0
     shown: int = 3
     hidden: int = 3
-    side: int = 8
-    boxes: int = 3
+    side: int = 4
+    box: int = 2
+    boxes: int = 4
     marks: int = 6
     noise: float = 0.05
-    channels: tuple[int, int] = (16, 32)
-    mem_channels: int = 32
+    channels: int = 48
+    mem_channels: int = 64
 
     def build(self, carry: bool) -> nn.Module:
-        arch = dict(depths=[1, 1], channels=list(self.channels), mem_channels=self.mem_channels)
-        return _Model(self.backbone(arch, out_indices=(1, )), carry)
+        arch = dict(depths=[1], channels=[self.channels], mem_channels=self.mem_channels)
+        return _Model(self.backbone(arch, out_indices=(0, )), carry)
 
     def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
         clips, labels = self.clips(batch, g, self.hidden)
         return (clips, ), labels
 
     def clips(self, batch: int, g: torch.Generator, hidden: int) -> tuple[Tensor, Tensor]:
-        """Clips (B, T, 3, H, W) of T = shown + ``hidden`` frames, and labels of their boxes (B, T, side, side).
-
-        Labels are the colours inside, in the last ``self.hidden`` frames; IGNORED elsewhere.
-        """
-        frames, cells = self.shown + hidden, self.side**2
-        # Half of each mark's pixels are lit, the same marks for everybody.
-        marks = torch.rand(self.marks, BOX // 2 * BOX, generator=torch.Generator().manual_seed(0))
-        marks = (marks.argsort(-1) < BOX * BOX // 4).float().view(self.marks, 1, BOX // 2, BOX).expand(-1, 3, -1, -1)
+        """Clips (B, T, 3, H, W) of T = shown + ``hidden`` frames, and the colours of all boxes, (B, T, H/4, W/4)."""
+        frames, places = self.shown + hidden, self.side**2
+        # Half of each mark's pixels are lit, and the same marks are there in all clips.
+        half = PATCH // 2 * PATCH
+        marks = torch.rand(self.marks, half, generator=torch.Generator().manual_seed(0)).argsort(-1) < half // 2
+        marks = marks.float().view(self.marks, 1, PATCH // 2, PATCH).expand(-1, 3, -1, -1)
         chosen = torch.rand(batch, self.marks, generator=g).argsort(-1)[:, :self.boxes]
-        colours = torch.randint(len(COLOURS), (batch, self.boxes), generator=g)
-        opened = torch.randint(self.shown, (batch, self.boxes), generator=g)
-        places = torch.rand(batch, frames, cells, generator=g).argsort(-1)[..., :self.boxes]  # (B, T, boxes)
+        colours = torch.randint(len(LEGEND_COLOURS), (batch, self.boxes), generator=g)
+        taken = torch.rand(batch, frames, places, generator=g).argsort(-1)[..., :self.boxes]  # (B, T, boxes)
 
-        is_open = opened[:, None] == torch.arange(frames)[:, None]  # (B, T, boxes)
-        inside = torch.where(is_open[..., None], torch.tensor(COLOURS)[colours][:, None], torch.tensor(CLOSED))
-        inside = inside[..., None, None].expand(-1, -1, -1, -1, BOX // 2, BOX)
-        boxes = torch.cat((marks[chosen][:, None].expand_as(inside), inside), -2)  # (B, T, boxes, 3, 8, 8)
+        inside = torch.tensor(LEGEND_COLOURS)[colours][:, None].repeat(1, frames, 1, 1)  # (B, T, boxes, 3)
+        inside[:, self.shown:] = CLOSED
+        inside = inside[..., None, None].expand(-1, -1, -1, -1, PATCH // 2, PATCH)
+        patches = torch.cat((marks[chosen][:, None].expand_as(inside), inside), -2)  # (B, T, boxes, 3, 4, 4)
 
         clip, frame = torch.arange(batch)[:, None, None], torch.arange(frames)[:, None]
-        pixels = torch.zeros(batch, frames, cells, 3, BOX, BOX)
-        pixels[clip, frame, places] = boxes
-        labels = torch.full((batch, frames, cells), IGNORED)
-        seen = torch.arange(frames)[:, None] >= opened[:, None]
-        labels[clip, frame, places] = torch.where(seen, colours[:, None], IGNORED)
-        size = self.side * BOX
+        size = self.side * self.box * PATCH
+        pixels = torch.zeros(batch, frames, places, 3, self.box * PATCH, self.box * PATCH)
+        pixels[clip, frame, taken] = patches.repeat(1, 1, 1, 1, self.box, self.box)
         pixels = pixels.unflatten(2, (self.side, self.side)).permute(0, 1, 4, 2, 5, 3, 6)
         pixels = pixels.reshape(batch, frames, 3, size, size)
         pixels = pixels + self.noise * torch.randn(pixels.shape, generator=g)
-        return (pixels - 0.1) / 0.3, labels.unflatten(2, (self.side, self.side))
+        labels = torch.full((batch, frames, places), IGNORED)
+        labels[clip, frame, taken] = colours[:, None].expand_as(taken)
+        labels = labels.unflatten(2, (self.side, self.side))
+        labels = labels.repeat_interleave(self.box, 2).repeat_interleave(self.box, 3)
+        return (pixels - PIXEL_MEAN) / PIXEL_STD, labels
 
     def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
         """Accuracy on clips as in training, on longer ones, and with the states of all frames thrown away."""
@@ -131,7 +130,7 @@ class _Model(nn.Module):
     def __init__(self, backbone: ConvNeur, carry: bool) -> None:
         super().__init__()
         self.backbone, self.carry = backbone, carry
-        self.head = nn.Conv2d(backbone.channels[-1], len(COLOURS), 1)
+        self.head = nn.Conv2d(backbone.channels[-1], len(LEGEND_COLOURS), 1)
 
     def forward(self, clips: Tensor) -> Tensor:
         """(B, T, 3, H, W) → logits (B, colours, T, H/8, W/8)."""
