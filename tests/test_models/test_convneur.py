@@ -618,7 +618,8 @@ class TestPretrained:
 
 def make_streaming(**options) -> ConvNeur:
     arch = dict(depths=[2, 1], channels=[8, 12], mem_channels=16)
-    return randomize(ConvNeur(arch, memory_cfg=dict(chunk_size=4), **options).double().eval(), std=0.3)
+    options = {'memory_cfg': dict(chunk_size=4), 'out_indices': (0, 1), **options}
+    return randomize(ConvNeur(arch, **options).double().eval(), std=0.3)
 
 
 @pytest.mark.parametrize('options, memories', [
@@ -626,9 +627,7 @@ def make_streaming(**options) -> ConvNeur:
     (dict(memory_cfg=dict(chunk_size=4, update_rule='parallel')), 2)], ids=str)
 def test_frames_are_one_sequence_to_each_memory(options, memories):
     """Each memory's tokens of two frames of different sizes, in one call, give what the frames gave."""
-    arch = dict(depths=[2, 1], channels=[8, 12], mem_channels=16)
-    model = randomize(ConvNeur(arch, **{'memory_cfg': dict(chunk_size=4), **options}).double().eval(), std=0.3)
-    seen = {}
+    model, seen = make_streaming(**options), {}
     for module in model.modules():
         if isinstance(module, NeuralMemory):
             module.register_forward_hook(lambda module, args, output: seen.setdefault(module, []).append(
@@ -710,6 +709,6 @@ def test_states_that_do_not_fit_are_named(change, message):
     (dict(global_branch='cbam', memory_cfg={}), "it has placement='stage', global_branch='cbam'")])
 @pytest.mark.parametrize('given', [dict(states=()), dict(return_states=True)], ids=str)
 def test_backbones_without_a_memory_have_no_states(options, message, given):
-    model = ConvNeur(dict(depths=[1], channels=[8], mem_channels=16), **options)
+    model = ConvNeur(dict(depths=[1], channels=[8], mem_channels=16), out_indices=0, **options)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(1, 3, 16, 16), **given)
