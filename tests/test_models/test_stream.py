@@ -132,7 +132,7 @@ def test_detach():
     (lambda: Detector(OverLoCK('xt')), 'no other backbone has such a state: Detector has none'),
     (lambda: nn.ModuleList([make_backbone(), make_backbone()]), r"ModuleList has \['0', '1'\]"),
     (lambda: make_backbone(placement='none'), "has none: it has placement='none'"),
-    (lambda: ConvNeur(TINY, out_indices=0, global_branch='cbam'), "has none: it has placement='stage', global_branch='cbam'"),
+    (lambda: ConvNeur(TINY, out_indices=0, global_branch='cbam'), "placement='stage', global_branch='cbam'"),
 ])
 def test_models_without_a_state_to_carry(build, message):
     with torch.device('meta'):

@@ -7,8 +7,8 @@ r"""What a memory carried from frame to frame is good for: naming objects that e
     tools/analysis/hidden_object.py --table --plot hidden_object.png
 
 Clips of six frames show four boxes with marks, which move at random. In the first three frames they are open and show
-one of four colours each; in the last three they are closed and grey. A model names the colour of each box in every frame,
-and is measured in the last three. Every run leaves a JSON file; a run whose file is there is not repeated.
+one of four colours each; in the last three they are closed and grey. A model names the colour of each box in every
+frame, and is measured in the last three. Every run leaves a JSON file; a run whose file is there is not repeated.
 """
 import argparse
 import json
@@ -115,7 +115,7 @@ class HiddenObject(Task):
         return (pixels - PIXEL_MEAN) / PIXEL_STD, labels
 
     def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
-        """Accuracy on clips as in training, on longer ones, with all states thrown away, and where nothing is hidden."""
+        """Accuracy on clips as in training, on longer ones, without any states, and where nothing is hidden."""
         def measured(number: int, hidden: int, carry: bool, frames: slice) -> float:
             clips, labels = self.clips(number, g, hidden)
             model.carry = carry
