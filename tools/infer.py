@@ -3,12 +3,14 @@
 
     tools/infer.py CONFIG CHECKPOINT photo.jpg
     tools/infer.py cascade_rcnn_convneur_m3_1x_coco work_dirs/m3/epoch_12.pth photos --out-dir found
+    tools/infer.py CONFIG CHECKPOINT street.mp4 --stream
 
 Subfolders are searched too. docs/inference.md says what is written. The exit code is 1 if a picture could not be read,
 and 2 if nothing could be done.
 """
 import argparse
 import math
+import re
 import signal
 import sys
 from collections import Counter
@@ -35,6 +37,7 @@ from convneur_mm.apis import ImageError, init_model, iter_inference
 from convneur_mm.apis.results import Painter, open_results
 from convneur_mm.engine import launch
 from convneur_mm.engine.interrupts import Interrupted
+from convneur_mm.models.stream import stream
 from convneur_mm.stack import require
 
 PICTURES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -52,6 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one, else the CPU)')
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='pictures to predict at once; only '
                         'those of one size share a batch (default: %(default)s)')
+    parser.add_argument('--stream', action='store_true', help='carry the memories of a ConvNeur from frame to '
+                        'frame of a video or of a folder of frames, in the order of their numbers; see docs/stream.md')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE', help='draw detections from this score '
                         'on; all are written to the file (default: %(default)s)')
     parser.add_argument('--no-pictures', action='store_true', help='draw nothing, which takes longer than a small '
@@ -63,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
+    if args.stream and args.batch_size != 1:
+        parser.error(f'--stream takes one frame after the other, got --batch-size {args.batch_size}')
     return args
 
 
@@ -71,6 +78,8 @@ def main() -> None:
     is_video = args.input.suffix.lower() in VIDEOS and not args.input.is_dir()
     check_out_dir(args, is_video)
     paths = [] if is_video else find_pictures(args.input, args.out_dir)
+    if args.stream:
+        paths = in_order(paths, args.input)
     with open_video(args.input) if is_video else ExitStack() as video:
         # Looked into before the packages are imported, which takes seconds.
         checkpoint = launch.readable_checkpoint(args.checkpoint, 'checkpoint', args.allow_pickle)
@@ -79,7 +88,10 @@ def main() -> None:
             args.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise launch.LaunchError(f'--out-dir {args.out_dir} cannot be made: {error.strerror}') from None
-        unreadable = predict_video(model, video, args) if is_video else predict_pictures(model, paths, args)
+        with ExitStack() as stack:
+            if args.stream:
+                carry_memories(model, stack)
+            unreadable = predict_video(model, video, args) if is_video else predict_pictures(model, paths, args)
     if unreadable:
         print(f'error: {unreadable} of {len(paths)} pictures could not be read, see above', file=sys.stderr)
         sys.exit(1)
@@ -117,6 +129,35 @@ def find_pictures(path: Path, out_dir: Path) -> list[Path]:
     if not pictures:
         raise launch.LaunchError(f'{path} holds no pictures ({" ".join(PICTURES)}) but {len(files)} other files')
     return pictures
+
+
+def in_order(paths: list[Path], folder: Path) -> list[Path]:
+    """The frames of one video by the numbers in their names, with or without leading zeros.
+
+    Raises:
+        LaunchError: If they are in several folders.
+    """
+    folders = sorted({str(path.parent) for path in paths})
+    if len(folders) > 1:
+        raise launch.LaunchError(f'--stream takes the frames of one video, and the pictures of {folder} are in '
+                                 f'{len(folders)} folders, such as {folders[0]} and {folders[1]}')
+    return sorted(paths, key=lambda path: [(int(part), '') if part.isdigit() else (-1, part)
+                                           for part in re.split('([0-9]+)', path.name)])
+
+
+def carry_memories(model: BaseModel, stack: ExitStack) -> None:
+    """Until ``stack`` ends, each picture goes on from the memories that the one before left.
+
+    Raises:
+        LaunchError: If the model has none, or predicts a picture in several calls.
+    """
+    if (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
+        raise launch.LaunchError("--stream needs one call of the backbone for a frame, and model.test_cfg.mode is "
+                                 "'slide': set --cfg-options model.test_cfg.mode=whole")
+    try:
+        stack.enter_context(stream(model))
+    except ValueError as error:
+        raise launch.LaunchError(f'--stream: {error}') from None
 
 
 def output_names(paths: list[Path], folder: Path) -> list[str]:

@@ -1,14 +1,17 @@
 """Building blocks of ConvNeur. Names follow mmpretrain's ConvNeXt, so its ConvNeXt-V2 weights fit as they are."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, Sequential
 from torch import Tensor
 from torchvision.ops import StochasticDepth
 
+from ..ops.neural_memory import MemoryState
 from ..ops.neural_memory.exported import is_exporting
 from .plain import is_plain, pointwise
 
@@ -67,7 +70,8 @@ class ConvNeurBlock(BaseModule):
 
     Args:
         channels (int): Number of channels, C.
-        global_branch (nn.Module | None): Maps (N, C, H, W) to the same shape. Defaults to None.
+        global_branch (nn.Module | None): Maps (N, C, H, W) to the same shape. With a state, it is called as
+            :class:`GlobalMemory`. Defaults to None.
         fusion (str): 'gate', 'add' or 'concat'. Defaults to 'gate'.
         drop_path_rate (float): Stochastic depth rate. Defaults to 0.
         with_cp (bool): Whether to recompute the block in the backward pass to save memory. Defaults to False.
@@ -120,18 +124,54 @@ class ConvNeurBlock(BaseModule):
             return local + context
         return self.fuse(torch.cat((local, context), dim=1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def forward(self, x: Tensor, state: MemoryState | None = None,
+                return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
+        """(N, C, H, W) → (N, C, H, W), and the memory's state if asked for; states as in :class:`GlobalMemory`."""
 
-        def update(x: Tensor) -> Tensor:
+        def update(x: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
             local = self.local_features(x)
-            if self.global_branch is not None:
-                local = self._fuse(local, self.global_branch(x))
-            return x + self.drop_path(local)
+            if return_state:
+                context, state = self.global_branch(x, state, return_state=True)
+                local = self._fuse(local, context)
+            elif self.global_branch is not None:
+                context = self.global_branch(x) if state is None else self.global_branch(x, state)
+                local = self._fuse(local, context)
+            return x + self.drop_path(local), state
 
         if self.with_cp and x.requires_grad:
-            return cp.checkpoint(update, x, use_reentrant=False)
-        return update(x)
+            x, state = cp.checkpoint(update, x, state, use_reentrant=False)
+        else:
+            x, state = update(x, state)
+        return (x, state) if return_state else x
+
+
+class Stage(Sequential):
+    """Blocks one after the other."""
+
+    def forward(self, x: Tensor, states: Iterator[MemoryState] | None = None,
+                return_states: bool = False) -> Tensor | tuple[Tensor, list[MemoryState]]:
+        """(N, C, H, W) → (N, C, H, W), and the memories' states if asked for.
+
+        Args:
+            x (Tensor): Features, (N, C, H, W).
+            states (Iterator[MemoryState] | None): Gives the next state to each block that has a memory. Defaults to
+                None.
+            return_states (bool): Whether to return them after this call too. Defaults to False.
+        """
+        if states is None and not return_states:
+            return super().forward(x)
+        returned = []
+        for block in self:
+            if block.global_branch is None:
+                x = block(x)
+                continue
+            state = None if states is None else next(states)
+            if return_states:
+                x, state = block(x, state, return_state=True)
+                returned.append(state)
+            else:
+                x = block(x, state)
+        return (x, returned) if return_states else x
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

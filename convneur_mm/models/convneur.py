@@ -9,10 +9,12 @@ from mmengine.model import ModuleList, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from ..ops.neural_memory import MemoryState
 from .base import Backbone
-from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d
+from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d, Stage
 from .global_branches import GLOBAL_BRANCHES, branch_options
 from .global_memory import GlobalMemory
+from .neural_memory import NeuralMemory
 
 PLACEMENTS = ('stage', 'block', 'none')
 
@@ -112,6 +114,7 @@ class ConvNeur(Backbone):
         memory_cfg.pop('mem_channels', None)
         if not isinstance(mem_channels, int) or mem_channels < 1:
             raise ValueError(f'mem_channels must be an integer of at least 1, got {mem_channels!r}')
+        self.placement, self.global_branch = placement, global_branch
         self.gap_before_final_norm = gap_before_final_norm
         self.channels_last = channels_last
 
@@ -129,7 +132,7 @@ class ConvNeur(Backbone):
                     LayerNorm2d(self.channels[i - 1], eps=1e-6),
                     nn.Conv2d(self.channels[i - 1], channels, 2, stride=2))
             self.downsample_layers.append(downsample)
-            self.stages.append(Sequential(*(
+            self.stages.append(Stage(*(
                 ConvNeurBlock(
                     channels,
                     global_branch=GlobalMemory(channels, mem_channels, global_branch, **memory_cfg)
@@ -142,27 +145,48 @@ class ConvNeur(Backbone):
                 self.add_module(f'norm{i}', LayerNorm2d(channels, eps=1e-6))
         self._freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, states: Sequence[MemoryState] | None = None, return_states: bool = False,
+                ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], tuple[MemoryState, ...]]:
         """Features of the stages named by ``out_indices``.
+
+        With ``states`` the memories go on from an earlier call, such as that of a video's frame before: each of the N
+        images is the next frame of a stream of its own. Frames may change their size. With 'previous' the first chunk
+        of a frame then reads what all earlier frames wrote; with 'final' all of its tokens read the memory after this
+        frame. The parallel rule still takes its gradients at the learned M_0. Where states are returned, the last
+        chunk of the frame is written too, which this frame's own features do not depend on with 'previous'. So at each
+        memory, frames one after the other equal one call on all their chunks, up to the limit of
+        :func:`~.global_memory.limit_norm`. Autograd records calls in sequence; detach the states to end that.
 
         Args:
             x (Tensor): Images, (N, in_channels, H, W), of any size from 32 × 32 up.
+            states (Sequence[MemoryState] | None): Those that an earlier call returned, one for each memory in the order
+                of the blocks, in float64 with float64 images and else in float32. None starts at the learned memories.
+                Defaults to None.
+            return_states (bool): Whether to return the memories after this call too. Defaults to False.
 
         Returns:
-            tuple[Tensor, ...]: For stage i a contiguous (N, C_i, H/2^(2+i), W/2^(2+i)), sizes rounded down; or
-            (N, C_i) with ``gap_before_final_norm``.
+            tuple: For stage i a contiguous (N, C_i, H/2^(2+i), W/2^(2+i)), sizes rounded down; or (N, C_i) with
+            ``gap_before_final_norm``. With ``return_states`` a pair of that tuple and the states.
 
         Raises:
-            ValueError: If the image is too small for the last stage.
+            ValueError: If the image is too small for the last stage, if the states do not fit the backbone or the
+                images, or if it has no memory whose state could be carried.
         """
+        if states is not None or return_states:
+            self._check_states(x, states)
         stride = 2 ** (1 + len(self.stages))
         if min(x.shape[2:]) < stride:
             raise ValueError(f'images must be at least {stride} x {stride} pixels, got {tuple(x.shape[2:])}')
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        outs = []
+        outs, returned = [], []
+        given = None if states is None else iter(states)
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = stage(downsample(x))
+            if return_states:
+                x, of_stage = stage(downsample(x), given, return_states=True)
+                returned += of_stage
+            else:
+                x = stage(downsample(x), given)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
                 if self.gap_before_final_norm:
@@ -171,7 +195,52 @@ class ConvNeur(Backbone):
                     # The permuted LayerNorm leaves channels_last memory, which mmcv's CUDA and C++ operators read as
                     # if it were NCHW.
                     outs.append(norm(x).contiguous())
-        return tuple(outs)
+        return (tuple(outs), tuple(returned)) if return_states else tuple(outs)
+
+    def initial_states(self, batch: int) -> tuple[MemoryState, ...]:
+        """States of ``batch`` streams before their first frame: the learned M_0 and no momentum.
+
+        Raises:
+            ValueError: If the backbone has no memory whose state could be carried.
+        """
+        states = []
+        for memory in self._memories().values():
+            w1, w2 = (w.to(torch.promote_types(w.dtype, torch.float32)).expand(batch, *w.shape)
+                      for w in (memory.w1, memory.w2))
+            states.append(MemoryState(w1, w2, torch.zeros_like(w1), torch.zeros_like(w2)))
+        return tuple(states)
+
+    def _memories(self) -> dict[str, NeuralMemory]:
+        """Names and memories in the order of the blocks.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        memories = {name: module for name, module in self.stages.named_modules(prefix='stages')
+                    if isinstance(module, NeuralMemory)}
+        if not memories:
+            setting = f'placement={self.placement!r}, global_branch={self.global_branch!r}'
+            raise ValueError('states are those of neural memories, of which this ConvNeur has none: it has '
+                             f"{setting}, and needs placement='stage' or 'block' and global_branch='neural_memory'")
+        return memories
+
+    def _check_states(self, x: Tensor, states: Sequence[MemoryState] | None) -> None:
+        memories = self._memories()
+        if states is None:
+            return
+        if len(states) != len(memories) or not all(isinstance(state, MemoryState) for state in states):
+            raise ValueError(f'states must be {len(memories)} MemoryStates, one for each of {", ".join(memories)}, '
+                             f'got {[type(state).__name__ for state in states]}')
+        for (name, memory), state in zip(memories.items(), states):
+            dtype = torch.promote_types(memory.w1.dtype, torch.float32)
+            for field, tensor in state._asdict().items():
+                shape = (len(x), *(memory.w1 if field in ('w1', 'p1') else memory.w2).shape)
+                for what, found, expected in (('shape', tuple(tensor.shape), shape), ('dtype', tensor.dtype, dtype),
+                                              ('device', tensor.device, x.device)):
+                    if found != expected:
+                        raise ValueError(f'the state of {name} has {field} of {what} {found}, expected {expected} for '
+                                         f'{len(x)} images on {x.device}: states are carried on with the same '
+                                         'backbone, number of images, dtype and device')
 
     def stage_modules(self) -> list[list[nn.Module]]:
         """The modules of each stage that is built."""

@@ -1,11 +1,16 @@
 """The global branch: bottleneck, neural memory or another mixing of tokens, gate map (Sec. 3.3)."""
 from __future__ import annotations
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..ops.neural_memory import MemoryState
 from .global_branches import GLOBAL_BRANCHES
 from .plain import is_plain, pointwise
+
+# See limit_norm.
+MAX_STATE_NORM = 10.0
 
 
 class GlobalMemory(BaseModule):
@@ -39,11 +44,58 @@ class GlobalMemory(BaseModule):
             self.mixer = mixer
         self.expand = nn.Conv2d(mem_channels, in_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+    def forward(self, x: Tensor, state: MemoryState | None = None,
+                return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
+        """The context map of X.
+
+        Args:
+            x (Tensor): Features, (B, C, H, W).
+            state (MemoryState | None): What an earlier call returned, for the memory to go on from; None starts at the
+                learned M_0. Defaults to None.
+            return_state (bool): Whether to return the memory after the last chunk too, its norm limited by
+                :func:`limit_norm`. Defaults to False.
+
+        Returns:
+            Tensor | tuple[Tensor, MemoryState]: The map (B, C, H, W), and the state if asked for.
+
+        Raises:
+            ValueError: If a state is given to or asked of a branch other than the neural memory.
+        """
+        if (state is not None or return_state) and self.branch != 'neural_memory':
+            raise ValueError(f"only global_branch='neural_memory' has a state to carry, got {self.branch!r}")
         tokens = _convolve(self.reduce, x).flatten(2).transpose(1, 2)  # (B, H·W, Cm)
-        tokens = self.memory(tokens) if self.branch == 'neural_memory' else self.mixer(tokens, tuple(x.shape[2:]))
-        return _convolve(self.expand, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        if return_state:
+            tokens, state = self.memory(tokens, state, return_state=True)
+            state = limit_norm(state, self.memory.w1, self.memory.w2)
+        elif self.branch == 'neural_memory':
+            tokens = self.memory(tokens, state)
+        else:
+            tokens = self.mixer(tokens, tuple(x.shape[2:]))
+        out = _convolve(self.expand, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return (out, state) if return_state else out
+
+
+def limit_norm(state: MemoryState, w1: Tensor, w2: Tensor) -> MemoryState:
+    """Scales down what would be carried on, for each head of each image where it is too large.
+
+    Memory and momentum, each with both of its weights together, keep norms of at most :data:`MAX_STATE_NORM` times that
+    of the head's M_0. Below that the state is returned unchanged, and two calls still equal one.
+
+    Args:
+        state (MemoryState): After the last chunk, for B images.
+        w1 (Tensor): First weight of M_0, (h, d, e).
+        w2 (Tensor): Second weight of M_0, (h, e, d).
+    """
+    limit = MAX_STATE_NORM * _norm(w1, w2).to(state.w1.dtype)
+    # Constants to autograd, as the root has no gradient at the momentum of a memory that was never written.
+    memory, momentum = ((limit / _norm(*pair).clamp(min=1e-30)).clamp(max=1) for pair in (state[:2], state[2:]))
+    return MemoryState(state.w1 * memory, state.w2 * memory, state.p1 * momentum, state.p2 * momentum)
+
+
+@torch.no_grad()
+def _norm(w1: Tensor, w2: Tensor) -> Tensor:
+    """Of both weights of a head together, (…, h, 1, 1)."""
+    return (w1.square().sum((-2, -1), keepdim=True) + w2.square().sum((-2, -1), keepdim=True)).sqrt()
 
 
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:

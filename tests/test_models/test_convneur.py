@@ -611,3 +611,105 @@ class TestPretrained:
             warnings.simplefilter('error')
             ConvNeur(TINY).init_weights()
         assert 'random weights' not in caplog.text
+
+
+# ---- states
+
+
+def make_streaming(**options) -> ConvNeur:
+    arch = dict(depths=[2, 1], channels=[8, 12], mem_channels=16)
+    options = {'memory_cfg': dict(chunk_size=4), 'out_indices': (0, 1), **options}
+    torch.manual_seed(0)
+    return randomize(ConvNeur(arch, **options).double().eval(), std=0.3)
+
+
+@pytest.mark.parametrize('options, memories', [
+    (dict(), 2), (dict(placement='block'), 3), (dict(placement='block', out_indices=0), 2), (dict(fusion='concat'), 2),
+    (dict(memory_cfg=dict(chunk_size=4, update_rule='parallel')), 2)], ids=str)
+def test_frames_are_one_sequence_to_each_memory(options, memories):
+    """Each memory's tokens of two frames of different sizes, in one call, give what the frames gave."""
+    model, seen = make_streaming(**options), {}
+    for module in model.modules():
+        if isinstance(module, NeuralMemory):
+            module.register_forward_hook(lambda module, args, output: seen.setdefault(module, []).append(
+                (args[0], output)))
+    first, second = (torch.randn(2, 3, *size, dtype=torch.float64) for size in ((16, 16), (32, 16)))
+    _, states = model(first, return_states=True)
+    features, states = model(second, states=states, return_states=True)
+    assert len(seen) == len(states) == memories
+    for (memory, ((x1, (y1, _)), (x2, (y2, state)))), returned in zip(list(seen.items()), states):
+        memory._forward_hooks.clear()
+        y, expected = memory(torch.cat((x1, x2), 1), return_state=True)
+        for found, whole in zip((torch.cat((y1, y2), 1), *state, *returned), (y, *expected, *expected)):
+            assert (found - whole).norm() <= 1e-10 * whole.norm()
+    assert all((a - b).norm() > 1e-6 * b.norm() for a, b in zip(model(second), features))
+
+
+def test_states_do_not_change_their_own_frame():
+    model, x = make_streaming(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    features, states = model(x, return_states=True)
+    assert all(torch.equal(a, b) for a, b in zip(features, model(x)))
+    begun = model(x, states=model.initial_states(2), return_states=True)
+    for a, b in zip([*begun[0], *(t for s in begun[1] for t in s)], [*features, *(t for s in states for t in s)]):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(model(x, states=states), model(x, states, True)[0]))
+
+
+def test_streams_of_a_batch_are_independent():
+    model, (first, second) = make_streaming(), torch.randn(2, 3, 3, 16, 16, dtype=torch.float64)
+    features, states = model(second, states=model(first, return_states=True)[1], return_states=True)
+    alone = model(second[1:2], states=model(first[1:2], return_states=True)[1], return_states=True)
+    for a, b in zip([*alone[0], *(t for s in alone[1] for t in s)], [*features, *(t for s in states for t in s)]):
+        torch.testing.assert_close(a, b[1:2], rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_through_frames_with_checkpointing():
+    frames = torch.randn(2, 1, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for with_cp in (False, True):
+        model, x = make_streaming(with_cp=with_cp), frames.clone().requires_grad_()
+        _, states = model(x[0], return_states=True)
+        features = model(x[1], states=states)
+        results.append(torch.autograd.grad(sum(f.sin().sum() for f in features), [x, *model.parameters()],
+                                           allow_unused=True, materialize_grads=True))
+    assert results[0][0][0].abs().max() > 0, 'back to the first frame'
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_states_under_autocast_are_float32():
+    model = make_streaming().float()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        for _ in range(2):
+            _, states = model(torch.randn(1, 3, 16, 16), return_states=True)
+            model(torch.randn(1, 3, 16, 16), states=states)
+    assert all(t.dtype == torch.float32 for state in states for t in state)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda states: states[:1], r'must be 2 MemoryStates, one for each of stages.0.0.global_branch.memory, '
+                                r"stages.1.0.global_branch.memory, got \['MemoryState'\]"),
+    (lambda states: [tuple(state) for state in states], r"got \['tuple', 'tuple'\]"),
+    (lambda states: [states[0], type(states[1])(*(t[:1] for t in states[1]))],
+     r'the state of stages.1.0.global_branch.memory has w1 of shape \(1, 1, 16, 8\), expected \(2, 1, 16, 8\) '
+     'for 2 images'),
+    (lambda states: [state._replace(p2=state.p2.float()) for state in states],
+     'stages.0.0.global_branch.memory has p2 of dtype torch.float32, expected torch.float64'),
+    (lambda states: [state._replace(w2=state.w2.to('meta')) for state in states],
+     'has w2 of device meta, expected cpu'),
+    (lambda states: [state._replace(w2=state.w2[..., :8]) for state in states], 'has w2 of shape'),
+])
+def test_states_that_do_not_fit_are_named(change, message):
+    model, x = make_streaming(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        model(x, states=change(model.initial_states(2)))
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(placement='none'), "has none: it has placement='none'"),
+    (dict(global_branch='cbam', memory_cfg={}), "it has placement='stage', global_branch='cbam'")])
+@pytest.mark.parametrize('given', [dict(states=()), dict(return_states=True)], ids=str)
+def test_backbones_without_a_memory_have_no_states(options, message, given):
+    model = ConvNeur(dict(depths=[1], channels=[8], mem_channels=16), out_indices=0, **options)
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(1, 3, 16, 16), **given)

@@ -7,6 +7,7 @@ from torchvision.ops import roi_align
 
 import convneur_mm
 from convneur_mm.models import ConvNeur
+from convneur_mm.models.stream import stream
 
 pytestmark = pytest.mark.needs('mmdet')
 
@@ -87,3 +88,20 @@ def test_losses_reach_every_parameter(detector):
 def test_backbone_is_ours(detector):
     assert type(detector.backbone) is ConvNeur
     assert detector.backbone.stages[0][0].global_branch.memory.chunk_size == 196
+
+
+def test_a_video_without_changing_the_detector(detector):
+    detector.eval()
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 1, 3, 64, 96)
+    with torch.no_grad():
+        alone = detector.extract_feat(second)
+        with stream(detector) as state:
+            detector.extract_feat(first)
+            found = detector.extract_feat(second)
+            assert len(state.states) == 4
+        _, states = detector.backbone(first, return_states=True)
+        expected = detector.neck(detector.backbone(second, states=states))
+    for a, b, c in zip(found, expected, alone):
+        torch.testing.assert_close(a, b)
+        assert not torch.equal(a, c)

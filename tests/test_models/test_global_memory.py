@@ -3,7 +3,8 @@ import plain_convneur as plain
 import pytest
 import torch
 
-from convneur_mm.models.global_memory import GlobalMemory
+from convneur_mm.models.global_memory import MAX_STATE_NORM, GlobalMemory, limit_norm
+from convneur_mm.ops.neural_memory import UPDATE_RULES, MemoryState
 
 pytestmark = pytest.mark.usefixtures('both_codes')
 
@@ -55,3 +56,98 @@ def test_init_cfg():
     model.init_weights()
     for conv in (model.reduce, model.expand):
         assert (conv.weight == 0.5).all() and (conv.bias == 0.25).all()
+
+
+def make_memory(**options) -> GlobalMemory:
+    """In float64, with weights that write much."""
+    torch.manual_seed(0)
+    model = GlobalMemory(4, 32, **options).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize('backend', ['chunked', 'reference'])
+@pytest.mark.parametrize('rule', UPDATE_RULES)
+def test_frames_equal_one_call_on_all_chunks(backend, rule):
+    """Three frames of two chunks each, and all gradients back through them."""
+    model = make_memory(chunk_size=10, update_rule=rule, backend=backend)
+    tall = torch.randn(2, 4, 12, 5, dtype=torch.float64, requires_grad=True)
+    whole, expected = model(tall, return_state=True)
+    outputs, state = [], None
+    for frame in tall.split(4, dim=2):
+        y, state = model(frame, state, return_state=True)
+        outputs.append(y)
+    joined = torch.cat(outputs, 2)
+    assert_same((joined, *state), (whole, *expected))
+    assert_same((model(tall.split(4, dim=2)[0]), ), (whole[:, :, :4], ))  # the state takes no part in its own frame
+    assert (model(tall[:, :, 8:]) - whole[:, :, 8:]).norm() > 1e-3 * whole.norm(), 'earlier frames count'
+    assert_same(*(torch.autograd.grad(y[:, :, 8:].sin().sum() + sum(s.sin().sum() for s in last),
+                                      [tall, *model.parameters()])
+                  for y, last in ((joined, state), (whole, expected))))
+
+
+@pytest.mark.parametrize('backend', ['chunked', 'reference'])
+@pytest.mark.parametrize('retrieve', ['previous', 'final'])
+def test_frames_of_any_size_equal_their_chunks_in_sequence(backend, retrieve):
+    """Frames of 15 and 8 tokens in chunks of ten, the last of each shorter."""
+    model = make_memory(chunk_size=10, retrieve=retrieve, backend=backend)
+    state = chunk_state = None
+    for size in ((3, 5), (2, 4), (3, 5)):
+        frame = torch.randn(2, 4, *size, dtype=torch.float64)
+        y, state = model(frame, state, return_state=True)
+        tokens = model.reduce(frame).flatten(2).mT
+        reads = []
+        for chunk in tokens.split(10, 1):
+            before = chunk_state
+            read, chunk_state = model.memory(chunk, before, return_state=True)
+            reads.append(read)
+        if retrieve == 'final':  # of the memory after the frame, which inner_step=0 would leave as it is
+            model.memory.inner_step, kept = 0.0, model.memory.inner_step
+            frozen = MemoryState(*chunk_state[:2], *(torch.zeros_like(p) for p in chunk_state[2:]))
+            model.memory.retrieve = 'previous'
+            reads = [model.memory(chunk, frozen) for chunk in tokens.split(10, 1)]
+            model.memory.inner_step, model.memory.retrieve = kept, 'final'
+        assert_same((y, *state), (model.expand(torch.cat(reads, 1).mT.unflatten(2, size)), *chunk_state))
+
+
+def test_a_state_is_read_without_returning_one():
+    model = make_memory(chunk_size=10)
+    first, second = torch.randn(2, 1, 4, 3, 5, dtype=torch.float64)
+    _, state = model(first, return_state=True)
+    assert torch.equal(model(second, state), model(second, state, return_state=True)[0])
+
+
+def test_norms_are_limited_by_image_and_head():
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(2, 16, 8), torch.randn(2, 8, 16)
+    scale = torch.tensor([[0.5, 20.0], [9.99, 10.01]])[..., None, None]
+    state = MemoryState(scale * w1, scale * w2, scale.flip(0) * w1, torch.zeros(2, 2, 8, 16))
+    found = limit_norm(state, w1, w2)
+    expected = scale.clamp(max=MAX_STATE_NORM)
+    torch.testing.assert_close(found.w1, expected * w1)
+    torch.testing.assert_close(found.w2, expected * w2)
+    norm, limit = (w.square().sum((-2, -1)) for w in (w1, torch.cat((w1.flatten(1), w2.flatten(1)), 1)[..., None]))
+    expected = torch.minimum(scale.flip(0)[..., 0, 0], MAX_STATE_NORM * (limit / norm).sqrt())[..., None, None]
+    torch.testing.assert_close(found.p1, expected * w1)
+    assert torch.equal(found.w1[0, 0], state.w1[0, 0]), 'unchanged below the limit'
+
+
+def test_gradients_of_a_memory_that_was_never_written():
+    """Its momentum is zero, and so is the norm of it, whose root has no gradient there."""
+    model = make_memory(chunk_size=10, inner_step=0.0)
+    y, state = model(torch.randn(1, 4, 3, 5, dtype=torch.float64), return_state=True)
+    (y.sum() + sum(s.sum() for s in state)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('given', [dict(return_state=True), dict(state=())])
+def test_other_branches_have_no_state(given):
+    with pytest.raises(ValueError, match="only global_branch='neural_memory' has a state to carry, got 'cbam'"):
+        GlobalMemory(4, 16, 'cbam')(torch.zeros(1, 4, 3, 5), **given)

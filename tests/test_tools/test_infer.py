@@ -15,6 +15,7 @@ from tiny_models import CLASSES, CONFIGS, save_weights, separated, tiny_model
 
 from convneur_mm.apis import inference
 from convneur_mm.engine.interrupts import Interrupted
+from convneur_mm.models.stream import stream
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,24 @@ class TestVideo:
         assert width / height == pytest.approx(64 / 48, rel=0.01)
         assert cv2.VideoCapture(str(tmp_path / 'out/clip.mp4')).get(cv2.CAP_PROP_FPS) == 10
 
+    def test_memories_are_carried_along(self, run, trained, clip, tmp_path):
+        """Of a video, and of its frames in a folder, by their numbers."""
+        model, frames = trained[1]['classifier'], self.frames(clip)
+        with stream(model):
+            carried = [sample.pred_score for sample in inference(model, frames)]
+        alone = [sample.pred_score for sample in inference(model, frames)]
+        assert [torch.equal(a, b) for a, b in zip(carried, alone, strict=True)] == [True] + 4 * [False]
+        for number, frame in zip((1, 2, 3, 10, 11), frames, strict=True):
+            (tmp_path / 'frames').mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / f'frames/{number}.png'), frame)
+        for source in ('clip.avi', 'frames'):
+            code, *_ = run('classifier', source, '--stream', '--no-pictures', '--out-dir', f'out_{source}')
+            assert code == 0
+            for entry, scores in zip(entries(tmp_path / f'out_{source}'), carried, strict=True):
+                assert entry['top'][0]['score'] == pytest.approx(float(scores.max()), abs=1e-5)
+        assert [entry['file'] for entry in entries(tmp_path / 'out_frames')] == [
+            f'{number}.png' for number in (1, 2, 3, 10, 11)]
+
     def test_one_that_ends_early_is_noted(self, run, clip, tmp_path):
         content = clip.read_bytes()
         clip.write_bytes(content[:len(content) * 6 // 10])
@@ -225,6 +244,7 @@ class TestErrors:
         (['empty'], 'empty holds no pictures (.bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp) but 1 other files'),
         (['photos', '--out-dir', 'photos'], '--out-dir photos would mix what is written with photos'),
         (['photos', '--out-dir', 'photos/../photos'], '--out-dir photos/../photos would mix what is written'),
+        (['photos', '--stream'], '--stream takes the frames of one video, and the pictures of photos are in 2 folders'),
         (['labels', '--out-dir', '.'], '--out-dir . would mix what is written with labels'),
         (['photos', '--out-dir', 'empty/notes.txt'], '--out-dir empty/notes.txt cannot be made: File exists'),
     ])
@@ -256,11 +276,27 @@ class TestErrors:
             assert code == 2
             assert err[-1].startswith(f'error: {message}')
 
-    def test_of_arguments(self, tool, capsys):
+    @pytest.mark.parametrize('task, options, message', [
+        ('classifier', ['model.backbone.placement=none'], '--stream: states are those of neural memories, of which'),
+        ('segmentor', ['model.test_cfg.mode=slide'], '--stream needs one call of the backbone for a frame')])
+    def test_of_models_without_a_stream(self, task, options, message, run, trained, photos, tmp_path):
+        weights = torch.load(trained[0] / f'{task}.pth', weights_only=True)
+        if task == 'classifier':
+            weights['state_dict'] = {
+                name: x for name, x in weights['state_dict'].items() if '.global_branch.' not in name}
+        torch.save(weights, tmp_path / 'weights.pth')
+        code, _, err = run(task, 'photos/sub', '--stream', '--cfg-options', *options, checkpoint='weights.pth')
+        assert code == 2
+        assert err[-1].startswith(f'error: {message}')
+
+    @pytest.mark.parametrize('args, message', [
+        (['--batch-size', '0'], '--batch-size must be at least 1, got 0'),
+        (['--stream', '--batch-size', '2'], '--stream takes one frame after the other, got --batch-size 2')])
+    def test_of_arguments(self, args, message, tool, capsys):
         with pytest.raises(SystemExit) as exit_info:
-            tool.parse_args(['c', 'x', 'i', '--batch-size', '0'])
+            tool.parse_args(['c', 'x', 'i', *args])
         assert exit_info.value.code == 2
-        assert '--batch-size must be at least 1, got 0' in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_a_signal_leaves_what_was_predicted(tool, trained, photos, tmp_path, monkeypatch):
