@@ -6,7 +6,8 @@ r"""Counts parameters and FLOPs of a config's whole model, part by part, beside 
 
 FLOPs are multiply-accumulates of all convolutions and matrix products of one image at inference, the memory's inner
 loop and attention included; norms, activations, pooling and interpolation are not. Everything runs on tensors without
-data: no weights are read, and no GPU is needed. OverLoCK is counted as trained and merged.
+data: no weights are read, and no GPU is needed. OverLoCK is counted as trained, its auxiliary classifier included, and
+merged, without it.
 """
 import argparse
 import copy
@@ -72,8 +73,8 @@ PAPER = _paper_figures()
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the image (default: '
-                        '224 224 for a classifier, 800 1344 for a detector, 512 2048 for a segmentor)')
+    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the image '
+                        '(default: 224 224 for a classifier, 800 1344 for a detector, 512 2048 for a segmentor)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all counts to FILE')
     return parser.parse_args(argv)
 
@@ -105,8 +106,8 @@ class StageCount(NamedTuple):
 def count_stages(backbone: ConvNeur, image: Tensor) -> list[StageCount]:
     """Takes ConvNeur apart; the stages add up to the whole."""
     inputs: dict[nn.Module, Tensor] = {}
-    modules = [*backbone.downsample_layers, *backbone.stages,
-               *(block.global_branch for stage in backbone.stages for block in stage if block.global_branch is not None)]
+    branches = [block.global_branch for stage in backbone.stages for block in stage if block.global_branch is not None]
+    modules = [*backbone.downsample_layers, *backbone.stages, *branches]
     handles = [module.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0]}))
                for module in modules]
     with torch.no_grad():
@@ -177,6 +178,8 @@ def measure(args: argparse.Namespace) -> dict:
     if isinstance(model.backbone, OverLoCK):
         merged = copy.deepcopy(model)
         merged.backbone.switch_to_deploy()
+        if hasattr(getattr(merged, 'head', None), 'aux_head'):
+            del merged.head.aux_head  # classifies in training alone
         of_merged = count_parts(merged.to('meta'), image)
         result['merged'] = dict(backbone=of_merged['backbone']._asdict(), total=add_up(of_merged)._asdict())
     paper = paper_figures(args, shape, scope)
