@@ -111,7 +111,8 @@ def test_what_cannot_be_drawn(tool, args, message, tmp_path):
     write(tmp_path / 'empty_log')
     write(tmp_path / 'good', train(1, 1.0))
     write(tmp_path / 'no_step', dict(loss=1.0))
-    (write(tmp_path / 'broken') / '20260101_000000/vis_data/scalars.json').write_text('{"loss": 1, "step": 1}\nloss 3\n')
+    broken = write(tmp_path / 'broken') / '20260101_000000/vis_data/scalars.json'
+    broken.write_text('{"loss": 1, "step": 1}\nloss 3\n')
     with pytest.raises(ValueError, match=message):
         tool.main(['--out', str(tmp_path / 'c.png'), *(arg.format(tmp_path) for arg in args)])
     assert not (tmp_path / 'c.png').exists()

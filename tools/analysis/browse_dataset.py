@@ -27,6 +27,7 @@ from mmengine.runner import set_random_seed
 
 from convneur_mm.engine.file_checks import check_data_files
 
+VISUALIZER_TYPES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
 SPLITS = ('train', 'val', 'test')
 Sample = dict[str, object]
 
@@ -58,16 +59,9 @@ def build_dataset(cfg: Config, split: str) -> BaseDataset:
 
 
 def drawer(cfg: Config, dataset: BaseDataset) -> Callable[[str, Sample, Path], None]:
-    """What draws a sample of the config's package into a file.
-
-    Raises:
-        ValueError: If the config is for another package than mmdet, mmseg and mmpretrain.
-    """
-    scope = cfg.get('default_scope')
-    kinds = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
-    if scope not in kinds:
-        raise ValueError(f'default_scope must be one of {", ".join(kinds)}, got {scope!r}')
-    settings = dict(cfg.get('visualizer') or dict(type=kinds[scope]))
+    """What draws a sample of the config's package into a file."""
+    scope = cfg.default_scope
+    settings = dict(cfg.get('visualizer') or dict(type=VISUALIZER_TYPES[scope]))
     settings['vis_backends'] = []  # files are written here, not logged
     visualizer = VISUALIZERS.build(dict(settings, name='browse_dataset'))
     visualizer.dataset_meta = dataset.metainfo
@@ -113,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.number < 0:
         raise ValueError(f'--number must be at least 0, got {args.number}')
     cfg = load_config(args)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+    if cfg.get('default_scope') not in VISUALIZER_TYPES:
+        raise ValueError(f'{args.config}: default_scope must be one of {", ".join(VISUALIZER_TYPES)}, got '
+                         f'{cfg.get("default_scope")!r}')
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
         dataset = build_dataset(cfg, args.split)
         if not len(dataset):
             raise ValueError(f'the {args.split} data set has no images (are all of them filtered out?)')
