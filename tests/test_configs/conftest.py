@@ -3,6 +3,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm import config
 from convneur_mm.models.blocks import GRN
@@ -81,12 +81,9 @@ def undecayed() -> Callable[[nn.Module], set[str]]:
 
 
 @pytest.fixture(scope='session')
-def count_macs() -> Callable[..., int]:
-    """Multiply-accumulates of a call on a zero image of the given shape."""
-
-    def count(call: Callable, *shape: int) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call(torch.zeros(shape))
-        return counter.get_total_flops() // 2
-
-    return count
+def count_macs() -> Callable[..., float]:
+    """Multiply-accumulates of a call on a zero image of the given shape, as the tools count them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / 'tools' / 'analysis'))
+        from _flops import count_call
+    return lambda call, *shape: count_call(lambda: call(torch.zeros(shape)))[1]

@@ -1,11 +1,22 @@
-"""Parameters and FLOPs of a module, as all tools count them."""
+"""Parameters and FLOPs of modules and whole models, as all tools count them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+Output = TypeVar('Output')
+
+
+class Count(NamedTuple):
+    """Parameters of a part of a model, and multiply-accumulates of one call of it."""
+
+    parameters: int
+    macs: float
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -26,11 +37,71 @@ def count_flops(module: nn.Module, *inputs: Tensor) -> float:
     Returns:
         float: Multiply-accumulates.
     """
+    return count_call(lambda: module(*inputs))[1]
+
+
+def count_call(call: Callable[[], Output]) -> tuple[Output, float]:
+    """What ``call`` returns, and its multiply-accumulates as :func:`count_flops` counts them."""
     attention = getattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu', None)  # torch 2.2 and later
     mapping = {} if attention is None else {attention: _attention_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        module(*inputs)
-    return counter.get_total_flops() / 2
+        output = call()
+    return output, counter.get_total_flops() / 2
+
+
+def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
+    """Counts a classifier, detector or segmentor at inference, part by part, up to its last products.
+
+    A two-stage detector's RoI heads get as many boxes as its config lets through at most, since how many there are
+    depends on the image: ``test_cfg.rpn.max_per_img`` proposals go through every box head and
+    ``test_cfg.rcnn.max_per_img`` boxes through every mask head. What works in training alone, such as an auxiliary
+    head, is left out.
+
+    Args:
+        model (nn.Module): Of mmpretrain, mmdet or mmseg, in evaluation mode.
+        image (Tensor): (N, 3, H, W), on the model's device.
+
+    Returns:
+        dict[str, Count]: 'backbone', and of 'neck', 'RPN', 'box heads', 'mask heads' and 'head' those that it has.
+
+    Raises:
+        ValueError: If ``model`` is of another kind.
+    """
+    counts: dict[str, Count] = {}
+
+    def run(part: str, modules: Sequence[nn.Module], call: Callable[[], Output]) -> Output:
+        output, macs = count_call(call)
+        counts[part] = Count(sum(count_parameters(module) for module in modules), macs)
+        return output
+
+    head = next((getattr(model, name) for name in ('decode_head', 'bbox_head', 'head') if hasattr(model, name)), None)
+    if not hasattr(model, 'backbone') or (head is None and not hasattr(model, 'roi_head')):
+        raise ValueError('expected a classifier, detector or segmentor: a model with a backbone and a head, a '
+                         f'decode_head, a bbox_head or a roi_head, got {type(model).__name__}')
+    features = run('backbone', [model.backbone], lambda: model.backbone(image))
+    if getattr(model, 'neck', None) is not None:
+        features = run('neck', [model.neck], lambda: model.neck(features))
+    if head is not None:
+        run('head', [head], lambda: head(features))
+        return counts
+
+    if getattr(model, 'rpn_head', None) is not None:
+        run('RPN', [model.rpn_head], lambda: model.rpn_head(features))
+    roi_head, test_cfg = model.roi_head, model.test_cfg
+    for part, kind, boxes in (('box heads', 'bbox', test_cfg.rpn.max_per_img),
+                              ('mask heads', 'mask', test_cfg.rcnn.max_per_img)):
+        if getattr(roi_head, f'{kind}_head', None) is None:
+            continue
+        heads, extractors = (_as_list(getattr(roi_head, f'{kind}_{name}')) for name in ('head', 'roi_extractor'))
+        rois = [features[0].new_empty(boxes * len(image), extractor.out_channels, *extractor.roi_layers[0].output_size)
+                for extractor in extractors]
+        run(part, heads, lambda heads=heads, rois=rois: [head(roi) for head, roi in zip(heads, rois)])
+    return counts
+
+
+def _as_list(modules: nn.Module) -> list[nn.Module]:
+    """The stages of a cascade, or the one there is."""
+    return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
 def _attention_flops(query: Tensor | torch.Size, key: Tensor | torch.Size, *args: object, **kwargs: object) -> int:

@@ -24,8 +24,8 @@ if __name__ == '__main__':
 import _benchmark as bench
 import torch
 from _benchmark import MODES, MissingPeer, Progress
+from _flops import count_flops, count_parameters
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_memory import GlobalMemory
@@ -103,11 +103,9 @@ def build(name: str, shape: tuple[int, int, int], memory_cfg: dict) -> nn.Module
 
 
 def count_macs(module: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of convolutions and matrix products in one forward pass, half of the counted FLOPs."""
+    """Multiply-accumulates of one forward pass, see :func:`_flops.count_flops`."""
     module = copy.deepcopy(module).to('meta')
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.empty_like(x, device='meta', dtype=next(module.parameters()).dtype))
-    return counter.get_total_flops() // 2
+    return int(count_flops(module, torch.empty_like(x, device='meta', dtype=next(module.parameters()).dtype)))
 
 
 # ---- runs
@@ -164,7 +162,7 @@ class Run:
             except MissingPeer as missing:
                 self.skip(name, str(missing))
                 continue
-            about[name] = dict(parameters=sum(p.numel() for p in module.parameters()), macs=count_macs(module, images))
+            about[name] = dict(parameters=count_parameters(module), macs=count_macs(module, images))
             modules[name] = self.prepare(module)
         rows, all_results = [], {}
         for mode in self.modes:

@@ -1,0 +1,42 @@
+"""What the tools that read one config share: its arguments, and how it is read."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from mmengine.config import Config, DictAction
+
+from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.launch import find_config, read_config
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config and its overrides, as tools/train.py takes them."""
+    parser.add_argument('config', metavar='CONFIG', help='path of a config, or the name of one that convneur_mm ships')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                        help='override settings, e.g. model.backbone.memory_cfg.chunk_size=196; a list is '
+                        'written key="[a,b]", without blanks')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config as tools/train.py would run it: with overrides, and its settings brought to where they belong.
+
+    Raises:
+        LaunchError: If there is no such config, it is no valid one, or a setting or package in it is not there.
+    """
+    path = find_config(args.config)
+    try:
+        return read_config(path, args.cfg_options)
+    except (SyntaxError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        message = ' '.join(str(error).split())
+        raise LaunchError(f'{path}: the config cannot be read: {type(error).__name__}: {message}') from error
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs ``main``; what the user gave wrong ends it with one line and exit code 2."""
+    try:
+        main()
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,238 @@
+#!/usr/bin/env python
+r"""Counts parameters and FLOPs of a config's whole model, part by part, beside the paper's figures.
+
+    tools/analysis/get_flops.py configs/convneur_m3_300e_in1k.py
+    tools/analysis/get_flops.py configs/cascade_rcnn_convneur_m3_1x_coco.py --shape 800 1344 --json cost.json
+
+FLOPs are multiply-accumulates of all convolutions and matrix products of one image at inference, the memory's inner
+loop and attention included; norms, activations, pooling and interpolation are not. Everything runs on tensors without
+data: no weights are read, and no GPU is needed. OverLoCK is counted as trained, its auxiliary classifier included, and
+merged, without it.
+"""
+import argparse
+import copy
+import os.path as osp
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import ablation_table
+import baseline_table
+import torch
+from _benchmark import format_table, write_json
+from _config import add_config_arguments, load_config, run
+from _flops import Count, count_flops, count_parameters, count_parts
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from convneur_mm.engine.launch import find_config
+from convneur_mm.models import ConvNeur, NeuralMemory, OverLoCK
+from convneur_mm.paths import config_root
+
+SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1344), mmseg=(512, 2048))
+PARTS = {'backbone': 'backbone', 'neck': 'neck', 'RPN': 'region proposal network', 'box heads': 'box heads',
+         'mask heads': 'mask heads', 'head': 'head'}
+
+
+class Paper(NamedTuple):
+    """What a paper has for a config: M parameters, G FLOPs, and how its count differs from ours, if it does."""
+
+    params_m: float | None
+    gflops: float
+    note: str = ''
+
+
+def _paper_figures() -> dict[str, Paper]:
+    """By name of the shipped config, at the size that ``SHAPES`` has for it."""
+    # Tables 2 and 5; the tools for Tables 4 and 5 have theirs.
+    figures = {f'convneur_{arch}_300e_in1k': Paper(params, gflops) for arch, params, gflops in
+               (('m1', 4.3, 0.71), ('m2', 6.1, 1.01), ('m3', 10.6, 1.77), ('m4', 18.1, 3.06))}
+    merged = 'OverLoCK\'s paper, merged, without the sums of ContMix'
+    figures |= {f'overlock/overlock_{arch}_300e_in1k': Paper(params, gflops, merged) for arch, params, gflops in
+                (('xt', 16, 2.6), ('t', 33, 5.5), ('s', 56, 9.7), ('b', 95, 16.7))}
+    for row in ablation_table.TABLE:
+        note = 'without the products with the attention matrix' if row.config == ablation_table.SELF_ATTENTION else ''
+        figures.setdefault(row.config, Paper(None, row.paper_gflops, note))
+    for row in baseline_table.TABLE:
+        if row.paper_gflops is not None:
+            note = '' if 'convneur' in row.config else 'norms, pooling and upsampling included'
+            figures[row.config] = Paper(None, row.paper_gflops, note)
+    return figures
+
+
+PAPER = _paper_figures()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the image '
+                        '(default: 224 224 for a classifier, 800 1344 for a detector, 512 2048 for a segmentor)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all counts to FILE')
+    return parser.parse_args(argv)
+
+
+def build(cfg: Config) -> nn.Module:
+    """The config's model on the meta device, in evaluation mode; nothing is loaded."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    model.eval()
+    return model.to('meta')
+
+
+class StageCount(NamedTuple):
+    """Multiply-accumulates of one stage of ConvNeur.
+
+    Attributes:
+        local (float): Of the downsampling layer, the local branches, and what fuses both branches.
+        projections (float): Of the 1×1 convolutions to the memory's channels and back, and of the memory's linear
+            layers for queries, keys, values and output.
+        inner (float): Of what mixes the tokens: reads, writes and update generators of the memory, or all of another
+            branch between its two convolutions.
+    """
+
+    local: float
+    projections: float
+    inner: float
+
+
+def count_stages(backbone: ConvNeur, image: Tensor) -> list[StageCount]:
+    """Takes ConvNeur apart; the stages add up to the whole."""
+    inputs: dict[nn.Module, Tensor] = {}
+    branches = [block.global_branch for stage in backbone.stages for block in stage if block.global_branch is not None]
+    modules = [*backbone.downsample_layers, *backbone.stages, *branches]
+    handles = [module.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0]}))
+               for module in modules]
+    with torch.no_grad():
+        backbone(image)
+    for handle in handles:
+        handle.remove()
+
+    counts = []
+    for downsample, stage in zip(backbone.downsample_layers, backbone.stages):
+        whole = sum(count_flops(module, inputs[module]) for module in (downsample, stage))
+        projections = inner = 0.0
+        for block in stage:
+            branch = block.global_branch
+            if branch is None:
+                continue
+            batch, _, height, width = inputs[branch].shape
+            tokens = batch * height * width
+            linear = [branch.reduce, branch.expand]
+            if isinstance(getattr(branch, 'memory', None), NeuralMemory):
+                linear += [branch.memory.query, branch.memory.key, branch.memory.value, branch.memory.proj]
+            projected = tokens * sum(layer.weight.numel() for layer in linear)
+            projections += projected
+            inner += count_flops(branch, inputs[branch]) - projected
+        counts.append(StageCount(whole - projections - inner, projections, inner))
+    return counts
+
+
+def add_up(parts: dict[str, Count]) -> Count:
+    return Count(sum(part.parameters for part in parts.values()), sum(part.macs for part in parts.values()))
+
+
+def paper_figures(args: argparse.Namespace, shape: Sequence[int], scope: str) -> Paper | None:
+    """The paper's, if it has any for this config, unchanged, at this size."""
+    path = Path(find_config(args.config)).resolve()
+    root = config_root().resolve()
+    if args.cfg_options or tuple(shape) != SHAPES[scope] or root not in path.parents:
+        return None
+    return PAPER.get(path.relative_to(root).with_suffix('').as_posix())
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All counts of the config.
+
+    Raises:
+        ValueError: If the model cannot be counted, or not at this size.
+    """
+    cfg = load_config(args)
+    scope = cfg.get('default_scope')
+    if scope not in SHAPES or not cfg.get('model'):
+        raise ValueError(f'{args.config}: expected a model and a default_scope out of {", ".join(SHAPES)}, got '
+                         f'default_scope {scope!r}')
+    shape = tuple(args.shape or SHAPES[scope])
+    if min(shape) < 32:
+        raise ValueError(f'--shape must be at least 32 32, got {shape[0]} {shape[1]}')
+    model, image = build(cfg), torch.empty(1, 3, *shape, device='meta')
+    try:
+        parts = count_parts(model, image)
+    except (RuntimeError, AssertionError, IndexError) as error:
+        message = ' '.join(str(error).split())
+        raise ValueError(f'{args.config}: its model does not take an image of {shape[0]} x {shape[1]}: '
+                         f'{message}') from error
+    result = dict(config=args.config, shape=shape, parts={name: part._asdict() for name, part in parts.items()},
+                  total=add_up(parts)._asdict(), training_parameters=count_parameters(model))
+    if isinstance(model.backbone, ConvNeur):
+        result['stages'] = [stage._asdict() for stage in count_stages(model.backbone, image)]
+    if 'box heads' in parts:
+        result['boxes'] = dict(proposals=model.test_cfg.rpn.max_per_img, detections=model.test_cfg.rcnn.max_per_img)
+    if isinstance(model.backbone, OverLoCK):
+        merged = copy.deepcopy(model)
+        merged.backbone.switch_to_deploy()
+        if hasattr(getattr(merged, 'head', None), 'aux_head'):
+            del merged.head.aux_head  # classifies in training alone
+        of_merged = count_parts(merged.to('meta'), image)
+        result['merged'] = dict(backbone=of_merged['backbone']._asdict(), total=add_up(of_merged)._asdict())
+    paper = paper_figures(args, shape, scope)
+    result['paper'] = paper and paper._asdict()
+    return result
+
+
+def report(result: dict) -> str:
+    """The counts as text."""
+    def cells(name: str, count: dict) -> tuple[str, str, str]:
+        return name, f'{count["parameters"] / 1e6:.2f}', f'{count["macs"] / 1e9:.3f}'
+
+    height, width = result['shape']
+    rows = [cells(PARTS[name], part) for name, part in result['parts'].items()]
+    rows.append(cells('total', result['total']))
+    if 'merged' in result:
+        rows = [(f'{name}, as trained' if name in ('backbone', 'total') else name, *rest) for name, *rest in rows]
+        rows += [cells(f'{name}, merged', count) for name, count in result['merged'].items()]
+    if result['paper']:
+        params = result['paper']['params_m']
+        rows.append(('paper', '-' if params is None else f'{params:g}', f'{result["paper"]["gflops"]:g}'))
+    blocks = [format_table((f'one image, {height} x {width}', 'params (M)', 'FLOPs (G)'), rows)]
+    if 'stages' in result:
+        stages = result['stages']
+        lines = [(f'stage {i}', *(f'{value / 1e9:.3f}' for value in (*stage.values(), sum(stage.values()))))
+                 for i, stage in enumerate(stages, 1)]
+        sums = [sum(stage[key] for stage in stages) for key in StageCount._fields]
+        lines.append(('backbone', *(f'{value / 1e9:.3f}' for value in (*sums, sum(sums)))))
+        blocks.append(format_table(('FLOPs (G)', 'local', 'projections', 'inner loop', 'all'), lines))
+    notes = ['FLOPs: multiply-accumulates of all convolutions and matrix products at inference.']
+    if 'stages' in result:
+        notes.append('projections: to the memory\'s channels and back; queries, keys, values and output. inner loop: '
+                     'reads, writes and\n  update generators, or all of another branch between its two convolutions.')
+    if 'boxes' in result:
+        notes.append('{proposals} proposals go through every box head and {detections} boxes through every mask head, '
+                     'the most that the config\n  lets through.'.format(**result['boxes']))
+    extra = result['training_parameters'] - result['total']['parameters']
+    if extra:
+        notes.append(f'Another {extra / 1e6:.2f} M parameters work in training alone.')
+    if result['paper'] and result['paper']['note']:
+        notes.append(f'paper: {result["paper"]["note"]}.')
+    return '\n\n'.join([*blocks, '\n'.join(notes)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise ValueError(f'--json {args.json}: there is no folder {args.json.absolute().parent}')
+    result = measure(args)
+    print(report(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+r"""Draws the curves of one or more trainings: losses, validated metrics, learning rate.
+
+    tools/analysis/plot_logs.py work_dirs/cascade_rcnn_convneur_m3_1x_coco
+    tools/analysis/plot_logs.py work_dirs/a work_dirs/b --keys loss 'coco/*_mAP' --labels 'chunks of 196' 'of 4096' \
+        --out curves.png
+
+Every key has a plot of its own, with a curve for each training. A work dir's runs, as resuming leaves several, are
+joined: a later run replaces what an earlier one has logged from the later one's first step on.
+"""
+import argparse
+import fnmatch
+import json
+import math
+import os.path as osp
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+from _config import run
+
+DEFAULT_KEYS = ('loss', '*/*', 'lr')  # metrics are named evaluator/metric, or as mIoU
+METRIC_KEYS = ('mIoU', 'mAcc', 'aAcc')
+NO_CURVES = {'step', 'iter', 'epoch'}
+COLUMNS = 3
+Curve = tuple[list[float], list[float]]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('logs', nargs='+', type=Path, metavar='WORK_DIR', help='work dir, or a scalars.json')
+    parser.add_argument('--keys', nargs='+', metavar='KEY',
+                        help="what to draw; with * for any letters, e.g. 'loss*' (default: loss, metrics and lr)")
+    parser.add_argument('--labels', nargs='+', metavar='LABEL', help='names of the curves (default: of the work dirs)')
+    parser.add_argument('--smooth', type=int, default=1, metavar='N',
+                        help='draw the mean of the last N values of a training quantity (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('curves.png'), metavar='FILE.png',
+                        help='picture to write (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+# ---- logs
+
+
+def log_files(path: Path) -> list[Path]:
+    """The logs below a work dir, oldest run first, or the one that was named.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f'no such work dir or log: {path}')
+    found = sorted(path.glob('*/vis_data/scalars.json')) or sorted(path.glob('vis_data/scalars.json'))
+    if not found:
+        raise ValueError(f'{path}: no log in it, which would be TIMESTAMP/vis_data/scalars.json')
+    return found
+
+
+def read_log(path: Path) -> dict[str, Curve]:
+    """Steps and values of every key of one run.
+
+    Raises:
+        ValueError: If a line is no JSON object with a step.
+    """
+    curves: dict[str, Curve] = {}
+    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            scalars = json.loads(line)
+            step = scalars['step']
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f'{path}, line {number}: expected a JSON object with a step, got {line[:80]!r}') from None
+        for key, value in scalars.items():
+            if key not in NO_CURVES and isinstance(value, (int, float)):
+                steps, values = curves.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
+    return curves
+
+
+def read_training(path: Path) -> dict[str, Curve]:
+    """Curves of a work dir, its runs joined.
+
+    Raises:
+        ValueError: If nothing was logged.
+    """
+    joined: dict[str, Curve] = {}
+    files = log_files(path)
+    for file in files:
+        for key, (steps, values) in read_log(file).items():
+            old_steps, old_values = joined.get(key, ([], []))
+            kept = [i for i, step in enumerate(old_steps) if step < steps[0]]
+            joined[key] = [old_steps[i] for i in kept] + steps, [old_values[i] for i in kept] + values
+    if not joined:
+        raise ValueError(f'{path}: nothing is logged yet in {", ".join(map(str, files))}')
+    return joined
+
+
+def choose_keys(patterns: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """The keys to draw, in the order of the patterns.
+
+    Raises:
+        ValueError: If a pattern of the user's matches none; names those there are.
+    """
+    chosen = {}
+    for pattern in patterns or (*DEFAULT_KEYS[:2], *METRIC_KEYS, DEFAULT_KEYS[2]):
+        matches = fnmatch.filter(known, pattern)
+        if patterns and not matches:
+            raise ValueError(f'--keys {pattern}: no such key in the logs, which have: {", ".join(known)}')
+        chosen.update(dict.fromkeys(matches))
+    if not chosen:
+        raise ValueError(f'neither loss nor metrics in the logs, which have: {", ".join(known)}; choose with --keys')
+    return list(chosen)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the ``window`` - 1 before it, or as many as there are."""
+    return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i + 1 - window):i + 1]]]
+
+
+# ---- picture
+
+
+def draw(trainings: dict[str, dict[str, Curve]], keys: Sequence[str], window: int, out: Path) -> None:
+    """A plot for each key and a legend below them all, so that long names are read in full.
+
+    Args:
+        trainings (dict[str, dict[str, Curve]]): Label → key → curve.
+        keys (Sequence[str]): Keys to draw.
+        window (int): Values to smooth over; metrics are drawn as they are.
+        out (Path): PNG to write.
+    """
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    columns = min(COLUMNS, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    width = max(6.0, 4.8 * columns)
+    labels = {label: textwrap.fill(label, int(11 * width), break_on_hyphens=False) for label in trainings}
+    lines = sum(label.count('\n') + 1 for label in labels.values())
+    legend_height = 0.2 * lines + 0.2
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 3.4 * rows + legend_height), squeeze=False)
+    handles = {}
+    for axis, key in zip(axes.flat, keys):
+        for i, (label, curves) in enumerate(trainings.items()):
+            if key not in curves:
+                continue
+            steps, values = curves[key]
+            metric = '/' in key or key in METRIC_KEYS
+            handles[label], = axis.plot(
+                steps, values if metric else smoothed(values, window), color=f'C{i % 10}',
+                linestyle=('-', '--', ':', '-.')[i // 10 % 4], marker='o' if metric or len(values) == 1 else None,
+                markersize=3, linewidth=1.2)
+        axis.set_title(textwrap.fill(key, 44), fontsize=10)
+        # MMEngine logs metrics against what the training loop counts.
+        axis.set_xlabel('epoch, or iteration of an iteration-based loop' if '/' in key or key in METRIC_KEYS
+                        else 'iteration', fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(keys):]:
+        axis.remove()
+    figure.legend([handles[label] for label in labels if label in handles],
+                  [text for label, text in labels.items() if label in handles], loc='lower left', fontsize=9,
+                  frameon=False)
+    figure.tight_layout(rect=(0, legend_height / figure.get_figheight(), 1, 1))
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.labels and len(args.labels) != len(args.logs):
+        raise ValueError(f'--labels must be one for each of the {len(args.logs)} work dirs, got {len(args.labels)}')
+    if args.smooth < 1:
+        raise ValueError(f'--smooth must be at least 1, got {args.smooth}')
+    if args.out.suffix != '.png' or not args.out.absolute().parent.is_dir():
+        raise ValueError(f'--out must be a .png in a folder that exists, got {args.out}')
+    labels = args.labels or [path.absolute().name if path.is_dir() else str(path) for path in args.logs]
+    if len(set(labels)) < len(labels):  # folders of one name
+        labels = args.labels or list(map(str, args.logs))
+    if len(set(labels)) < len(labels):
+        raise ValueError(f'every curve needs a label of its own, got {labels}')
+    trainings = {label: read_training(path) for label, path in zip(labels, args.logs)}
+    keys = choose_keys(args.keys, list(dict.fromkeys(key for curves in trainings.values() for key in curves)))
+    draw(trainings, keys, args.smooth, args.out)
+    print(f'{args.out}: {", ".join(keys)}')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+r"""Prints a config as tools/train.py would run it: bases joined, overrides and settings applied.
+
+    tools/analysis/print_config.py configs/cascade_rcnn_convneur_m3_1x_coco.py
+    tools/analysis/print_config.py cascade_rcnn_convneur_m3_1x_coco --key model.backbone \
+        --cfg-options model.backbone.arch=m4
+"""
+import argparse
+import os.path as osp
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+from _config import add_config_arguments, load_config, run
+from mmengine.config import Config
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument('--key', metavar='KEY', help='print this part alone, e.g. model.backbone or '
+                        'train_dataloader.dataset.pipeline.0')
+    parser.add_argument('--out', type=Path, metavar='FILE.py', help='write to FILE.py instead, a config by itself')
+    return parser.parse_args(argv)
+
+
+def part(cfg: Config, key: str) -> object:
+    """The value of a dotted key; numbers are positions in a list.
+
+    Raises:
+        ValueError: If there is none; names the longest part of the key that there is, and what it holds.
+    """
+    value, found = cfg._cfg_dict, ''
+    for name in key.split('.'):
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        elif isinstance(value, (list, tuple)) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            holds = (', '.join(sorted(map(str, value))) if isinstance(value, dict) else
+                     f'0 to {len(value) - 1}' if isinstance(value, (list, tuple)) and value else repr(value))
+            raise ValueError(f'--key {key}: there is no {name!r} in {found or "the config"}, which holds: {holds}')
+        found = f'{found}.{name}' if found else name
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    cfg = load_config(args)
+    if args.key:
+        cfg = Config({args.key.replace('.', '_'): part(cfg, args.key)})
+    if args.out is None:
+        print(cfg.pretty_text)
+    elif args.out.parent.is_dir():
+        args.out.write_text(cfg.pretty_text, encoding='utf-8')
+    else:
+        raise ValueError(f'--out {args.out}: there is no folder {args.out.parent}')
+
+
+if __name__ == '__main__':
+    run(main)
