@@ -46,7 +46,9 @@ class FaultyDataError(OwnDataError):
     """
 
     def __init__(self, report: Report) -> None:
-        super().__init__(f'{report.name} has {len(report.faults)} faults: mend them first')
+        count = len(report.faults)
+        ending = 's: mend them first' if count > 1 else ': mend it first'
+        super().__init__(f'{report.name} has {count} fault{ending}')
         self.report = report
 
 
