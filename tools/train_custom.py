@@ -10,6 +10,7 @@ are. docs/own_data.md has what is found, and what is chosen.
 """
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -86,7 +87,8 @@ def set_up(args: argparse.Namespace) -> tuple[Path, Path]:
     """
     require(f'{PACKAGES[args.task]}.models')
     data = Path(args.data).absolute()
-    out = Path(args.work_dir or Path('work_dirs') / f'{data.stem}_{args.task}')
+    name = re.sub(r'\W', '_', data.stem if data.is_file() else data.name)
+    out = Path(args.work_dir or Path('work_dirs') / f'{name}_{args.task}')
     if (out / 'train' / 'last_checkpoint').exists():
         raise LaunchError(f'{out} has a training already: go on with {shown(resume_command(out))}, or give another '
                           '--work-dir')
@@ -183,9 +185,9 @@ def config_text(args: argparse.Namespace, own: OwnData, arch: str, weights: str 
     lines = [
         f'# {shlex.join(["tools/train_custom.py", "--task", task, str(args.data)])}',
         f"_base_ = __import__('convneur_mm').config('_base_/own_data/{base}')",
-        f"data_root = ''{suffix_text(own)}",
-        split_text('train', own, task),
-        split_text('val', own, task),
+        f'data_root = {data_root(args)!r}{suffix_text(own)}',
+        split_text('train', own, args),
+        split_text('val', own, args),
         f'classes = {own.classes!r}',
         f'image_size, {unit} = {size}, {length}',
     ]
@@ -204,17 +206,22 @@ def suffix_text(own: OwnData) -> str:
     return f'; img_suffix, seg_map_suffix = {images!r}, {labels!r}' if labels else ''
 
 
-def split_text(name: str, own: OwnData, task: str) -> str:
-    """The line of the config that names the files of a split."""
+def data_root(args: argparse.Namespace) -> str:
+    data = Path(args.data).absolute()
+    return f'{data if data.is_dir() else data.parent}/'
+
+
+def split_text(name: str, own: OwnData, args: argparse.Namespace) -> str:
+    """The line of the config that names the files of a split: those of the data below ``data_root``."""
     split = getattr(own, name)
-    places = dict(ann=split.ann_file, images=split.images, **(dict(labels=split.labels) if task == 'seg' else {}))
-    names, values = (', '.join(part) for part in zip(*((f'{name}_{key}', repr(str(path)))
-                                                       for key, path in places.items())))
+    places = dict(ann=split.ann_file, images=split.images, **(dict(labels=split.labels) if split.labels else {}))
+    names = ', '.join(f'{name}_{key}' for key in places)
+    values = ', '.join(repr(str(path).removeprefix(data_root(args))) for path in places.values())
     return f'{names} = {values}'
 
 
 def config_path(out: Path) -> Path:
-    return out / f'{out.name}.py'
+    return out / f'{out.resolve().name}.py'
 
 
 def train_command(out: Path) -> list[str]:

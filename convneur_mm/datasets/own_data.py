@@ -243,9 +243,11 @@ def _prepare_coco(layout: Mapping[str, tuple[Path, Path]], out: Path, names: Seq
                            'the file, or name the others, one a line, in a file for --classes')
     splits = {role: Split(*layout[role], None, len(content['images'])) for role, content in contents.items()}
     sizes = {image['id']: (image['width'], image['height']) for image in contents['train']['images']}
+    ids = {category['id'] for category in contents['train']['categories'] if category['name'] in classes}
     boxes = [np.array(annotation['bbox'][2:]) / max(sizes[annotation['image_id']])
-             for annotation in contents['train']['annotations'] if not annotation['iscrowd']]
-    has_masks = all(annotation.get('segmentation') for annotation in contents['train']['annotations'])
+             for annotation in contents['train']['annotations']
+             if annotation['category_id'] in ids and not annotation['iscrowd']]
+    has_masks = all(each.get('segmentation') for content in contents.values() for each in content['annotations'])
     return OwnData(classes, splits['train'], splits['val'], list(sizes.values()), np.array(boxes), has_masks,
                    notes=notes)
 
@@ -343,11 +345,17 @@ def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[
         labels = known if known[-1] == IGNORED else labels
     else:
         labels, classes = known, tuple(f'class {value}' for value in known)
+        if known[0] == 0:
+            notes.append('value 0 of the label maps is a class; where it is none, set --reduce-zero-label')
     parts = {role: stems[role] for role in layout}
     if 'all' in layout:
         layout = dict.fromkeys(('train', 'val'), layout['all'])
         parts = {role: [stems['all'][i] for i in indices] for role, indices in zip(layout, split(values['all']))}
         notes.append(f'{layout["train"].images} was split by chance, the same each time')
+    else:
+        unseen = sorted(set().union(*values['val']) - set().union(*values['train']))
+        if unseen:
+            notes.append(f'values that validation pictures alone have, and nothing can learn: {unseen}')
     folders = {role: pair.labels for role, pair in layout.items()}
     if labels != list(range(len(labels))):
         table = np.full(256, IGNORED, np.uint8)

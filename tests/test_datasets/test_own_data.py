@@ -93,7 +93,11 @@ def test_categories_without_boxes_are_refused_unless_left_out(boxes, tmp_path):
     with pytest.raises(OwnDataError, match=r'categories without boxes in .*: things; .*--classes'):
         prepare('det', boxes, tmp_path / 'out')
     # In the order of the annotation file, as mmdet numbers them.
-    assert prepare('det', boxes, tmp_path / 'out', ['ring', 'disk']).classes == ('disk', 'ring')
+    data = prepare('det', boxes, tmp_path / 'out', ['ring', 'disk'])
+    assert data.classes == ('disk', 'ring')
+    content = json.loads(data.train.ann_file.read_text())
+    ids = {category['id'] for category in content['categories'] if category['name'] in ('disk', 'ring')}
+    assert len(data.boxes) == sum(each['category_id'] in ids for each in content['annotations'])
     with pytest.raises(OwnDataError, match='names blob, and the categories of .* are things, disk'):
         prepare('det', boxes, tmp_path / 'out', ['disk', 'blob'])
 

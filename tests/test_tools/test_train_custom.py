@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,51 +43,56 @@ def write(tool, tmp_path, monkeypatch):
 
 @pytest.fixture
 def trained(tmp_path):
-    """Trains and tests the config that was written, as tools/train.py reads it; returns the config and the metrics."""
+    """Trains the config that was written, as tools/train.py reads it; returns the config and the metrics."""
     scope = DefaultScope.get_current_instance()
 
-    def run() -> tuple[Config, dict[str, float]]:
-        cfg = launch.read_config('out/out.py', {'train_dataloader.num_workers': 0, 'val_dataloader.num_workers': 0,
-                                                'test_dataloader.num_workers': 0,
-                                                'train_dataloader.persistent_workers': False,
-                                                'val_dataloader.persistent_workers': False,
-                                                'test_dataloader.persistent_workers': False})
+    def run() -> tuple[Config, set[str]]:
+        in_process = {f'{split}_dataloader.{key}': value for split in ('train', 'val', 'test')
+                      for key, value in (('num_workers', 0), ('persistent_workers', False))}
+        cfg = launch.read_config('out/out.py', in_process)
         launch.without_sync_bn(cfg.model)
         launch.check_data_files(cfg, ('train', 'val', 'test'))
         launch.check_classes(cfg, ('train', 'val', 'test'))
         cfg.update(work_dir=str(tmp_path / 'run'), log_level='ERROR')
         runner = Runner.from_cfg(cfg)
         runner.train()
-        return cfg, runner.test()
+        return cfg, {name.removeprefix('val/') for name in runner.message_hub.log_scalars}
 
     yield run
     if scope is not None:
         DefaultScope._instance_dict[scope.instance_name] = scope
 
 
-def without(path: Path, key: str) -> None:
+def shorten(path: Path, count: int, has_masks: bool) -> None:
+    """Leaves the first pictures in an annotation file."""
     content = json.loads(path.read_text())
-    for annotation in content['annotations']:
-        del annotation[key]
+    content['images'] = content['images'][:count]
+    ids = {image['id'] for image in content['images']}
+    content['annotations'] = [each for each in content['annotations'] if each['image_id'] in ids]
+    if not has_masks:
+        for annotation in content['annotations']:
+            del annotation['segmentation']
     path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize('has_masks', [True, False])
-def test_detection(write, trained, root, has_masks):
-    if not has_masks:
-        for split in ('train', 'val'):
-            without(root / f'coco/annotations/instances_{split}.json', 'segmentation')
+def test_detection(tool, write, trained, root, monkeypatch, has_masks):
+    monkeypatch.setitem(tool.LIMITS, 'det', (96, 96))
+    for split, count in (('train', 8), ('val', 1)):
+        shorten(root / f'coco/annotations/instances_{split}.json', count, has_masks)
     lines = write('det', root / 'coco', '--epochs', 1)
     assert len(lines) <= 10
     cfg, metrics = trained()
-    assert f'{root}/coco/annotations/instances_train.json' == cfg.train_dataloader.dataset.ann_file
+    dataset = cfg.train_dataloader.dataset
+    assert (dataset.data_root, dataset.ann_file) == (f'{root}/coco/', 'annotations/instances_train.json')
+    assert dataset.data_prefix == dict(img='train')
     assert ('coco/segm_mAP' in metrics) == has_masks and 'coco/bbox_mAP' in metrics
     assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [6] * 3
-    # Half of a 64 x 64 picture's shapes would be smaller than 32 pixels without enlarging it.
-    assert cfg.image_size == (128, 128)
+    # Of 64 x 64 pixels, whose shapes would be too small.
+    assert cfg.image_size == (96, 96)
     anchors = cfg.model.rpn_head.anchor_generator
     assert anchors.scales != [5] and re.search(rf'scales=\[{anchors.scales[0]}\], ratios=\[', '\n'.join(lines))
-    assert [each.scale for each in cfg.train_dataloader.dataset.pipeline if each.type == 'Resize'] == [(128, 128)]
+    assert [each.scale for each in cfg.train_dataloader.dataset.pipeline if each.type == 'Resize'] == [(96, 96)]
 
 
 def test_segmentation(write, trained, clean, tmp_path):
@@ -204,4 +208,3 @@ def test_a_run_that_fails_ends_with_its_code(tool, tmp_path):
         with pytest.raises(SystemExit) as caught:
             tool.run([str(script)])
         assert caught.value.code == code
-    shutil.rmtree(tmp_path)
