@@ -15,7 +15,8 @@ palette, class_weight, topk                           data sets; losses; accurac
 data_root                                             all data sets, annotation file of the evaluators
 train_ann, val_ann, train_images, val_images,         data sets below data_root, annotation file of the evaluators
 train_labels, val_labels, img_suffix, seg_map_suffix
-image_size                                            Resize of the pipelines; the padded size of mmseg's crops
+image_size                                            Resize and its random kinds in the pipelines; mmseg's crops and
+                                                      the size they are padded to
 max_epochs, max_iters                                 the training loop, ends of the schedules
 milestones                                            the schedules. Where max_epochs alone is set: in proportion
 pretrained                                            init_cfg.checkpoint of the backbone, by its arch
@@ -266,8 +267,10 @@ def _dataset_places(cfg: Config, dataset: dict, name: str, side: str) -> Iterato
 
 def _pipeline_places(pipeline: object, name: str) -> Iterator[_Place]:
     for owner, full_name in _dicts(pipeline, name):
-        if owner.get('type') == 'Resize' and 'scale' in owner:
+        if owner.get('type') in ('Resize', 'RandomResize', 'RandomResizedCrop') and 'scale' in owner:
             yield _Place(owner, 'scale', full_name, ('image_size',), _setting('image_size'))
+        if owner.get('type') == 'RandomCrop':  # of mmseg, in the order of an array's axes
+            yield _Place(owner, 'crop_size', full_name, ('image_size',), lambda s: s['image_size'][::-1])
 
 
 def _dicts(node: object, name: str) -> Iterator[tuple[dict, str]]:

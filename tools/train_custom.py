@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Trains on a folder of your own: finds, checks and splits the data, writes a config for them, trains and tests.
+
+    tools/train_custom.py --task det data/nuts       # a COCO file and pictures
+    tools/train_custom.py --task seg data/fields     # images/ and masks/, with pictures of equal names
+    tools/train_custom.py --task cls data/leaves     # a folder of pictures for each class
+
+Files that are called train and val are kept apart; else a fifth of the pictures is set aside. The data stay as they
+are. docs/own_data.md has what is found, and what is chosen.
+"""
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+if __name__ == '__main__':
+    # While Python's modules are imported, Ctrl-C ends this without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from _environment import prepare as prepare_environment
+    prepare_environment()
+
+sys.path.append(str(Path(__file__).resolve().parent / 'model_converters'))
+
+import torch
+from convnext_to_convneur import LICENCES, convert
+
+from convneur_mm.datasets.own_data import FaultyDataError, OwnData, OwnDataError, prepare
+from convneur_mm.datasets.own_data_fit import STRIDES, fit_anchors, fit_epochs, fit_image_size
+from convneur_mm.engine.checkpoint import checkpoint_weights, read_checkpoint
+from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError
+from convneur_mm.models import ConvNeur
+from convneur_mm.stack import StackError, require
+
+TOOLS = Path(__file__).resolve().parent
+PACKAGES = dict(det='mmdet', seg='mmseg', cls='mmpretrain')
+# Images a step, as in the configs.
+BATCH_SIZE = dict(det=4, seg=4, cls=16)
+# Longest side of an input, without and with a GPU.
+LIMITS = dict(det=(320, 640), seg=(320, 512), cls=(128, 224))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', metavar='DATA', help='folder of the data, or a COCO file, which is then split')
+    parser.add_argument('--task', choices=list(PACKAGES), required=True,
+                        help='detection with masks or with boxes alone, segmentation, or classification')
+    parser.add_argument('--arch', choices=list(ConvNeur.arch_settings),
+                        help='size of the backbone (default: that of the checkpoint, or m1)')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights that the backbone starts from: of ConvNeur, also '
+                        'within a detector or segmentor, or of a ConvNeXt or ConvNeXt-V2, which are converted')
+    parser.add_argument('--classes', metavar='FILE', help='names, one a line: of label maps, those of the values 0, 1, '
+                        '…; else the categories or class folders to take, and to pass over all others')
+    parser.add_argument('--reduce-zero-label', action='store_true',
+                        help='value 0 of label maps is no class, and names of --classes begin with value 1')
+    parser.add_argument('--epochs', type=positive, metavar='N',
+                        help='times each picture is seen (default: by the number of pictures)')
+    parser.add_argument('--work-dir', metavar='DIR', help='folder for everything (default: work_dirs/<DATA>_<task>)')
+    parser.add_argument('--dry-run', action='store_true', help='check the data, write the config, and stop')
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer of 1 or more, got {text!r}')
+    return int(text)
+
+
+def say(name: str, text: str) -> None:
+    print(f'{name:<9} {text}', flush=True)
+
+
+def set_up(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Prepares the data and the weights, and writes the config.
+
+    Returns:
+        tuple[Path, Path]: The config and the work dir.
+
+    Raises:
+        LaunchError, CheckpointError, OwnDataError, StackError, OSError: Name what cannot be, in one line.
+    """
+    require(f'{PACKAGES[args.task]}.models')
+    data = Path(args.data).absolute()
+    name = re.sub(r'\W', '_', data.stem if data.is_file() else data.name)
+    out = Path(args.work_dir or Path('work_dirs') / f'{name}_{args.task}')
+    if (out / 'train' / 'last_checkpoint').exists():
+        raise LaunchError(f'{out} has a training already: go on with {shown(resume_command(out))}, or give another '
+                          '--work-dir')
+    if args.reduce_zero_label and args.task != 'seg':
+        raise LaunchError(f'--reduce-zero-label is for label maps, and --task is {args.task}')
+    names = None
+    if args.classes:
+        if not os.path.isfile(args.classes):
+            raise LaunchError(f'--classes: no such file: {args.classes}')
+        names = [line.strip() for line in Path(args.classes).read_text(encoding='utf-8').splitlines() if line.strip()]
+    arch, weights = find_weights(args, out)
+    own = prepare(args.task, data, out / 'data', names, args.reduce_zero_label)
+    say('data', f'{own.train.count} training and {own.val.count} validation pictures, of {own.train.ann_file} and '
+                f'{own.val.ann_file}')
+    say('classes', f'{len(own.classes)}: {", ".join(own.classes[:20])}{", …" * (len(own.classes) > 20)}')
+    for note in own.notes:
+        say('note', note)
+    text = config_text(args, own, arch, weights)
+    path = config_path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+    say('config', str(path))
+    return path, out
+
+
+def find_weights(args: argparse.Namespace, out: Path) -> tuple[str, str | None]:
+    """The arch, and the path of the weights that its backbone starts from.
+
+    Raises:
+        LaunchError: If the weights are of another arch than the one asked for, or of another model.
+        CheckpointError: If the file is missing, or no checkpoint.
+    """
+    if args.checkpoint is None:
+        say('weights', 'random: --checkpoint names some to start from, for which far fewer pictures are enough')
+        return args.arch or 'm1', None
+    try:
+        weights = checkpoint_weights(read_checkpoint(args.checkpoint))
+    except CheckpointNotFoundError:
+        raise LaunchError(f'--checkpoint: no such file: {args.checkpoint}') from None
+    if not any('.global_branch.' in name for name in weights):
+        try:
+            done = convert(weights, args.arch)
+        except CheckpointError as error:
+            raise LaunchError(f'--checkpoint: {args.checkpoint}: {error}') from None
+        path = out / f'convneur_{done.arch}.pth'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(meta=dict(licence=LICENCES[done.version]), state_dict=done.weights), path)
+        say('weights', f'{path}, which are {args.checkpoint} converted; {LICENCES[done.version]}')
+        return done.arch, str(path.absolute())
+    bare = {name.removeprefix('backbone.'): value for name, value in weights.items()}
+    for arch, settings in ConvNeur.arch_settings.items():
+        if all(stage_of(bare, i) == stage for i, stage in enumerate(zip(settings['depths'], settings['channels']))):
+            if args.arch not in (None, arch):
+                raise LaunchError(f'--checkpoint: {args.checkpoint} is of {arch}, and --arch is {args.arch}')
+            say('weights', f'backbone of {args.checkpoint}, {arch}')
+            return arch, str(Path(args.checkpoint).absolute())
+    raise LaunchError(f'--checkpoint: the backbone of {args.checkpoint} is of none of the archs '
+                      f'{", ".join(ConvNeur.arch_settings)}')
+
+
+def stage_of(weights: dict[str, torch.Tensor], stage: int) -> tuple[int, int]:
+    """(Number of blocks, channels) of a stage in weights of a backbone."""
+    kernels = [value for name, value in weights.items()
+               if name.startswith(f'stages.{stage}.') and name.endswith('.depthwise_conv.weight')]
+    return len(kernels), len(kernels[0]) if kernels else 0
+
+
+def config_text(args: argparse.Namespace, own: OwnData, arch: str, weights: str | None) -> str:
+    """The config: what the data and the command line change of configs/_base_/own_data/."""
+    task = args.task
+    limit = LIMITS[task][torch.cuda.is_available()]
+    size = fit_image_size(task, own.sizes, own.boxes, limit)
+    say('input', f'{size[0]} x {size[1]} pixels, at most {limit} {"with" if torch.cuda.is_available() else "without"} '
+                 'a GPU')
+    channels = ConvNeur.arch_settings[arch]['channels']
+    # Values of the model by their place.
+    model = [f"backbone=dict(arch='{arch}')"] * (arch != 'm1')
+    if task == 'cls':
+        model += [f'head=dict(in_channels={channels[-1]})'] * (arch != 'm1')
+    else:
+        model += [f'neck=dict(in_channels={channels})'] * (arch != 'm1')
+    base = task
+    if task == 'det':
+        base = 'det' if own.has_masks else 'det_boxes'
+        scale, ratios, iou = fit_anchors(own.boxes * max(size))
+        say('anchors', f'scale {scale:g} at the strides {", ".join(map(str, STRIDES))}, height to width '
+                       f'{", ".join(f"{ratio:g}" for ratio in ratios)}: mean IoU with the objects {iou:.2f}')
+        model.append(f'rpn_head=dict(anchor_generator=dict(scales=[{scale:g}], ratios={ratios}))')
+    epochs = args.epochs or fit_epochs(task, own.train.count)
+    steps = -(-own.train.count // BATCH_SIZE[task])
+    say('length', f'{epochs} epochs of {steps} steps; --epochs sets another number')
+    unit, length = ('max_iters', epochs * steps) if task == 'seg' else ('max_epochs', epochs)
+    interval = max(1, length // 10)
+    lines = [
+        f'# {shlex.join(["tools/train_custom.py", "--task", task, str(args.data)])}',
+        f"_base_ = __import__('convneur_mm').config('_base_/own_data/{base}')",
+        f'data_root = {data_root(args)!r}{suffix_text(own)}',
+        split_text('train', own, args),
+        split_text('val', own, args),
+        f'classes = {own.classes!r}',
+        f'image_size, {unit} = {size}, {length}',
+    ]
+    if weights:
+        # Pretrained weights are not to be undone by the first steps.
+        lines.append(f'pretrained, optim_wrapper = dict({arch}={weights!r}), dict(optimizer=dict(lr=3e-4))')
+    if model:
+        lines.append(f'model = dict({", ".join(model)})')
+    lines.append(f'train_cfg, default_hooks = dict(val_interval={interval}), '
+                 f'dict(checkpoint=dict(interval={interval}))')
+    return '\n'.join(lines) + '\n'
+
+
+def suffix_text(own: OwnData) -> str:
+    images, labels = own.suffixes
+    return f'; img_suffix, seg_map_suffix = {images!r}, {labels!r}' if labels else ''
+
+
+def data_root(args: argparse.Namespace) -> str:
+    data = Path(args.data).absolute()
+    return f'{data if data.is_dir() else data.parent}/'
+
+
+def split_text(name: str, own: OwnData, args: argparse.Namespace) -> str:
+    """The line of the config that names the files of a split: those of the data below ``data_root``."""
+    split = getattr(own, name)
+    places = dict(ann=split.ann_file, images=split.images, **(dict(labels=split.labels) if split.labels else {}))
+    names = ', '.join(f'{name}_{key}' for key in places)
+    values = ', '.join(repr(str(path).removeprefix(data_root(args))) for path in places.values())
+    return f'{names} = {values}'
+
+
+def config_path(out: Path) -> Path:
+    return out / f'{out.resolve().name}.py'
+
+
+def train_command(out: Path) -> list[str]:
+    return [str(TOOLS / 'train.py'), str(config_path(out)), '--work-dir', str(out / 'train'), '--auto-scale-lr']
+
+
+def resume_command(out: Path) -> list[str]:
+    return [*train_command(out), '--resume']
+
+
+def shown(command: Sequence[str]) -> str:
+    return shlex.join(os.path.relpath(word) if os.path.isabs(word) else word for word in command)
+
+
+def run(command: Sequence[str]) -> None:
+    """Runs one of the tools in this interpreter; signals are left to it, and what ends it ends this."""
+    say('run', shown(command))
+    with subprocess.Popen([sys.executable, *command]) as process:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        # A terminal sends Ctrl-C to both, other signals come here alone.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        signal.signal(signal.SIGTERM, pass_on)
+    if process.returncode:
+        sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        config, out = set_up(args)
+    except FaultyDataError as error:
+        print(error.report.text(), file=sys.stderr)
+        sys.exit(fail(error))
+    except (LaunchError, CheckpointError, OwnDataError, StackError, OSError) as error:
+        sys.exit(fail(error))
+    if args.dry_run:
+        say('then', shown(train_command(out)))
+        return
+    run(train_command(out))
+    checkpoint = (out / 'train' / 'last_checkpoint').read_text().strip()
+    run([str(TOOLS / 'test.py'), str(config), checkpoint, '--work-dir', str(out / 'test'),
+         '--show-dir', str(out / 'pictures')])
+    say('pictures', f'{out / "pictures"}: truth on the left, prediction on the right')
+
+
+def fail(error: Exception) -> int:
+    print(f'train_custom: error: {error}', file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+    main()
