@@ -1,0 +1,198 @@
+"""A detector, segmentor or classifier from its config, with the weights and class names of a checkpoint."""
+from __future__ import annotations
+
+import colorsys
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+
+from ..engine.checkpoint import (
+    check_all_match,
+    check_some_match,
+    checkpoint_weights,
+    compare_weights,
+    read_checkpoint,
+)
+from ..engine.errors import LaunchError
+from ..engine.file_checks import data_sets
+from ..engine.launch import SCOPES, find_config, read_config, why_no_gpu, without_sync_bn
+from ..engine.quiet_console import quiet_prints
+from ..engine.safe_files import safe_loading
+from ..engine.settings import apply_settings
+from ..engine.weights_file import weights_of
+from ..stack import StackError, check_cuda_operators, installed_versions, require
+
+
+def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike | None = None,
+               device: str | torch.device | None = None, cfg_options: dict | None = None, allow_pickle: bool = False
+               ) -> BaseModel:
+    """Builds the model of a config for inference.
+
+    Weights that the config itself names (``load_from``, ``init_cfg``) are not loaded.
+
+    Args:
+        config (str | PathLike | Config): Path of a config of mmdet, mmseg or mmpretrain, the name of one that
+            convneur_mm ships, or a config as loaded, which is not changed.
+        checkpoint (str | PathLike | None): Path or URL of the weights. Defaults to None, for weights as the model's
+            constructor leaves them, which predict nothing.
+        device (str | torch.device | None): 'cpu', 'cuda' or 'cuda:1', say. Defaults to None, for the GPU where there
+            is one, else the CPU.
+        cfg_options (dict | None): Overrides of the config, such as ``{'model.test_cfg.rcnn.score_thr': 0.3}``.
+        allow_pickle (bool): Whether a checkpoint that holds more than tensors and plain values is loaded too, which
+            can run any code. Defaults to False.
+
+    Returns:
+        BaseModel: In eval mode, on the device. Its ``cfg`` is the config, its ``dataset_meta`` a dict with ``classes``
+        (tuple of names by label) and ``palette`` (list of RGB colours, 0 to 255, by label) of the checkpoint, or
+        where it has none of the test data set in the config. If that has none either, both are missing.
+
+    Raises:
+        LaunchError: If there is no such config or device, or the config is of none of the three packages.
+        CheckpointError: If the checkpoint cannot be read, or is of another model.
+        ValueError: The two above are of this kind.
+    """
+    device = _device(device)
+    # Some models load files of their own while they are built, such as a distillation's teacher.
+    with safe_loading(allow_pickle), quiet_prints():
+        cfg = _read(config, cfg_options or {})
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = _build(cfg)
+            if checkpoint is None:
+                MMLogger.get_current_instance().warning('no checkpoint was given: the weights are random')
+                saved = {}
+            else:
+                saved = _load(model, os.fspath(checkpoint), cfg)
+            model.dataset_meta = _dataset_meta(saved, cfg, checkpoint)
+    model.cfg = cfg
+    return model.to(device).eval()
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cpu', 'cuda'):
+        raise LaunchError(f'device must be cpu, cuda or a GPU by number such as cuda:1, got {str(name)!r}')
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise LaunchError(f'device {str(name)!r}: no GPU, {why_no_gpu()}; use the device cpu')
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise LaunchError(f'device {str(name)!r}: {torch.cuda.device_count()} GPUs are visible, numbered from 0')
+    return device
+
+
+def _read(config: str | os.PathLike | Config, options: dict) -> Config:
+    if isinstance(config, Config):
+        cfg, name = copy.deepcopy(config), config.filename or 'the config'
+        cfg.merge_from_dict(options)
+        apply_settings(cfg)
+    else:
+        name = os.fspath(config)
+        cfg = read_config(find_config(name), options)
+    scope = cfg.get('default_scope')
+    if scope not in SCOPES:
+        raise LaunchError(f'{name}: default_scope must be one of {", ".join(SCOPES)}, got {scope!r}')
+    if not isinstance(cfg.get('model'), dict):
+        raise LaunchError(f'{name} has no model')
+    try:
+        require(f'{scope}.models')
+        if scope == 'mmdet':
+            check_cuda_operators(installed_versions())
+    except StackError as error:
+        raise LaunchError(str(error)) from None
+    return cfg
+
+
+def _build(cfg: Config) -> BaseModel:
+    settings = copy.deepcopy(cfg.model)
+    # It exists on GPUs only, and predicts what BN does.
+    without_sync_bn(settings)
+    if cfg.get('data_preprocessor'):
+        settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
+    return MODELS.build(settings)
+
+
+def _load(model: BaseModel, name: str, cfg: Config) -> dict:
+    """Loads all weights of a checkpoint, and returns what it says of the data it was trained on."""
+    checkpoint = read_checkpoint(name)
+    weights, own = checkpoint_weights(checkpoint), model.state_dict()
+    check_some_match(own, weights, name)
+    differences = compare_weights(own, weights)
+    # It supervises the training of a segmentor, and has no part in a prediction.
+    needed = differences.without('auxiliary_head.')
+    meta = checkpoint.get('meta')
+    saved = _saved_meta(meta if isinstance(meta, Mapping) else {})
+    if needed.missing or needed.other_shape:
+        trained, used = _names(saved), _names(_config_meta(cfg))
+        check_all_match(own, needed, name, (len(trained), len(used)) if trained and used else None)
+    if needed.unused:
+        shown = ', '.join(needed.unused[:4]) + (', …' if len(needed.unused) > 4 else '')
+        MMLogger.get_current_instance().warning(f'{len(needed.unused)} weights of {name} are not used: {shown}')
+    fitting = OrderedDict((key, value) for key, value in weights.items() if key not in differences.other_shape)
+    # Versions of the modules, by which some of them rename the weights of former ones.
+    fitting._metadata = getattr(weights_of(checkpoint), '_metadata', None)
+    model.load_state_dict(fitting, strict=False)
+    return saved
+
+
+def _saved_meta(meta: Mapping) -> dict:
+    """``dataset_meta`` of a checkpoint with names in lower case; releases before MMEngine had them a level higher."""
+    found = meta.get('dataset_meta') or {name: meta[name] for name in ('CLASSES', 'PALETTE') if meta.get(name)}
+    return {str(key).lower(): value for key, value in found.items()}
+
+
+def _config_meta(cfg: Config) -> dict:
+    """What the first test data set of the config says of its data, which are not looked at; {} without a data set."""
+    dataset = next((dataset for _, dataset in data_sets(cfg, 'test')), None)
+    if dataset is None:
+        return {}
+    return dict(DATASETS.build(dict(copy.deepcopy(dataset), pipeline=[], lazy_init=True)).metainfo)
+
+
+def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None) -> dict:
+    """Class names and colours of a model, with a line that says where they are from."""
+    logger = MMLogger.get_current_instance()
+    source, meta = f'checkpoint {checkpoint}', saved
+    if not _names(meta):
+        source, meta = 'config', _config_meta(cfg)
+    classes = _names(meta)
+    if not classes:
+        key = 'classes' if cfg.default_scope == 'mmpretrain' else 'metainfo.classes'
+        logger.warning('no class names: neither the checkpoint nor the config has any; set '
+                       f'test_dataloader.dataset.{key} of the config')
+        return {name: value for name, value in meta.items() if name not in ('classes', 'palette')}
+    palette, colours = meta.get('palette'), source
+    if not _fits(palette, classes):
+        own = _config_meta(cfg)
+        palette, colours = own.get('palette') if _names(own) == classes else None, 'config'
+    if not _fits(palette, classes):
+        palette, colours = _colours(len(classes)), 'order of the hues'
+    shown = ', '.join(classes[:6]) + (', …' if len(classes) > 6 else '')
+    logger.info(f'{len(classes)} class{"es" * (len(classes) != 1)} ({shown}) of the {source}, colours of the {colours}')
+    # Where other classes replace COCO's, its 80 colours remain.
+    return dict(meta, classes=classes, palette=[[int(value) for value in colour] for colour in palette[:len(classes)]])
+
+
+def _names(meta: dict) -> tuple[str, ...]:
+    names = meta.get('classes')
+    return tuple(map(str, names)) if isinstance(names, Sequence) and not isinstance(names, str) else ()
+
+
+def _fits(palette: object, classes: Sequence[str]) -> bool:
+    """Whether there is a colour for each class."""
+    return isinstance(palette, (list, tuple)) and len(palette) >= len(classes)
+
+
+def _colours(count: int) -> list[list[int]]:
+    """Hues that differ from those before, however many there are: each is the golden section of the circle further."""
+    return [[round(255 * value) for value in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95)] for i in range(count)]
