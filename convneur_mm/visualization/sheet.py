@@ -17,7 +17,7 @@ from .gate import BlockParts
 
 # Inches. 100 dots an inch, so that text of 9 points is legible at 100 %.
 DPI, FONT = 100, 9
-LABELS, PANEL, GAP, TITLES, CAPTION, BAR, MARGIN = 1.5, 2.2, 0.18, 0.55, 0.3, 0.6, 0.15
+LABELS, PANEL, GAP, TITLES, CAPTION, BAR, MARGIN = 1.65, 2.2, 0.18, 0.55, 0.3, 0.6, 0.15
 PANEL_HEIGHTS = 0.7, 3.3  # at least, at most
 OPACITY = 0.65  # of colours over the picture
 
@@ -96,8 +96,8 @@ def draw_sheet(picture: np.ndarray, parts: Sequence[BlockParts], title: str) -> 
 def legend(parts: Sequence[BlockParts]) -> list[str]:
     """Lines that say what the sheet shows."""
     first = parts[0]
-    lines = [f'Picture: {"" if first.memory is None else "left, "}as the network gets it. Rows: blocks with a global '
-             f"branch ('{first.branch}', fusion '{first.fusion}').",
+    lines = [f"Left: the picture as the network gets it. Rows: blocks with a global branch ('{first.branch}', fusion "
+             f"'{first.fusion}').",
              'Under a panel: smallest and largest value of the map, in its own unit.']
     if first.memory is None:
         return [*lines, 'No chunks: this global branch is not the neural memory, and writes none.']
@@ -139,12 +139,12 @@ def _draw_block(layout: _Layout, top: float, rows: Sequence[BlockParts], columns
                         if min(picture.shape[:2]) < 100 * PANEL else 'antialiased')
             if panel.hatched is not None and panel.hatched.any():
                 rows_, cols = panel.hatched.shape
-                # Padded, so that the outline of what touches the edge is closed.
+                # Padded, as a contour that ends at the edge is not filled.
                 axis.contourf(np.arange(-1, cols + 1), np.arange(-1, rows_ + 1), np.pad(panel.hatched, 1).astype(float),
                               levels=[0.5, 1.5], colors='none', hatches=['////'])
                 axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows_ - 0.5, -0.5))
             axis.text(0.5, -0.04, panel.caption, transform=axis.transAxes, fontsize=FONT - 1, ha='center', va='top')
-        bar = layout.axis(left + 0.1, top + TITLES + len(rows) * step + 0.03, PANEL - 0.2, 0.12)
+        bar = layout.axis(left + 0.2, top + TITLES + len(rows) * step + 0.03, PANEL - 0.4, 0.12)
         layout.figure.colorbar(mappable, cax=bar, orientation='horizontal')
         bar.tick_params(labelsize=FONT - 1, length=2, pad=1)
         bar.locator_params(nbins=4)
@@ -158,10 +158,8 @@ def row_label(part: BlockParts) -> str:
     if part.memory is not None:
         chunks = -(-part.memory.num_tokens // part.memory.chunk_size)
         written = len(part.memory.surprise)
-        lines += [f'{chunks} chunk{"s" * (chunks != 1)} of {part.memory.chunk_size}',
-                  f'{written if written < chunks else "all"} of them written']
-        if not written:
-            lines[-1] = 'never written'
+        lines += [f'{chunks} chunk{"s" * (chunks != 1)} of up to {part.memory.chunk_size}',
+                  f'{written} of them written' if written else 'never written']
     return '\n'.join(lines)
 
 
@@ -171,7 +169,9 @@ def _coloured(panel: Panel, mappable: ScalarMappable, picture: np.ndarray | None
     if picture is None:
         return colours
     grey = np.repeat((picture @ np.array([0.299, 0.587, 0.114]) / 255)[..., None], 3, axis=2)
-    return np.where(np.isnan(panel.values)[..., None], grey, OPACITY * colours + (1 - OPACITY) * grey)
+    colours = OPACITY * colours + (1 - OPACITY) * grey
+    # Light, for hatching to be seen on dark pictures too.
+    return np.where(np.isnan(panel.values)[..., None], 0.5 + grey / 2, colours)
 
 
 # ---- what the columns show
