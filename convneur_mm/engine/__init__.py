@@ -8,5 +8,6 @@ from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
-    'LabelRangeHook', 'MemoryLogHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
+    'LabelRangeHook', 'MemoryLogHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings',
+    'safe_loading',
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models import ConvNeur
 from ..models.blocks import ConvNeurBlock
-from ..visualization import gated_blocks, trace
+from ..visualization import context_of, gated_blocks, trace
 from .errors import LaunchError
 from .model_wrappers import unwrapped
 
@@ -100,10 +100,10 @@ class _Watch:
             handle.remove()
 
     @torch.no_grad()
-    def _see_gate(self, branch: nn.Module, args: tuple, output: Tensor) -> None:
+    def _see_gate(self, branch: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         if f'gate/{self.stage}/mean' in self.seen:
             return
-        gate = output.float().sigmoid()
+        gate = context_of(output).float().sigmoid()
         self.seen.update({f'gate/{self.stage}/mean': gate.mean(), f'gate/{self.stage}/spread': gate.std()})
 
     def _see_memory(self, memory: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..models import ConvNeur
 from ..models.blocks import ConvNeurBlock
 from ..models.global_memory import GlobalMemory
+from ..ops.neural_memory import MemoryState
 from .trace import ChunkTrace, trace
 
 
@@ -111,7 +112,7 @@ class GateRecorder:
         for block in self._blocks.values():
             self._handles.append(block.register_forward_pre_hook(self._see_input))
             self._handles.append(block.global_branch.register_forward_hook(
-                lambda module, args, output, block=block: self._contexts.update({block: output.detach()})))
+                lambda module, args, output, block=block: self._contexts.update({block: context_of(output)})))
             if block.global_branch.branch == 'neural_memory':
                 self._handles.append(block.global_branch.memory.register_forward_pre_hook(
                     lambda memory, args, kwargs, block=block: self._traces.update(
@@ -141,6 +142,11 @@ class GateRecorder:
                 context, block._fuse(before, context), self._traces.get(block)))
 
 
+def context_of(output: Tensor | tuple[Tensor, MemoryState]) -> Tensor:
+    """The map G of what a global branch returns, which may be a pair of it and the memory's state."""
+    return (output[0] if isinstance(output, tuple) else output).detach()
+
+
 def find_backbone(model: nn.Module) -> ConvNeur:
     """The ConvNeur of a model.
 
@@ -151,8 +157,8 @@ def find_backbone(model: nn.Module) -> ConvNeur:
     if len(found) == 1:
         return found[0]
     backbone = getattr(model, 'backbone', None)
-    named = f'its backbone is a {type(backbone).__name__}' if not found and backbone is not None else f'got {len(found)}'
-    raise ValueError(f'{type(model).__name__}: expected a model with one ConvNeur as its backbone, {named}')
+    got = f'{len(found)} of them' if found or backbone is None else f'a {type(backbone).__name__}'
+    raise ValueError(f'the backbone of a {type(model).__name__} must be a ConvNeur, and the only one, got {got}')
 
 
 def gated_blocks(backbone: ConvNeur) -> dict[tuple[int, int], ConvNeurBlock]:

@@ -17,8 +17,8 @@ from .gate import BlockParts
 
 # Inches. 100 dots an inch, so that text of 9 points is legible at 100 %.
 DPI, FONT = 100, 9
-LABELS, PANEL, GAP, TITLES, CAPTION, BAR, MARGIN = 1.65, 2.2, 0.18, 0.55, 0.3, 0.6, 0.15
-PANEL_HEIGHTS = 0.7, 3.3  # at least, at most
+LABELS, PANEL, GAP, TITLES, CAPTION, BAR, MARGIN = 1.5, 2.2, 0.18, 0.55, 0.3, 0.6, 0.15
+PANEL_HEIGHTS = 1.1, 3.3  # at least, at most
 OPACITY = 0.65  # of colours over the picture
 
 
@@ -158,7 +158,7 @@ def row_label(part: BlockParts) -> str:
     if part.memory is not None:
         chunks = -(-part.memory.num_tokens // part.memory.chunk_size)
         written = len(part.memory.surprise)
-        lines += [f'{chunks} chunk{"s" * (chunks != 1)} of up to {part.memory.chunk_size}',
+        lines += [f'{chunks} chunk{"s" * (chunks != 1)} of', f'up to {part.memory.chunk_size} tokens',
                   f'{written} of them written' if written else 'never written']
     return '\n'.join(lines)
 
