@@ -84,6 +84,7 @@ setup(
     license_files=['LICENSE'],
     packages=find_packages(include=['convneur_mm', 'convneur_mm.*']),
     include_package_data=False,
+    entry_points={'console_scripts': ['convneur-mm = convneur_mm.cli:main']},
     python_requires='>=3.10,<3.14',
     # Empty on purpose: the two families of OpenMMLab packages share import names, and pip would install one
     # beside the other. requirements/ holds the pinned stack, and the import of convneur_mm checks it.

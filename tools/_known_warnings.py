@@ -17,6 +17,8 @@ MESSAGES = (
     # mmdet: an optional metric, and a tensor copied in the mask head.
     'faster_coco_eval is not installed',
     'To copy construct from a tensor',
+    # mmengine's visualizer, of boxes that end where the picture does.
+    r'Warning: The \w+ is out of bounds',
     # mmseg 1.2 calls a function of its own that it gives up.
     r'``build_\w+`` would be deprecated soon',
     # mmseg: the losses and the drawing hook say that they are as their configs have them.

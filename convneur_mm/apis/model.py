@@ -50,8 +50,8 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
 
     Returns:
         BaseModel: In eval mode, on the device. Its ``cfg`` is the config, its ``dataset_meta`` a dict with ``classes``
-        (tuple of names by label) and ``palette`` (list of RGB colours, 0 to 255, by label) of the checkpoint, or
-        where it has none of the test data set in the config. If that has none either, both are missing.
+        (tuple of names by label) and ``palette`` (list of tuples of red, green and blue, 0 to 255, by label) of the
+        checkpoint, or where it has none of the test data set in the config. If that has none either, both are missing.
 
     Raises:
         LaunchError: If there is no such config or device, or the config is of none of the three packages.
@@ -61,7 +61,7 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
     device = _device(device)
     # Some models load files of their own while they are built, such as a distillation's teacher.
     with safe_loading(allow_pickle), quiet_prints():
-        cfg = _read(config, cfg_options or {})
+        cfg = _read(config, copy.deepcopy(cfg_options or {}))  # merging takes parts out of it
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = _build(cfg)
             if checkpoint is None:
@@ -171,16 +171,17 @@ def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None
         logger.warning('no class names: neither the checkpoint nor the config has any; set '
                        f'test_dataloader.dataset.{key} of the config')
         return {name: value for name, value in meta.items() if name not in ('classes', 'palette')}
-    palette, colours = meta.get('palette'), source
+    palette, colours = meta.get('palette'), f'of the {source}'
     if not _fits(palette, classes):
         own = _config_meta(cfg)
-        palette, colours = own.get('palette') if _names(own) == classes else None, 'config'
+        palette, colours = own.get('palette') if _names(own) == classes else None, 'of the config'
     if not _fits(palette, classes):
-        palette, colours = _colours(len(classes)), 'order of the hues'
+        palette, colours = _colours(len(classes)), 'made up'
     shown = ', '.join(classes[:6]) + (', …' if len(classes) > 6 else '')
-    logger.info(f'{len(classes)} class{"es" * (len(classes) != 1)} ({shown}) of the {source}, colours of the {colours}')
+    drawn = f', colours {colours}' if cfg.default_scope != 'mmpretrain' else ''
+    logger.info(f'{len(classes)} class{"es" * (len(classes) != 1)} ({shown}) of the {source}{drawn}')
     # Where other classes replace COCO's, its 80 colours remain.
-    return dict(meta, classes=classes, palette=[[int(value) for value in colour] for colour in palette[:len(classes)]])
+    return dict(meta, classes=classes, palette=[tuple(map(int, colour)) for colour in palette[:len(classes)]])
 
 
 def _names(meta: dict) -> tuple[str, ...]:
@@ -193,6 +194,7 @@ def _fits(palette: object, classes: Sequence[str]) -> bool:
     return isinstance(palette, (list, tuple)) and len(palette) >= len(classes)
 
 
-def _colours(count: int) -> list[list[int]]:
+def _colours(count: int) -> list[tuple[int, ...]]:
     """Hues that differ from those before, however many there are: each is the golden section of the circle further."""
-    return [[round(255 * value) for value in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95)] for i in range(count)]
+    hues = [0.618034 * i % 1 for i in range(count)]
+    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.75, 0.95)) for hue in hues]

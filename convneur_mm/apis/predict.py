@@ -17,7 +17,6 @@ from mmengine.structures import BaseDataElement
 
 from ..engine.errors import LaunchError
 from ..engine.file_checks import data_sets
-from ..engine.weights_file import one_line
 
 Image = str | os.PathLike | np.ndarray
 
@@ -174,4 +173,4 @@ def _reason(path: str, error: Exception) -> str:
         return f'{path} does not exist'
     if isinstance(error, OSError) and error.strerror:
         return f'{path} cannot be read: {error.strerror}'
-    return f'{path} is no picture, or damaged ({one_line(error)})'
+    return f'{path} is no picture, or damaged'

@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+"""Predicts pictures, a folder of them or a video: writes the predictions, and draws them.
+
+    tools/infer.py CONFIG CHECKPOINT photo.jpg
+    tools/infer.py cascade_rcnn_convneur_m3_1x_coco work_dirs/m3/epoch_12.pth photos --out-dir found
+
+Subfolders are searched too. docs/inference.md says what is written. The exit code is 1 if a picture could not be read,
+and 2 if nothing could be done.
+"""
+import argparse
+import math
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+if __name__ == '__main__':
+    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from _environment import prepare
+    prepare()
+    from _known_warnings import hide
+    hide()
+
+import cv2
+import numpy as np
+from mmengine.config import DictAction
+from mmengine.model import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convneur_mm.apis import ImageError, init_model, iter_inference
+from convneur_mm.apis.results import Painter, open_results
+from convneur_mm.engine import launch
+from convneur_mm.engine.interrupts import Interrupted
+from convneur_mm.stack import require
+
+PICTURES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
+    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
+    parser.add_argument('input', type=Path, help=f'picture, folder of pictures ({" ".join(PICTURES)}) or video '
+                        f'({" ".join(VIDEOS)})')
+    parser.add_argument('--out-dir', type=Path, default=Path('predictions'), metavar='DIR',
+                        help='folder to write to; files of the same names are replaced (default: %(default)s)')
+    parser.add_argument('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one, else the CPU)')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='pictures to predict at once; only '
+                        'those of one size share a batch (default: %(default)s)')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE', help='draw detections from this score '
+                        'on; all are written to the file (default: %(default)s)')
+    parser.add_argument('--no-pictures', action='store_true', help='draw nothing, which takes longer than a small '
+                        'model needs to predict')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                        help='override settings, as for tools/test.py')
+    parser.add_argument('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors '
+                        'and plain values, which can run any code; without it such a file is refused')
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    is_video = args.input.suffix.lower() in VIDEOS and not args.input.is_dir()
+    check_out_dir(args, is_video)
+    paths = [] if is_video else find_pictures(args.input, args.out_dir)
+    with open_video(args.input) if is_video else ExitStack() as video:
+        # Looked into before the packages are imported, which takes seconds.
+        checkpoint = launch.readable_checkpoint(args.checkpoint, 'checkpoint', args.allow_pickle)
+        model = init_model(args.config, checkpoint, args.device, args.cfg_options, args.allow_pickle)
+        try:
+            args.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise launch.LaunchError(f'--out-dir {args.out_dir} cannot be made: {error.strerror}') from None
+        unreadable = predict_video(model, video, args) if is_video else predict_pictures(model, paths, args)
+    if unreadable:
+        print(f'error: {unreadable} of {len(paths)} pictures could not be read, see above', file=sys.stderr)
+        sys.exit(1)
+
+
+def check_out_dir(args: argparse.Namespace, is_video: bool) -> None:
+    """Raises a LaunchError if what is written would replace what is read."""
+    folder = (args.input if args.input.is_dir() else args.input.parent).resolve()
+    if is_video:
+        replaced = drawn_video(args).resolve() == args.input.resolve()
+    else:
+        replaced = (args.input.is_dir() and folder == args.out_dir.resolve()) or any(
+            folder.is_relative_to((args.out_dir / name).resolve()) for name in ('pictures', 'labels'))
+    if replaced:
+        raise launch.LaunchError(f'--out-dir {args.out_dir} would mix what is written with {args.input}: name another '
+                                 'folder')
+
+
+def find_pictures(path: Path, out_dir: Path) -> list[Path]:
+    """The pictures in a folder and those below it, sorted, without hidden ones and what is written to ``out_dir``.
+
+    Raises:
+        LaunchError: If there are none, or ``path`` does not exist.
+    """
+    if not path.exists():
+        raise launch.LaunchError(f'no such picture, folder or video: {path}')
+    if not path.is_dir():
+        return [path]
+    folder, out_dir = path.resolve(), out_dir.resolve()
+    written = out_dir if out_dir.is_relative_to(folder) else None
+    files = [file for file in sorted(path.rglob('*')) if file.is_file()
+             and not any(part.startswith('.') for part in file.relative_to(path).parts)
+             and not (written and (folder / file.relative_to(path)).is_relative_to(written))]
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    if not pictures:
+        raise launch.LaunchError(f'{path} holds no pictures ({" ".join(PICTURES)}) but {len(files)} other files')
+    return pictures
+
+
+def output_names(paths: list[Path], folder: Path) -> list[str]:
+    """For each picture its path below ``folder``, with its suffix only if two pictures differ in nothing else."""
+    files = [path.relative_to(folder) for path in paths]
+    names = [file.with_suffix('').as_posix() for file in files]
+    if max(Counter(names).values()) == 1:
+        return names
+    return [file.as_posix() for file in files]
+
+
+def predict_pictures(model: BaseModel, paths: list[Path], args: argparse.Namespace) -> int:
+    """Writes and draws the predictions of pictures; returns how many could not be read."""
+    folder = args.input if args.input.is_dir() else args.input.parent
+    names = output_names(paths, folder)
+    errors = 0
+
+    def report(index: int, error: ImageError) -> None:
+        nonlocal errors
+        errors += 1
+        progress.console.print(f'unreadable: {error}', markup=False, highlight=False, soft_wrap=True)
+        progress.advance(task)
+
+    imwrite = require('mmcv').imwrite
+    with working(len(paths), args) as (progress, task), open_results(model, args.out_dir) as results:
+        painter = None if args.no_pictures else Painter(model, args.score_thr)
+        for index, picture, sample in iter_inference(model, paths, args.batch_size, report):
+            results.add(names[index], paths[index].relative_to(folder).as_posix(), sample)
+            if painter:
+                imwrite(painter(picture, sample), str(args.out_dir / 'pictures' / f'{names[index]}.jpg'))
+            progress.advance(task)
+    say_where(results.path, painter and args.out_dir / 'pictures')
+    return errors
+
+
+@contextmanager
+def working(total: int | None, args: argparse.Namespace) -> Iterator[tuple[Progress, int]]:
+    """Shows how far the predictions are, and has a signal say what is there of them."""
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task('predicting', total=total)
+        try:
+            yield progress, task
+        except Interrupted as interrupted:
+            done = int(progress.tasks[task].completed)
+            interrupted.advice = f'after {done} of {total or "the"} pictures; their results are in {args.out_dir}'
+            raise
+
+
+def say_where(results: Path, drawn: Path | None) -> None:
+    print(f'predictions: {results}' + (f', drawn: {drawn}' if drawn else ''))
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[cv2.VideoCapture]:
+    """Opens a video.
+
+    Raises:
+        LaunchError: If there is no such file, or OpenCV cannot read it.
+    """
+    if not path.is_file():
+        raise launch.LaunchError(f'no such picture, folder or video: {path}')
+    capture = cv2.VideoCapture(str(path))
+    try:
+        if not capture.isOpened():
+            raise launch.LaunchError(f'{path} is no video that OpenCV {cv2.__version__} can read, or damaged')
+        yield capture
+    finally:
+        capture.release()
+
+
+def drawn_video(args: argparse.Namespace) -> Path:
+    return args.out_dir / f'{args.input.stem}.mp4'
+
+
+def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        found, frame = capture.read()
+        if not found:
+            return
+        yield frame
+
+
+def predict_video(model: BaseModel, capture: cv2.VideoCapture, args: argparse.Namespace) -> int:
+    """Writes the predictions of a video's frames, and draws them into another; frames are not kept."""
+    total, rate = (capture.get(key) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    if not (math.isfinite(rate) and rate > 0):
+        print(f'note: {args.input} does not say its frames per second; 25 are written', file=sys.stderr)
+        rate = 25.0
+    path = drawn_video(args)
+    with (working(int(total) if total > 0 else None, args) as (progress, task),
+          open_results(model, args.out_dir) as results, ExitStack() as stack):
+        painter, writer = None if args.no_pictures else Painter(model, args.score_thr), None
+        for index, picture, sample in iter_inference(model, frames(capture), args.batch_size):
+            name = f'{index:06}'
+            results.add(name, name, sample)
+            if painter:
+                drawn = painter(picture, sample)
+                writer = writer or open_writer(path, rate, drawn.shape[1::-1], stack)
+                writer.write(drawn)
+            progress.advance(task)
+        number = int(progress.tasks[task].completed)
+    if not number:
+        raise launch.LaunchError(f'{args.input} has no frame that can be read')
+    if total > 0 and number != total:
+        print(f'note: {number} frames of {args.input} could be read; by its header there are {total:.0f}',
+              file=sys.stderr)
+    say_where(results.path, painter and path)
+    return 0
+
+
+def open_writer(path: Path, rate: float, size: tuple[int, int], stack: ExitStack) -> cv2.VideoWriter:
+    """Begins a video of frames of ``size`` (width, height), which ends with ``stack``.
+
+    Raises:
+        LaunchError: If OpenCV cannot write one.
+    """
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'mp4v'), rate, size)
+    stack.callback(writer.release)
+    if not writer.isOpened():
+        raise launch.LaunchError(f'OpenCV {cv2.__version__} cannot write the video {path}; --no-pictures writes the '
+                                 'predictions alone')
+    return writer
+
+
+if __name__ == '__main__':
+    launch.run(main)
