@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -81,6 +82,7 @@ def draw_sheet(picture: np.ndarray, parts: Sequence[BlockParts], title: str) -> 
     header = max(panel_height, 1.6) + 2 * MARGIN
     total_height = header + sum(heights)
     figure = Figure((total_width, total_height), dpi=DPI)
+    FigureCanvasAgg(figure)  # draws without a display, whatever the user's backend is
     layout = _Layout(figure, total_width, total_height, panel_height)
 
     axis = layout.axis(LABELS, MARGIN, PANEL, panel_height)
@@ -147,7 +149,8 @@ def _draw_block(layout: _Layout, top: float, rows: Sequence[BlockParts], columns
         bar = layout.axis(left + 0.2, top + TITLES + len(rows) * step + 0.03, PANEL - 0.4, 0.12)
         layout.figure.colorbar(mappable, cax=bar, orientation='horizontal')
         bar.tick_params(labelsize=FONT - 1, length=2, pad=1)
-        bar.locator_params(nbins=4)
+        bar.locator_params(nbins=3)
+        bar.xaxis.set_major_formatter(lambda value, _: f'{value:.4g}')
         bar.set_xlabel(column.bar, fontsize=FONT - 1, labelpad=1)
 
 
@@ -248,9 +251,13 @@ def _range(x: torch.Tensor) -> str:
 
 
 def _limits(values: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """Smallest and largest of all; 0 and 1 where there is nothing."""
+    """Smallest and largest of all; 0 and 1 where there is nothing.
+
+    At least a hundredth apart, relatively: what differs by less looks the same, and numbers on the bar stay short.
+    """
     found = [x for x in values if x.numel()]
     if not found:
         return 0.0, 1.0
     low, high = min(float(x.min()) for x in found), max(float(x.max()) for x in found)
-    return (low, high) if low < high else (low, low + 1e-6 + abs(low) * 1e-3)
+    missing = max(0.0, 0.01 * max(abs(low), abs(high), 1e-6) - (high - low))
+    return low - missing / 2, high + missing / 2

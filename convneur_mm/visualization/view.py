@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from ..apis import inference
+from ..apis import Prediction, iter_inference
 from ..apis.predict import Image
 from .gate import BlockParts, GateRecorder
 
@@ -18,13 +18,13 @@ class GateView(NamedTuple):
     """What :func:`look` finds.
 
     Attributes:
-        sample (BaseDataElement): The model's data sample, as :func:`convneur_mm.apis.inference` returns it.
+        prediction (Prediction): The picture as loaded, and the model's data sample.
         picture (np.ndarray): What the network got, resized and cropped by the config's test pipeline, without padding,
             (H, W, 3), RGB, uint8.
         parts (list[BlockParts]): Of the one image. Padding, if there was any, has positions too.
     """
 
-    sample: BaseDataElement
+    prediction: Prediction
     picture: np.ndarray
     parts: list[BlockParts]
 
@@ -46,8 +46,8 @@ def look(model: BaseModel, image: Image) -> GateView:
         ValueError: If the model has no ConvNeur with a global branch, or runs it twice for a picture.
     """
     with GateRecorder(model) as recorder:
-        sample, = inference(model, [image])
-    return GateView(sample, network_picture(model, recorder.image, sample), recorder.parts)
+        prediction, = iter_inference(model, [image])
+    return GateView(prediction, network_picture(model, recorder.image, prediction.sample), recorder.parts)
 
 
 def network_picture(model: BaseModel, image: Tensor, sample: BaseDataElement) -> np.ndarray:
