@@ -1,5 +1,6 @@
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
 from .label_range import LabelRangeHook
+from .memory_log import MemoryLogHook
 from .optim import BFloat16OptimWrapper, GroupingConstructor
 from .safe_files import safe_loading
 from .settings import SettingsHook, SettingsRunner, apply_settings
@@ -7,5 +8,6 @@ from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
-    'LabelRangeHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
+    'LabelRangeHook', 'MemoryLogHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings',
+    'safe_loading',
 ]

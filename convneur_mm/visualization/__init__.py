@@ -1,0 +1,5 @@
+"""What the global branches do with a picture: the parts of the gated blocks, and the chunks of their memories."""
+from .gate import BlockParts, GateRecorder, context_of, gated_blocks, local_only_features
+from .trace import ChunkTrace, trace
+
+__all__ = ['BlockParts', 'ChunkTrace', 'GateRecorder', 'context_of', 'gated_blocks', 'local_only_features', 'trace']

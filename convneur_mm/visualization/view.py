@@ -1,0 +1,63 @@
+"""A picture as a trained model sees it: its prediction, and the parts of the gated blocks on the way there."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+from ..apis import Prediction, iter_inference
+from ..apis.predict import Image
+from .gate import BlockParts, GateRecorder
+
+
+class GateView(NamedTuple):
+    """What :func:`look` finds.
+
+    Attributes:
+        prediction (Prediction): The picture as loaded, and the model's data sample.
+        picture (np.ndarray): What the network got, resized and cropped by the config's test pipeline, without padding,
+            (H, W, 3), RGB, uint8.
+        parts (list[BlockParts]): Of the one image. Padding, if there was any, has positions too.
+    """
+
+    prediction: Prediction
+    picture: np.ndarray
+    parts: list[BlockParts]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything by name: ``picture``, and ``stage1.block1.before`` for an array of :meth:`BlockParts.arrays`."""
+        return {'picture': self.picture, **{f'{part.name}.{name}': array for part in self.parts
+                                            for name, array in part.arrays().items()}}
+
+
+def look(model: BaseModel, image: Image) -> GateView:
+    """Predicts a picture, and records what the gated blocks of the model's ConvNeur do meanwhile.
+
+    Args:
+        model (BaseModel): As :func:`convneur_mm.apis.init_model` returns it.
+        image (str | PathLike | np.ndarray): Path of a picture, or an array (H, W, 3) of uint8, BGR.
+
+    Raises:
+        ImageError: If the picture cannot be read.
+        ValueError: If the model has no ConvNeur with a global branch, or runs it twice for a picture.
+    """
+    with GateRecorder(model) as recorder:
+        prediction, = iter_inference(model, [image])
+    return GateView(prediction, network_picture(model, recorder.image, prediction.sample), recorder.parts)
+
+
+def network_picture(model: BaseModel, image: Tensor, sample: BaseDataElement) -> np.ndarray:
+    """The picture that a backbone got as ``image``, (1, 3, H, W), as 8-bit RGB without its padding."""
+    preprocessor = model.data_preprocessor
+    pixels = image[0].double()
+    if preprocessor._enable_normalize:
+        pixels = pixels * preprocessor.std.view(-1, 1, 1) + preprocessor.mean.view(-1, 1, 1)
+    # The loader's order is BGR, which mmdet's and mmseg's preprocessor turns round, and mmpretrain's by another name.
+    if not getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'to_rgb', False)):
+        pixels = pixels.flip(0)
+    height, width = sample.metainfo['img_shape'][:2]
+    return pixels.permute(1, 2, 0)[:height, :width].round().clamp(0, 255).to(torch.uint8).cpu().numpy()

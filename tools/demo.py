@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Opens a page in the browser that predicts uploaded pictures, and shows what the gates and memories do with them.
+
+    tools/demo.py configs/semantic_fpn_convneur_m1_shapes.py CHECKPOINT
+
+The page is served to this machine alone, and asks nothing of others. It needs gradio: pip install 'gradio>=5'.
+"""
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if __name__ == '__main__':
+    from _environment import prepare
+    prepare()
+    from _known_warnings import hide
+    hide()
+
+import numpy as np
+from mmengine.config import DictAction
+from mmengine.model import BaseModel
+
+from convneur_mm.apis import init_model
+from convneur_mm.apis.results import Painter
+from convneur_mm.engine import launch
+from convneur_mm.visualization import GateRecorder
+from convneur_mm.visualization.sheet import draw_sheet
+from convneur_mm.visualization.view import look
+
+if TYPE_CHECKING:
+    import gradio
+
+HOST = '127.0.0.1'
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
+    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
+    parser.add_argument('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one)')
+    parser.add_argument('--port', type=int, metavar='N', help='of the page (default: the first free one from 7860 on)')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
+                        help='draw detections from this score on (default: %(default)s)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                        help='override settings of the config')
+    parser.add_argument('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors '
+                        'and plain values, which can run any code')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if importlib.util.find_spec('gradio') is None:
+        raise launch.LaunchError(f"the page needs gradio, which is not installed here: {sys.executable} -m pip install "
+                                 "'gradio>=5'")
+    # Before gradio is imported. It would ask its makers' servers for news, and offer to pass the page on to them.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_OFFLINE='1')
+    model = init_model(args.config, args.checkpoint, args.device, args.cfg_options, args.allow_pickle)
+    try:
+        GateRecorder(model)
+    except ValueError as error:
+        raise launch.LaunchError(f'{args.config}: {error}') from None
+    page = build_page(answerer(model, args.score_thr, f'{args.config}\n{args.checkpoint}'),
+                      os.path.basename(args.config))
+    try:
+        page.launch(server_name=HOST, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True)
+    except OSError as error:  # there is no free port
+        raise launch.LaunchError(f'--port {args.port}: {str(error).splitlines()[0]}') from None
+    print(f'the page is at {page.local_url} until Ctrl-C', flush=True)
+    page.block_thread()
+
+
+def answerer(model: BaseModel, score_thr: float, title: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """What turns an uploaded picture (H, W, 3), RGB, uint8, into two others: its prediction and its gate sheet."""
+    painter = Painter(model, score_thr)
+
+    def answer(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        view = look(model, np.ascontiguousarray(image[..., ::-1]))
+        figure = draw_sheet(view.picture, view.parts, f'{title}\nuploaded picture, {image.shape[1]} x '
+                            f'{image.shape[0]} pixels (width x height)')
+        figure.canvas.draw()
+        drawn = painter(view.prediction.picture, view.prediction.sample)
+        return drawn[..., ::-1], np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+    return answer
+
+
+def build_page(answer: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], name: str) -> 'gradio.Blocks':
+    """The page: a picture to upload, its prediction beside it, and the gate sheet below."""
+    import gradio as gr
+
+    def reply(image: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        if image is None:
+            raise gr.Error('Upload a picture first.')
+        try:
+            return answer(image)
+        except ValueError as error:  # such as a picture that is too small
+            raise gr.Error(str(error)) from None
+
+    with gr.Blocks(title=f'ConvNeur: {name}') as page:
+        gr.Markdown(f'## ConvNeur: {name}\nUpload a picture: its prediction appears beside it, and below what the '
+                    'global branches do with it. Click the sheet\'s corner for its full size.')
+        with gr.Row():
+            picture = gr.Image(label='Picture', type='numpy', image_mode='RGB', sources=['upload', 'clipboard'])
+            prediction = gr.Image(label='Prediction', format='png', interactive=False)
+        button = gr.Button('Predict', variant='primary')
+        sheet = gr.Image(label='Gate sheet', format='png', interactive=False)
+        # One at a time: the model's parts are recorded while it runs.
+        gr.on([button.click, picture.upload], reply, picture, [prediction, sheet], concurrency_limit=1)
+    return page
+
+
+if __name__ == '__main__':
+    launch.run(main)
