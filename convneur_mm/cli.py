@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .paths import config_root
 
-FOLDERS = ('', 'analysis', 'model_converters')
+FOLDERS = ('', 'analysis', 'deploy', 'model_converters')
 SHORT = {'check-dataset': 'check'}
 
 
