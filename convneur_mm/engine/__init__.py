@@ -1,4 +1,4 @@
-from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
+from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook, SaveThenDeleteHook
 from .label_range import LabelRangeHook
 from .optim import BFloat16OptimWrapper, GroupingConstructor
 from .safe_files import safe_loading
@@ -7,5 +7,6 @@ from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
-    'LabelRangeHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
+    'LabelRangeHook', 'SaveThenDeleteHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings',
+    'safe_loading',
 ]
