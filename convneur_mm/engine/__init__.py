@@ -1,4 +1,4 @@
-from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook
+from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook, SaveThenDeleteHook
 from .label_range import LabelRangeHook
 from .memory_log import MemoryLogHook
 from .optim import BFloat16OptimWrapper, GroupingConstructor
@@ -8,6 +8,6 @@ from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
-    'LabelRangeHook', 'MemoryLogHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings',
-    'safe_loading',
+    'LabelRangeHook', 'MemoryLogHook', 'SaveThenDeleteHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook',
+    'apply_settings', 'safe_loading',
 ]

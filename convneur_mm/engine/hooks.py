@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import os.path as osp
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from mmengine import fileio
 from mmengine.dist import utils as dist_utils
-from mmengine.hooks import Hook
+from mmengine.fileio import BaseStorageBackend
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, TestLoop
@@ -88,6 +90,54 @@ def _check_optimizer(optimizer: Optimizer, state: dict | None, name: str) -> Non
     if there != here:
         raise CheckpointError(f'{name} cannot be resumed from, as its optimizer had {sum(there)} parameters in '
                               f'{len(there)} groups, and has {sum(here)} in {len(here)} here; {advice}')
+
+
+@HOOKS.register_module()
+class SaveThenDeleteHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, which deletes an outdated checkpoint only after the new one has been saved.
+
+    MMEngine deletes it before: a run that ends in between, with ``max_keep_ckpts=1``, has lost all it had.
+    """
+
+    def _save_checkpoint(self, runner: Runner) -> None:
+        with self._deleting_later():
+            super()._save_checkpoint(runner)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        with self._deleting_later():
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextmanager
+    def _deleting_later(self) -> Iterator[None]:
+        backend = self.file_backend
+        self.file_backend = later = _LateRemovals(backend)
+        try:
+            yield
+        finally:
+            self.file_backend = backend
+        # One that was saved again, such as the best of an epoch that was repeated, is not outdated.
+        current = {self.last_ckpt, getattr(self, 'best_ckpt_path', None),
+                   *getattr(self, 'best_ckpt_path_dict', {}).values()}
+        for remove, path in later.removals:
+            if path not in current:
+                remove(path)
+
+
+class _LateRemovals:
+    """A file backend that only notes what is to be removed."""
+
+    def __init__(self, backend: BaseStorageBackend) -> None:
+        self._backend = backend
+        self.removals: list[tuple[Callable[[str], None], str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self.removals.append((self._backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self.removals.append((self._backend.rmtree, path))
 
 
 @HOOKS.register_module()

@@ -129,6 +129,10 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     # A config that an earlier run wrote to its work dir has this hook, with that run's notes.
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'StartSummaryHook']
     cfg.custom_hooks.append(dict(type='StartSummaryHook', notes=notes))
+    cfg.default_hooks = cfg.get('default_hooks') or {}
+    saving = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    if saving and saving.get('type') == 'CheckpointHook':
+        saving['type'] = 'SaveThenDeleteHook'
     if args.launcher != 'none':
         set_up_processes(cfg)
     if cfg.get('load_from'):

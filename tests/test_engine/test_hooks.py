@@ -7,13 +7,81 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import LocalBackend
+from mmengine.registry import METRICS, MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 
 from convneur_mm.engine import hooks
+from convneur_mm.engine.checkpoint import read_checkpoint
 from convneur_mm.engine.hooks import DrawPredictionsHook, _check_optimizer, _path_below_prefix
 from convneur_mm.engine.launch import without_sync_bn
+from convneur_mm.engine.resume import latest_checkpoint
 from convneur_mm.engine.weights_file import CheckpointError
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class TestSaving:
+    """Outdated checkpoints stay until the new one is complete."""
+
+    KEEP = ('--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=1')
+    BEST = """
+val_dataloader = test_dataloader
+val_cfg = dict()
+val_evaluator = dict(type='RisingScore')
+default_hooks['checkpoint'].update(save_best='score', rule='greater')
+"""
+
+    @pytest.fixture
+    def killed_at(self, monkeypatch):
+        """Ends the run when half of a file is written."""
+        def kill(name):
+            put = LocalBackend.put
+
+            def half(self, content, path):
+                stop = Path(path).name == name
+                put(self, content[:len(content) // 2] if stop else content, path)
+                if stop:
+                    raise Killed
+
+            monkeypatch.setattr(LocalBackend, 'put', half)
+        return kill
+
+    def test_a_run_that_ends_while_saving_can_be_resumed(self, run, killed_at):
+        killed_at('epoch_2.pth')
+        with pytest.raises(Killed):
+            run('train', *self.KEEP)
+        assert read_checkpoint('work/epoch_1.pth')['meta']['epoch'] == 1
+        assert latest_checkpoint('work', 'config.py', False).endswith('work/epoch_1.pth')
+
+    def test_the_former_best_stays_while_the_new_one_is_saved(self, run, killed_at):
+        with Path('config.py').open('a') as config:
+            config.write(self.BEST)
+        killed_at('best_score_epoch_2.pth')
+        with pytest.raises(Killed):
+            run('train', *self.KEEP)
+        assert read_checkpoint('work/best_score_epoch_1.pth')['meta']['epoch'] == 1
+
+    def test_then_they_are_deleted(self, run):
+        with Path('config.py').open('a') as config:
+            config.write(self.BEST)
+        assert run('train', *self.KEEP) is None
+        assert sorted(path.name for path in Path('work').glob('*.pth')) == ['best_score_epoch_2.pth', 'epoch_2.pth']
+
+
+@METRICS.register_module()
+class RisingScore(BaseMetric):
+    """Each evaluation is better than the one before."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        self.count = getattr(self, 'count', 0) + 1
+        return dict(score=self.count)
 
 
 class TestClasses:
