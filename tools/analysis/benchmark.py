@@ -14,6 +14,7 @@ all models of a task before the next one starts, so a machine that slows down sl
 import argparse
 import itertools
 import json
+import math
 import os
 import os.path as osp
 import statistics
@@ -36,9 +37,9 @@ from _flops import Count, count_flops, count_parameters, count_parts
 
 COUNT, ENGINES = 'count', ('eager', 'compiled')
 WARMUP = 2  # the second training step is the first with the optimizer's state
-# Seconds of a cell's first round, for the estimate, until one of the same kind has been measured.
-FIRST_GUESS = {'backbone': 25, 'detector': 90, 'segmentor': 40}
-COMPILE_GUESS = 60
+# Seconds of a round on two cores, for the estimate, until one of the same kind has been measured.
+FIRST_GUESS = {'backbone': 15, 'detector': 60, 'segmentor': 30}
+COUNT_GUESS, COMPILED_GUESS = 10, 45
 
 NOTES = """\
 params: of everything that works at inference, frozen parameters included, buffers not. GMAC: multiply-accumulates of
@@ -287,7 +288,9 @@ class Run:
             own = [one['wall_s'] for one in self.contents[cell]['rounds']]
             if own or of_kind[kind(cell)]:
                 return statistics.mean(own or of_kind[kind(cell)])
-            return FIRST_GUESS[cell.task] + (COMPILE_GUESS if cell.engine == 'compiled' else 0)
+            if cell.mode == COUNT:
+                return COUNT_GUESS
+            return COMPILED_GUESS if cell.engine == 'compiled' else FIRST_GUESS[cell.task]
 
         return sum(seconds(cell) for cell in left)
 
@@ -403,7 +406,7 @@ def spread(content: dict) -> float:
 
 
 def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
+    minutes = math.ceil(seconds / 60)
     return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{minutes} min'
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-r"""Draws the images of a config's data set with their labels, as the training pipeline hands them to the model.
+r"""Draws the training images of a config with their labels, as the training pipeline hands them to the model.
 
     tools/analysis/browse_dataset.py configs/cascade_rcnn_convneur_m3_1x_coco.py --out browse
-    tools/analysis/browse_dataset.py configs/semantic_fpn_convneur_m2_80k_ade20k.py --split val --number 5
+    tools/analysis/browse_dataset.py configs/semantic_fpn_convneur_m2_80k_ade20k.py --number 5 --seed 1
 
 The pictures are PNGs named by position and by the file they were made from; nothing is shown on a screen.
 """
@@ -28,14 +28,12 @@ from mmengine.runner import set_random_seed
 from convneur_mm.engine.file_checks import check_data_files
 
 VISUALIZER_TYPES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
-SPLITS = ('train', 'val', 'test')
 Sample = dict[str, object]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument('--split', choices=SPLITS, default='train', help='which data loader (default: %(default)s)')
     parser.add_argument('--number', type=int, default=20, metavar='N',
                         help='images to draw, from the first on; 0 for all (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0,
@@ -45,16 +43,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_dataset(cfg: Config, split: str) -> BaseDataset:
-    """The data set of a split, within the config's scope.
+def build_dataset(cfg: Config) -> BaseDataset:
+    """The data set for training, within the config's scope.
 
     Raises:
         ValueError: If the config has none, or a file of it is missing.
     """
-    loader = cfg.get(f'{split}_dataloader')
+    loader = cfg.get('train_dataloader')
     if not loader:
-        raise ValueError(f'the config has no {split}_dataloader')
-    check_data_files(cfg, (split,))
+        raise ValueError('the config has no train_dataloader')
+    check_data_files(cfg, ('train',))
     return DATASETS.build(loader.dataset)
 
 
@@ -111,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f'{args.config}: default_scope must be one of {", ".join(VISUALIZER_TYPES)}, got '
                          f'{cfg.get("default_scope")!r}')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        dataset = build_dataset(cfg, args.split)
+        dataset = build_dataset(cfg)
         if not len(dataset):
-            raise ValueError(f'the {args.split} data set has no images (are all of them filtered out?)')
+            raise ValueError('the training data set has no images (are all of them filtered out?)')
         draw = drawer(cfg, dataset)
         args.out.mkdir(parents=True, exist_ok=True)
         set_random_seed(args.seed)
@@ -126,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress(f'{i + 1}/{count} {name}')
             draw(name, sample, args.out / f'{name}.png')
         progress.clear()
-    print(f'{count} of {len(dataset)} images of the {args.split} data set in {args.out}/')
+    print(f'{count} of {len(dataset)} images of the training data set in {args.out}/')
 
 
 if __name__ == '__main__':

@@ -167,8 +167,8 @@ def measure(args: argparse.Namespace) -> dict:
         parts = count_parts(model, image)
     except (RuntimeError, AssertionError, IndexError) as error:
         message = ' '.join(str(error).split())
-        raise ValueError(f'{args.config}: its model does not take an image of {shape[0]} x {shape[1]}: '
-                         f'{message}') from error
+        raise ValueError(f'{args.config}: its model fails on an image of {shape[0]} x {shape[1]}: '
+                         f'{type(error).__name__}: {message}') from error
     result = dict(config=args.config, shape=shape, parts={name: part._asdict() for name, part in parts.items()},
                   total=add_up(parts)._asdict(), training_parameters=count_parameters(model))
     if isinstance(model.backbone, ConvNeur):
