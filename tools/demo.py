@@ -3,7 +3,7 @@
 
     tools/demo.py configs/semantic_fpn_convneur_m1_shapes.py CHECKPOINT
 
-The page is served to this machine alone, and asks nothing of others. It needs gradio: pip install 'gradio>=5'.
+The page is served to this machine alone, and asks nothing of others. It needs gradio: pip install 'gradio>=6'.
 """
 import argparse
 import importlib.util
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if importlib.util.find_spec('gradio') is None:
         raise launch.LaunchError(f"the page needs gradio, which is not installed here: {sys.executable} -m pip install "
-                                 "'gradio>=5'")
+                                 "'gradio>=6'")
     # Before gradio is imported. It would ask its makers' servers for news, and offer to pass the page on to them.
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_OFFLINE='1')
     model = init_model(args.config, args.checkpoint, args.device, args.cfg_options, args.allow_pickle)
@@ -90,6 +90,7 @@ def answerer(model: BaseModel, score_thr: float, title: str) -> Callable[[np.nda
 def build_page(answer: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], name: str) -> 'gradio.Blocks':
     """The page: a picture to upload, its prediction beside it, and the gate sheet below."""
     import gradio as gr
+    shown = dict(format='png', interactive=False, buttons=['download', 'fullscreen'])  # without the one that shares
 
     def reply(image: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if image is None:
@@ -101,12 +102,12 @@ def build_page(answer: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], na
 
     with gr.Blocks(title=f'ConvNeur: {name}') as page:
         gr.Markdown(f'## ConvNeur: {name}\nUpload a picture: its prediction appears beside it, and below what the '
-                    'global branches do with it. Click the sheet\'s corner for its full size.')
+                    'global branches do with it. The symbols in its corner enlarge and save the sheet.')
         with gr.Row():
             picture = gr.Image(label='Picture', type='numpy', image_mode='RGB', sources=['upload', 'clipboard'])
-            prediction = gr.Image(label='Prediction', format='png', interactive=False)
+            prediction = gr.Image(label='Prediction', **shown)
         button = gr.Button('Predict', variant='primary')
-        sheet = gr.Image(label='Gate sheet', format='png', interactive=False)
+        sheet = gr.Image(label='Gate sheet', **shown)
         # One at a time: the model's parts are recorded while it runs.
         gr.on([button.click, picture.upload], reply, picture, [prediction, sheet], concurrency_limit=1)
     return page

@@ -47,8 +47,8 @@ def make_runner(tiny_config, tmp_path):
 
 def logged(runner):
     """The lines of the scalars' file that are ours."""
-    path, = Path(runner.work_dir).glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for path in Path(runner.work_dir).glob('*/vis_data/scalars.json')
+             for line in path.read_text().splitlines()]
     return [line for line in lines if any(name.startswith(('gate/', 'memory/')) for name in line)]
 
 

@@ -34,12 +34,12 @@ def test_the_answer_is_the_prediction_and_the_sheet(tool, tmp_path):
 
 def test_without_gradio_the_command_that_installs_it_is_named(tool, monkeypatch):
     monkeypatch.setattr(tool.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(tool.launch.LaunchError, match=f"{sys.executable} -m pip install 'gradio>=5'"):
+    with pytest.raises(tool.launch.LaunchError, match=f"{sys.executable} -m pip install 'gradio>=6'"):
         tool.main(['config.py', 'weights.pth'])
 
 
 def test_the_page_answers_an_upload_and_asks_no_other_machine(tool, tmp_path):
-    pytest.importorskip('gradio', reason="pip install 'gradio>=5'")
+    pytest.importorskip('gradio', reason="pip install 'gradio>=6'")
     sync_api = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
     browser_path = shutil.which('chromium')
     if not browser_path:
