@@ -1,0 +1,121 @@
+"""tools/analysis/hidden_object.py: nothing in a closed frame tells a colour, and stopped trainings go on."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The tool, its task made small: two iterations on little clips."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import hidden_object
+    from mmengine.logging import MMLogger
+    monkeypatch.setattr(hidden_object, 'TASK', replace(
+        hidden_object.TASK, iterations=2, batch=2, side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8))
+    monkeypatch.setattr(hidden_object, 'LONG', 4)
+    level, threads = MMLogger.get_current_instance().level, torch.get_num_threads()
+    yield hidden_object
+    MMLogger.get_current_instance().setLevel(level)
+    torch.set_num_threads(threads)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_labels_are_the_colours_of_the_open_frames(tool):
+    """Each mark has one colour in a clip, which its patches show while they are open, and grey afterwards."""
+    task = replace(tool.HiddenObject(), noise=0.0)
+    clips, labels = task.clips(8, generator(), task.hidden)
+    assert clips.shape == (8, 6, 3, 32, 32) and labels.shape == (8, 6, 8, 8)
+    pixels = (clips * tool.PIXEL_STD + tool.PIXEL_MEAN).unflatten(4, (8, 4)).unflatten(3, (8, 4))
+    pixels = pixels.permute(0, 1, 3, 5, 4, 6, 2)  # (B, T, rows, columns, 4, 4, 3)
+    assert ((labels != tool.IGNORED).flatten(2).sum(2) == task.boxes * task.box**2).all()
+    colours = torch.tensor(tool.LEGEND_COLOURS)
+    for clip, of_clip in zip(pixels, labels):
+        known = {}
+        for number, (frame, of_frame) in enumerate(zip(clip, of_clip)):
+            for patch, label in zip(frame.flatten(0, 1), of_frame.flatten().tolist()):
+                if label == tool.IGNORED:
+                    assert patch.abs().max() < 1e-5
+                    continue
+                mark = tuple(patch[:2, :, 0].round().int().flatten().tolist())
+                assert known.setdefault(mark, label) == label
+                inside = colours[label] if number < task.shown else torch.full((3, ), tool.CLOSED)
+                assert torch.allclose(patch[2:], inside.expand(2, 4, 3), atol=1e-5)
+        assert len(known) == task.boxes
+    moved = (labels[:, 1:] != labels[:, :-1]).flatten(2).any(2)
+    assert moved.float().mean() > 0.9
+
+
+def test_marks_are_different(tool):
+    task = replace(tool.HiddenObject(), noise=0.0, boxes=6, side=4)
+    clips, _ = task.clips(1, generator(), 1)
+    frame = (clips[0, -1] * tool.PIXEL_STD + tool.PIXEL_MEAN)
+    patches = frame.unflatten(2, (8, 4)).unflatten(1, (8, 4)).permute(1, 3, 2, 4, 0).flatten(0, 1)
+    marks = {tuple(patch[:2, :, 0].round().int().flatten().tolist()) for patch in patches}
+    assert len(marks) == task.marks + 1, 'and the ground'
+
+
+def test_only_a_carried_state_sees_earlier_frames(tool):
+    torch.manual_seed(0)
+    model = tool.TASK.build(carry=True).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    clips = torch.randn(1, 3, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    for carry in (True, False):
+        model.carry = carry
+        gradient, = torch.autograd.grad(model(clips)[:, :, 1].sum(), clips)
+        assert [gradient[:, t].abs().max() > 0 for t in range(3)] == [carry, True, False]
+        one_by_one = torch.stack([model(clips[:, t:t + 1])[:, :, 0] for t in range(3)], 2)
+        assert torch.allclose(model(clips), one_by_one, atol=1e-10) == (not carry)
+
+
+def test_stopped_trainings_go_on_and_are_reported(tool, tmp_path, capsys, monkeypatch):
+    tool.main(['--seeds', '1', '--out-dir', str(tmp_path)])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ['carried-state-seed0.json', 'without-state-seed0.json']
+    result = json.loads((tmp_path / files[0]).read_text())
+    assert result['settings']['iterations'] == 2 and set(result['figures']) == {
+        'accuracy', 'hidden_for_30_frames', 'state_thrown_away', 'open_boxes'}
+    (tmp_path / files[0]).unlink()
+    executed, execute = [], tool.execute
+    monkeypatch.setattr(tool, 'execute', lambda *run: executed.append(run) or execute(*run))
+    tool.main(['--seeds', '1', '--out-dir', str(tmp_path)])
+    assert executed == [('carried state', 0)]
+    again = json.loads((tmp_path / files[0]).read_text())
+    assert again['figures'] == result['figures']
+
+    capsys.readouterr()
+    tool.main(['--table', '--plot', str(tmp_path / 'plot.png'), '--out-dir', str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == '2 iterations, chance 0.25, solved from 0.90 on'
+    assert [line.split('|')[1].strip() for line in lines[-2:]] == list(tool.VARIANTS)
+    assert f'{again["figures"]["accuracy"]:.2f}' in lines[-1]
+    assert (tmp_path / 'plot.png').stat().st_size > 0
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{}', 'is not the result of a run'), ('no json', 'is not the result of a run'),
+    (None, 'was made with other settings than these')])
+def test_files_that_do_not_fit_are_refused(content, message, tool, tmp_path):
+    path = tmp_path / 'without-state-seed0.json'
+    if content is None:
+        content = json.dumps(dict.fromkeys(tool.RESULT_KEYS))
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        tool.main(['--out-dir', str(tmp_path)])
+
+
+def test_results_that_are_not_there(tool, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="holds no results of 'without state'"):
+        tool.main(['--table', '--out-dir', str(tmp_path)])
+    with pytest.raises(SystemExit):
+        tool.main(['--seeds', '0'])
+    assert '--seeds must be at least 1, got 0' in capsys.readouterr().err
