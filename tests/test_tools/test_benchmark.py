@@ -22,9 +22,11 @@ def cases(analysis_tool):
 @pytest.fixture
 def processes(tool, monkeypatch):
     """Every process of a run, by the cell that it measures; what it would print is made up."""
-    ran = []
+    ran, run_really = [], subprocess.run
 
     def run(command, **kwargs):
+        if '--measure' not in command:  # Python asks the system for the processor's name
+            return run_really(command, **kwargs)
         at = command.index('--measure')
         task, model, mode, engine = command[at + 1:at + 5]
         ran.append((task, model, mode, engine))

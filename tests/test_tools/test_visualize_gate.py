@@ -53,8 +53,8 @@ def test_sheet_and_arrays_are_those_of_the_model(tool, folder, capsys):
     (['config.py', 'weights.pth', 'photo.png', '--out', 'sheet.jpg'], '--out must end in .png, got sheet.jpg'),
     (['config.py', 'weights.pth', 'photo.png', '--arrays', 'no/parts.npz'], '--arrays: no is not a folder'),
     (['config.py', 'weights.pth', 'photo.png', '--device', 'cuda'], "device 'cuda': no GPU"),
-    (['config.py', 'weights.pth', 'photo.png', '--cfg-options', "model.test_cfg={'mode':'slide','crop_size':(64,64),"
-      "'stride':(32,32)}"], 'ran its backbone twice'),
+    (['config.py', 'weights.pth', 'photo.png', '--cfg-options', 'model.test_cfg.mode=slide',
+      'model.test_cfg.crop_size=(64,64)', 'model.test_cfg.stride=(32,32)'], 'ran its backbone twice'),
 ])
 def test_what_cannot_be_done_is_one_line(tool, folder, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(folder)
