@@ -248,8 +248,8 @@ def predict_video(model: BaseModel, capture: cv2.VideoCapture, args: argparse.Na
         print(f'note: {args.input} does not say its frames per second; 25 are written', file=sys.stderr)
         rate = 25.0
     path = drawn_video(args)
-    with (working(int(total) if total > 0 else None, args) as (progress, task),
-          open_results(model, args.out_dir) as results, ExitStack() as stack):
+    with working(int(total) if total > 0 else None, args) as (progress, task), ExitStack() as stack:
+        results = stack.enter_context(open_results(model, args.out_dir))
         painter, writer = None if args.no_pictures else Painter(model, args.score_thr), None
         for index, picture, sample in iter_inference(model, frames(capture), args.batch_size):
             name = f'{index:06}'

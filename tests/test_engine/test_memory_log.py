@@ -38,6 +38,8 @@ def make_runner(tiny_config, tmp_path):
         for step in cfg.train_dataloader.dataset.pipeline:
             if 'scale' in step:
                 step.scale = (64, 64)
+        if model == 'semantic_fpn':
+            cfg.model.data_preprocessor.size = (64, 64)
         cfg.update(work_dir=str(tmp_path / name), experiment_name=name, randomness=dict(seed=0), **changes)
         init_default_scope(cfg.default_scope)
         return Runner.from_cfg(cfg)

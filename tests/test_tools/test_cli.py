@@ -31,8 +31,8 @@ def run(monkeypatch):
 
 
 def test_each_tool_is_a_command():
-    paths = [path for folder in ('', 'analysis', 'model_converters') for path in (ROOT / 'tools' / folder).glob('*.py')
-             if not path.name.startswith('_')]
+    folders = [ROOT / 'tools' / name for name in ('', 'analysis', 'deploy', 'model_converters')]
+    paths = [path for folder in folders for path in folder.glob('*.py') if not path.name.startswith('_')]
     tools = cli.find_tools()
     assert sorted(tools.values()) == sorted(paths)  # so that no two have the same name
     assert tools['train'] == ROOT / 'tools/train.py'

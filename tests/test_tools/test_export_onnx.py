@@ -11,6 +11,7 @@ from tiny_models import CLASSES, CONFIGS, TINY, save_weights, separated
 
 from convneur_mm.apis import init_model
 from convneur_mm.engine.launch import find_config, read_config
+from convneur_mm.models import NeuralMemory
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'deploy'
 onnx, onnxruntime, openvino = map(pytest.importorskip, ('onnx', 'onnxruntime', 'openvino'))
@@ -24,7 +25,6 @@ def tool():
         import export_onnx
         # What is compared while exporting takes longer than the export of so small a model.
         patch.setattr(export_onnx, 'SIZES', ((1, 40, 72), (2, 65, 33)))
-        patch.setattr(export_onnx, 'TRACED', (3, 96, 132))
         yield export_onnx
 
 
@@ -109,6 +109,15 @@ def test_arguments(tool, tmp_path, monkeypatch, capsys, options, message):
         tool.parse_args(['config.py', *options])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options', [
+    dict(chunk_size=36), dict(chunk_size=196), dict(chunk_size=4096), dict(num_chunks=16)])
+def test_traced_with_several_chunks_of_several_tokens_everywhere(tool, options):
+    _, height, width = tool.traced_shape(nn.Sequential(NeuralMemory(16, **options)))
+    last = (height // 32) * (width // 32)
+    length = NeuralMemory(16, **options).tokens_per_chunk(last)
+    assert length > 1 and last > length
 
 
 @pytest.mark.parametrize('size', [(7, 9), (12, 6), (1, 5), (3, 4)])

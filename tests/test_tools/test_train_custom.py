@@ -122,8 +122,8 @@ def test_classification_by_the_command(root):
     assert 'random' in done.stdout
     again = subprocess.run(command, cwd=root, env=env, text=True, capture_output=True)
     assert again.returncode == 2
-    assert re.fullmatch(r'train_custom: error: work_dirs/train_cls has a training already: go on with .*tools/train.py '
-                        r'work_dirs/train_cls/train_cls.py --work-dir work_dirs/train_cls/train --auto-scale-lr '
+    assert re.fullmatch(r'train_custom: error: work_dirs/train_cls has a training already: go on with '
+                        r'.*tools/train.py\'? work_dirs/train_cls/train_cls.py --work-dir work_dirs/train_cls/train --auto-scale-lr '
                         r'--resume, or give another --work-dir\n', again.stderr)
 
 

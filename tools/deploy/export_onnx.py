@@ -15,6 +15,7 @@ backbone. Needs the packages of requirements/export.txt.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import os.path as osp
 import sys
@@ -36,12 +37,10 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from convneur_mm.apis import init_model
+from convneur_mm.models import NeuralMemory
 
 # Sizes that a dynamic graph is compared at, (N, H, W): small, odd, and as large as a detector's images.
 SIZES = ((1, 64, 64), (1, 224, 224), (2, 333, 517), (1, 512, 1024), (1, 800, 1344))
-# What a dynamic graph is traced at. In every stage there must be more than one chunk of 196 tokens, as PyTorch's
-# tracing takes a dimension of one for a constant, and of equal sizes for one.
-TRACED = (3, 512, 544)
 MAX_ERROR = 1e-4
 
 
@@ -178,6 +177,18 @@ def input_size(cfg: dict) -> tuple[int, int]:
     return 224, 224
 
 
+def traced_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(N, H, W) that a dynamic graph is traced at.
+
+    Every memory must have more than one chunk, and more than one token in each, as PyTorch's tracing takes a dimension
+    of one for a constant; and no two sizes may be equal by chance, which it takes for one.
+    """
+    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    tokens = max((2 * memory.num_chunks if memory.num_chunks else memory.chunk_size for memory in memories), default=4)
+    side = 32 * (math.isqrt(tokens) + 1)  # more tokens than that even at the last stage's stride of 32
+    return 3, side, side + 32
+
+
 def export(model: Exported, image: Tensor, dynamic: bool) -> 'torch.onnx.ONNXProgram':
     """The graph of ``model``, traced on ``image``."""
     shapes, options = None, {}
@@ -216,7 +227,7 @@ def main() -> None:
         model = Exported(init_model(args.config, args.checkpoint, 'cpu', args.cfg_options), args.part).eval()
     except ValueError as error:
         sys.exit(_failed(error))
-    shape = TRACED if args.dynamic else (args.batch_size, *(args.shape or input_size(model.model.cfg)))
+    shape = traced_shape(model) if args.dynamic else (args.batch_size, *(args.shape or input_size(model.model.cfg)))
     image = torch.rand(shape[0], 3, *shape[1:]) * 255
     print(f'tracing {"images of any size" if args.dynamic else " x ".join(map(str, shape))}; this takes a minute',
           flush=True)

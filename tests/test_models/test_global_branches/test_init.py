@@ -23,7 +23,7 @@ def make(branch: str, **kwargs) -> GlobalMemory:
 def test_names():
     assert tuple(GLOBAL_BRANCHES) == ('neural_memory', 'cbam', 'non_local', 'self_attention', 'rwkv', 'titans')
     with pytest.raises(ValueError, match=r"global_branch must be one of .*'titans'.*got 'memory'"):
-        ConvNeur(TINY, global_branch='memory')
+        ConvNeur(TINY, global_branch='memory', out_indices=0)
     with pytest.raises(ValueError, match=r"global_branch must be one of .*'titans'.*got 'memory'"):
         GlobalMemory(6, 16, 'memory')
 
@@ -41,7 +41,7 @@ def test_backbone_has_the_branch_where_it_is_placed(branch, placement, blocks):
 
 def test_a_branch_without_a_place_is_refused():
     with pytest.raises(ValueError, match="global_branch='cbam' needs placement='stage' or 'block', got 'none'"):
-        ConvNeur(TINY, global_branch='cbam', placement='none')
+        ConvNeur(TINY, global_branch='cbam', placement='none', out_indices=0)
 
 
 def test_all_have_the_memorys_bottleneck():
@@ -69,7 +69,7 @@ def test_options_that_a_branch_does_not_have_are_refused(branch, options):
     assert set(branch_options(branch)) == options
     for name in {*branch_options('neural_memory'), 'num_persistent', 'reduction'} - options:
         with pytest.raises(ValueError, match=rf"'mem_channels'.*global_branch='{branch}', got \['{name}'\]"):
-            ConvNeur(TINY, global_branch=branch, memory_cfg={name: 1})
+            ConvNeur(TINY, global_branch=branch, memory_cfg={name: 1}, out_indices=0)
 
 
 @pytest.mark.parametrize('branch', OTHERS)
