@@ -123,8 +123,8 @@ def test_classification_by_the_command(root):
     again = subprocess.run(command, cwd=root, env=env, text=True, capture_output=True)
     assert again.returncode == 2
     assert re.fullmatch(r'train_custom: error: work_dirs/train_cls has a training already: go on with '
-                        r'.*tools/train.py\'? work_dirs/train_cls/train_cls.py --work-dir work_dirs/train_cls/train --auto-scale-lr '
-                        r'--resume, or give another --work-dir\n', again.stderr)
+                        r'.*tools/train.py\'? work_dirs/train_cls/train_cls.py --work-dir work_dirs/train_cls/train '
+                        r'--auto-scale-lr --resume, or give another --work-dir\n', again.stderr)
 
 
 def test_sizes_that_are_not_square_go_where_they_belong(write, tmp_path):
