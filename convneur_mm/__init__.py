@@ -1,13 +1,22 @@
 """ConvNeur for OpenMMLab: importing this package registers the backbone for mmdet, mmseg and mmpretrain alike.
 
-None of the three need be installed: models and operators work with torch, torchvision and mmengine alone.
+None of the three need be installed: models and operators work with torch, torchvision and mmengine alone. Without
+MMEngine :mod:`convneur_mm.timm` works, which is imported by its own name.
 """
+import importlib.util
+from typing import NoReturn
+
 from .stack import check_stack
-
-check_stack()
-
-from . import engine, models  # noqa: E402
-from .paths import config  # noqa: E402
 
 __version__ = '0.1.0'
 __all__ = ['config', 'engine', 'models']
+
+if importlib.util.find_spec('mmengine'):
+    check_stack()
+    from . import engine, models
+    from .paths import config
+else:
+    def __getattr__(name: str) -> NoReturn:
+        if name in __all__:
+            check_stack()  # says what to install
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -4,10 +4,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn as nn
-from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, PretrainedInit
 
-from ..engine.checkpoint import load_pretrained
+from ._mmengine import BaseModule, MMLogger, PretrainedInit
 
 
 class Backbone(BaseModule):
@@ -60,6 +58,7 @@ class Backbone(BaseModule):
             return
         checkpoint = self.pretrained.get('checkpoint')
         if checkpoint:
+            from ..engine.checkpoint import load_pretrained  # of MMEngine, which building a model does without
             load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
         else:
             MMLogger.get_current_instance().warning(

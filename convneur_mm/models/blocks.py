@@ -7,12 +7,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
-from mmengine.model import BaseModule, Sequential
 from torch import Tensor
 from torchvision.ops import StochasticDepth
 
 from ..ops.neural_memory import MemoryState
 from ..ops.neural_memory.exported import is_exporting
+from ._mmengine import BaseModule, Sequential
 from .plain import is_plain, pointwise
 
 FUSIONS = ('gate', 'add', 'concat')

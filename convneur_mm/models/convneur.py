@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from mmengine.model import ModuleList, Sequential
-from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..ops.neural_memory import MemoryState
+from ._mmengine import MODELS, ModuleList, Sequential
 from .base import Backbone
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d, Stage
 from .global_branches import GLOBAL_BRANCHES, branch_options
@@ -174,11 +173,7 @@ class ConvNeur(Backbone):
         """
         if states is not None or return_states:
             self._check_states(x, states)
-        stride = 2 ** (1 + len(self.stages))
-        if min(x.shape[2:]) < stride:
-            raise ValueError(f'images must be at least {stride} x {stride} pixels, got {tuple(x.shape[2:])}')
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self._prepared(x, len(self.stages))
         outs, returned = [], []
         given = None if states is None else iter(states)
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
@@ -196,6 +191,13 @@ class ConvNeur(Backbone):
                     # if it were NCHW.
                     outs.append(norm(x).contiguous())
         return (tuple(outs), tuple(returned)) if return_states else tuple(outs)
+
+    def _prepared(self, x: Tensor, num_stages: int) -> Tensor:
+        """Images as the first convolution takes them, if they are large enough for so many stages."""
+        stride = 2 ** (1 + num_stages)
+        if min(x.shape[2:]) < stride:
+            raise ValueError(f'images must be at least {stride} x {stride} pixels, got {tuple(x.shape[2:])}')
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def initial_states(self, batch: int) -> tuple[MemoryState, ...]:
         """States of ``batch`` streams before their first frame: the learned M_0 and no momentum.

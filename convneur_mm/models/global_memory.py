@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops.neural_memory import MemoryState
+from ._mmengine import BaseModule
 from .global_branches import GLOBAL_BRANCHES
 from .plain import is_plain, pointwise
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from mmengine.model import BaseModule
 from torch import Tensor
 
 from ..ops.neural_memory import LayerWeights, MemoryOptions, MemoryState, check_backend, neural_memory_layer
+from ._mmengine import BaseModule
 from .plain import does_as
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import torch.nn as nn
 import torch.nn.functional as F
-from mmengine.model import ModuleList
-from mmengine.registry import MODELS
 from torch import Tensor
 
+from ._mmengine import MODELS, ModuleList
 from .base import Backbone
 from .blocks import LayerNorm2d
 from .overlock_blocks import BaseBlock, ChannelScale, ContextDownsample, DilatedRepConv, DynamicBlock, conv_bn

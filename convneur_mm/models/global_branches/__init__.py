@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import inspect
 
-from mmengine.model import BaseModule
-
+from .._mmengine import BaseModule
 from ..neural_memory import NeuralMemory
 from .cbam import CBAM
 from .non_local import NonLocal

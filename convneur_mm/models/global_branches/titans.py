@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...ops.neural_memory import NORMALIZE_EPS, MemoryState, neural_memory
+from .._mmengine import BaseModule
 from ..neural_memory import NeuralMemory
 from .self_attention import MultiHeadAttention
 

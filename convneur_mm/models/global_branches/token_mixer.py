@@ -1,8 +1,9 @@
 """What the global branches that are compared with the neural memory share with it."""
 from __future__ import annotations
 
-from mmengine.model import BaseModule
 from torch import Tensor, nn
+
+from .._mmengine import BaseModule
 
 
 class TokenMixer(BaseModule):

@@ -1,0 +1,32 @@
+"""What the models take of MMEngine, and plain modules in its place where it is not installed, as with timm alone."""
+from __future__ import annotations
+
+import importlib.util
+
+if importlib.util.find_spec('mmengine'):
+    from mmengine.logging import MMLogger
+    from mmengine.model import BaseModule, ModuleList, PretrainedInit, Sequential
+    from mmengine.registry import MODELS
+else:
+    from torch.nn import Module, ModuleList, Sequential
+
+    class BaseModule(Module):
+        """Of MMEngine's only what building a model needs: weights are drawn by :mod:`convneur_mm.timm`."""
+
+        def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
+            super().__init__()
+            self.init_cfg = init_cfg
+
+    class PretrainedInit:
+        """A type that no ``init_cfg`` can be of."""
+
+    class MODELS:
+        """Registers nothing."""
+
+        @staticmethod
+        def register_module():
+            return lambda kind: kind
+
+    MMLogger = None
+
+__all__ = ['MODELS', 'BaseModule', 'MMLogger', 'ModuleList', 'PretrainedInit', 'Sequential']

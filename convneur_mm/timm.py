@@ -1,0 +1,196 @@
+"""ConvNeur for timm: ``import convneur_mm.timm`` registers ``convneur_m1`` to ``convneur_m6`` with its factory.
+
+    import timm
+    import convneur_mm.timm
+    model = timm.create_model('convneur_m3', features_only=True)
+
+Needs timm, and none of the OpenMMLab packages. There are no pretrained weights; ``checkpoint_path`` takes a backbone's
+or classifier's checkpoint of this package.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .models.convneur import ConvNeur
+from .models.neural_memory import NeuralMemory
+
+__all__ = ['ConvNeurClassifier']
+
+ARCHS = tuple(ConvNeur.arch_settings)
+
+
+class ConvNeurClassifier(ConvNeur):
+    """:class:`ConvNeur` as a model of timm: pooling, LayerNorm and a linear layer behind the last stage.
+
+    Args:
+        arch (str): 'm1' to 'm6'.
+        num_classes (int): 0 leaves the linear layer out. Defaults to 1000.
+        in_chans (int): Channels of the image. Defaults to 3.
+        global_pool (str): 'avg', 'max' or, to keep the map, ''. Defaults to 'avg'.
+        drop_rate (float): Dropout before the linear layer. Defaults to 0.
+        drop_path_rate (float): Largest stochastic depth rate. Defaults to 0.
+        **options: Others of :class:`ConvNeur`, such as ``memory_cfg``.
+
+    Raises:
+        ValueError: For an option outside its range.
+    """
+
+    def __init__(self, arch: str, num_classes: int = 1000, in_chans: int = 3, global_pool: str = 'avg',
+                 drop_rate: float = 0.0, drop_path_rate: float = 0.0, **options: Any) -> None:
+        super().__init__(arch, in_channels=in_chans, drop_path_rate=drop_path_rate, out_indices=-1, **options)
+        self.feature_info = [dict(num_chs=channels, reduction=4 * 2**i, module=f'stages.{i}')
+                             for i, channels in enumerate(self.channels)]
+        self.num_features = self.head_hidden_size = self.channels[-1]
+        self.drop_rate = drop_rate
+        self.head = nn.ModuleDict()
+        self.reset_classifier(num_classes, global_pool)
+        self._draw_weights()
+        self._register_load_state_dict_pre_hook(_without_prefix)
+
+    def _draw_weights(self) -> None:
+        """The weights as MMEngine draws them by this package's defaults."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, NeuralMemory):
+                module.reset_parameters()
+        nn.init.trunc_normal_(self.downsample_layers[0][0].bias, std=0.02)  # see ConvNeur._complete_weights
+
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
+                              stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
+                              ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of stages, (N, C_i, H/2^(2+i), W/2^(2+i)), as timm's other models have it.
+
+        Args:
+            x (Tensor): Images, (N, in_chans, H, W).
+            indices (int | list[int] | None): The last so many stages, or stages by number; None for all.
+            norm (bool): Whether the last stage's features go through the LayerNorm.
+            stop_early (bool): Whether stages behind the last one asked for are left out.
+            output_fmt (str): 'NCHW' alone.
+            intermediates_only (bool): Whether the last features are not returned beside them.
+
+        Raises:
+            ValueError: For another format, or an image that is too small.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        stages = list(zip(self.downsample_layers, self.stages))[:last + 1 if stop_early else None]
+        x, features = self._prepared(x, len(stages)), []
+        for i, (downsample, stage) in enumerate(stages):
+            x = stage(downsample(x))
+            if i in taken:
+                features.append(self.norm3(x) if norm and i == len(self.depths) - 1 else x)
+        features = [feature.contiguous() for feature in features]
+        return features if intermediates_only else (x, features)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
+                                  prune_head: bool = True) -> list[int]:
+        """Removes what the features of ``indices`` do not need; returns the indices that are left."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        self.downsample_layers, self.stages = self.downsample_layers[:last + 1], self.stages[:last + 1]
+        shortened = last < len(self.depths) - 1
+        if shortened:
+            self.num_features = self.head_hidden_size = self.channels[last]
+        if prune_norm or shortened:
+            self.norm3 = nn.Identity()
+        if prune_head or shortened:
+            self.reset_classifier(0, '')
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) → the last stage's features, (N, C, H/32, W/32)."""
+        return self.forward_intermediates(x, indices=1)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Those features → scores (N, num_classes), or what the linear layer takes, (N, C)."""
+        if self.global_pool == 'avg':
+            x = x.mean((2, 3), keepdim=True)
+        elif self.global_pool == 'max':
+            x = x.amax((2, 3), keepdim=True)
+        x = self.norm3(x)
+        if self.global_pool:
+            x = x.flatten(1)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.get_classifier()(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) → (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer, or the identity."""
+        return self.head['fc']
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new linear layer in place, and another pooling if one is named."""
+        if global_pool is not None:
+            if global_pool not in ('avg', 'max', ''):
+                raise ValueError(f"global_pool must be 'avg', 'max' or '', got {global_pool!r}")
+            self.global_pool = global_pool
+        if num_classes and not self.global_pool:
+            raise ValueError(f"a classifier of {num_classes} classes needs global_pool='avg' or 'max', got ''")
+        self.num_classes = num_classes
+        self.head['fc'] = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head['fc'].weight, std=0.02)
+            nn.init.zeros_(self.head['fc'].bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which weights make a layer, for layer-wise learning rates: the stem, then each stage, or each block."""
+        return dict(
+            stem=r'^downsample_layers\.0',
+            blocks=r'^(?:stages|downsample_layers)\.(\d+)' if coarse else [
+                (r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), (r'^norm3', (99999,))])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are recomputed in the backward pass to save memory."""
+        for stage in self.stages:
+            for block in stage:
+                block.with_cp = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the memories' initial weights, which are a state to begin with rather than a map."""
+        return {f'{name}.{weight}' for name, module in self.named_modules() if isinstance(module, NeuralMemory)
+                for weight in ('w1', 'w2')}
+
+
+def _without_prefix(weights: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Lets checkpoints of mmpretrain's classifiers fit, where the backbone's weights have a prefix."""
+    start = f'{prefix}backbone.'
+    for name in [name for name in weights if name.startswith(start)]:
+        weights[prefix + name.removeprefix(start)] = weights.pop(name)
+
+
+default_cfgs = generate_default_cfgs({
+    f'convneur_{arch}.untrained': dict(
+        url='', num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875, interpolation='bicubic',
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='downsample_layers.0.0', classifier='head.fc',
+        license='apache-2.0')
+    for arch in ARCHS})
+
+
+def _register(arch: str) -> None:
+    name = f'convneur_{arch}'
+
+    def create(pretrained: bool = False, **options: Any) -> nn.Module:
+        return build_model_with_cfg(
+            ConvNeurClassifier, name, pretrained, arch=arch,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'), **options)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"""ConvNeur-{arch} as a :class:`ConvNeurClassifier`."""
+    globals()[name] = register_model(create)
+
+
+for _arch in ARCHS:
+    _register(_arch)
