@@ -560,7 +560,7 @@ class TestPretrained:
     def test_what_loading_is_told(self, monkeypatch, options, passed_on):
         """Pickled objects are refused unless they are allowed."""
         calls = []
-        monkeypatch.setattr('convneur_mm.models.base.load_pretrained', lambda *args: calls.append(args))
+        monkeypatch.setattr('convneur_mm.engine.checkpoint.load_pretrained', lambda *args: calls.append(args))
         model = ConvNeur(TINY, init_cfg=dict(type='Pretrained', checkpoint='a.pth', **options))
         model.init_weights()
         assert calls == [(model, 'a.pth', *passed_on)]
