@@ -177,19 +177,26 @@ def _has_images(folder: Path) -> bool:
 # COCO
 
 
-def _find_coco(data: Path) -> dict[str, tuple[Path, Path]]:
+class _Coco(NamedTuple):
+    ann_file: Path
+    content: dict
+    images: Path
+
+
+def _find_coco(data: Path) -> dict[str, _Coco]:
     """COCO file and folder of pictures of each split."""
     files = [data] if data.is_file() else sorted(
         folder / name for folder in _folders(data) for name in os.listdir(folder) if name.endswith('.json'))
-    files = [path for path in files if _coco_content(path) is not None]
+    contents = {path: content for path in files if (content := _coco_content(path)) is not None}
     root = data.parent if data.is_file() else data
-    if not files:
+    if not contents:
         raise OwnDataError(f'DATA: {data} has no COCO annotation file, which is a JSON file with images, annotations '
                            'and categories')
     # COCO itself has files of captions and keypoints beside those of instances.
-    files = [path for path in files if path.name.startswith('instances')] or files
+    files = [path for path in contents if path.name.startswith('instances')] or list(contents)
     chosen = _by_role(((None if data.is_file() else _role(path, root), path) for path in files), 'annotation files')
-    return {role: (path, _image_folder(path, root)) for role, path in chosen.items()}
+    return {role: _Coco(path, contents[path], _image_folder(path, contents[path], root))
+            for role, path in chosen.items()}
 
 
 def _coco_content(path: Path) -> dict | None:
@@ -201,9 +208,9 @@ def _coco_content(path: Path) -> dict | None:
     return content if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in lists) else None
 
 
-def _image_folder(ann_file: Path, root: Path) -> Path:
+def _image_folder(ann_file: Path, content: dict, root: Path) -> Path:
     """The folder that has most of the pictures which a COCO file names; of equal ones that of the same split."""
-    names = [str(image.get('file_name')) for image in _coco_content(ann_file)['images'] if isinstance(image, dict)]
+    names = [str(image.get('file_name')) for image in content['images'] if isinstance(image, dict)]
     names, role = names[:_MAX_SIZED], _role(ann_file, root)
     counts = {folder: sum((folder / name).is_file() for name in names) for folder in _folders(root)}
     best = max(counts, key=lambda folder: (counts[folder], _role(folder, root) == role))
@@ -213,35 +220,36 @@ def _image_folder(ann_file: Path, root: Path) -> Path:
     return best
 
 
-def _prepare_coco(layout: Mapping[str, tuple[Path, Path]], out: Path, names: Sequence[str] | None) -> OwnData:
+def _prepare_coco(layout: Mapping[str, _Coco], out: Path, names: Sequence[str] | None) -> OwnData:
     notes = []
-    for ann_file, images in layout.values():
-        notes += _checked(check_coco(ann_file, images)).notes
-    contents = {role: _coco_content(ann_file) for role, (ann_file, _) in layout.items()}
+    for part in layout.values():
+        notes += _checked(check_coco(part.ann_file, part.images)).notes
+    contents = {role: part.content for role, part in layout.items()}
     first = next(iter(contents.values()))
     categories = [category['name'] for category in first['categories']]
-    classes = _chosen(names, categories, next(iter(layout.values()))[0], 'categories')
+    classes = _chosen(names, categories, next(iter(layout.values())).ann_file, 'categories')
     # mmdet numbers the classes in the order of the annotation file.
     classes = tuple(name for name in categories if name in classes)
     for role, content in contents.items():
         others = [category['name'] for category in content['categories'] if category['name'] in classes]
         if others != list(classes):
-            raise OwnDataError(f'{layout[role][0]} has the categories {others}, and the training file '
+            raise OwnDataError(f'{layout[role].ann_file} has the categories {others}, and the training file '
                                f'{list(classes)}: they must be the same, in the same order')
     if 'all' in layout:
-        ann_file, images = layout['all']
-        content = contents['all']
+        ann_file, content, images = layout['all']
         labels = _labels_by_image(content, classes)
         parts = dict(zip(('train', 'val'), split([labels[image['id']] for image in content['images']])))
         contents = {role: _part_of_coco(content, indices) for role, indices in parts.items()}
-        layout = {role: (_write(out / f'{role}.json', json.dumps(part)), images) for role, part in contents.items()}
+        layout = {role: _Coco(_write(out / f'{role}.json', json.dumps(part)), part, images)
+                  for role, part in contents.items()}
         notes.append(f'{ann_file} was split by chance, the same each time')
     present = set().union(*_labels_by_image(contents['train'], classes).values())
     empty = [name for name in classes if name not in present]
     if empty:
-        raise OwnDataError(f'categories without boxes in {layout["train"][0]}: {", ".join(empty)}; leave them out of '
-                           'the file, or name the others, one a line, in a file for --classes')
-    splits = {role: Split(*layout[role], None, len(content['images'])) for role, content in contents.items()}
+        raise OwnDataError(f'categories without boxes in {layout["train"].ann_file}: {", ".join(empty)}; leave them '
+                           'out of the file, or name the others, one a line, in a file for --classes')
+    splits = {role: Split(part.ann_file, part.images, None, len(part.content['images']))
+              for role, part in layout.items()}
     sizes = {image['id']: (image['width'], image['height']) for image in contents['train']['images']}
     ids = {category['id'] for category in contents['train']['categories'] if category['name'] in classes}
     boxes = [np.array(annotation['bbox'][2:]) / max(sizes[annotation['image_id']])
