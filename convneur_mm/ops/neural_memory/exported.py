@@ -66,12 +66,9 @@ def layer_exported(x: Tensor, weights: LayerWeights, eps: float, options: Memory
     tokens = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
     q, k, v = (F.linear(tokens, weight).unflatten(2, (len(weights.w1), -1)).transpose(1, 2)
                for weight in (weights.query, weights.key, weights.value))
-    y = neural_memory_exported(_unit(q), _unit(k), v, weights.memory, options)
+    q, k = (F.normalize(z, dim=-1, eps=NORMALIZE_EPS) for z in (q, k))
+    y = neural_memory_exported(q, k, v, weights.memory, options)
     return F.linear(y.transpose(1, 2).flatten(2).to(q.dtype), weights.proj)
-
-
-def _unit(z: Tensor) -> Tensor:
-    return z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
 
 
 def _read(q: Tensor, rows: Tensor, hidden: int) -> Tensor:
