@@ -117,7 +117,8 @@ class ConvNeurBlock(BaseModule):
         bias = (bias + (weight * self.grn.beta).sum(1)).to(x.dtype)
         return (torch.bmm(x.flatten(1, 2), scaled.mT) + bias).unflatten(1, x.shape[1:3])
 
-    def _fuse(self, local: Tensor, context: Tensor) -> Tensor:
+    def join(self, local: Tensor, context: Tensor) -> Tensor:
+        """F_loc and G, both (N, C, H, W), as ``fusion`` says."""
         if self.fusion == 'gate':
             return context.sigmoid() * local
         if self.fusion == 'add':
@@ -132,10 +133,10 @@ class ConvNeurBlock(BaseModule):
             local = self.local_features(x)
             if return_state:
                 context, state = self.global_branch(x, state, return_state=True)
-                local = self._fuse(local, context)
+                local = self.join(local, context)
             elif self.global_branch is not None:
                 context = self.global_branch(x) if state is None else self.global_branch(x, state)
-                local = self._fuse(local, context)
+                local = self.join(local, context)
             return x + self.drop_path(local), state
 
         if self.with_cp and x.requires_grad:

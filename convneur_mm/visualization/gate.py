@@ -139,7 +139,7 @@ class GateRecorder:
             before, context = block.local_features(self._inputs[block]), self._contexts[block]
             self.parts.append(BlockParts(
                 stage, number, 2**(1 + stage), block.global_branch.branch, block.fusion, alone[stage, number], before,
-                context, block._fuse(before, context), self._traces.get(block)))
+                context, block.join(before, context), self._traces.get(block)))
 
 
 def context_of(output: Tensor | tuple[Tensor, MemoryState]) -> Tensor:
