@@ -369,6 +369,12 @@ def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 # ---- reporting
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    mean = f'{statistics.mean(values):.2f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
+
+
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with aligned columns, the first one to the left."""
     rows = [list(header), *(list(row) for row in rows)]

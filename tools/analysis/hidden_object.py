@@ -136,7 +136,7 @@ class _Model(nn.Module):
         self.head = nn.Conv2d(backbone.channels[-1], len(LEGEND_COLOURS), 1)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """(B, T, 3, H, W) → logits (B, colours, T, H/8, W/8)."""
+        """(B, T, 3, H, W) → logits (B, colours, T, H/4, W/4)."""
         if not self.carry:
             features, = self.backbone(clips.flatten(0, 1))
             return self.head(features).unflatten(0, clips.shape[:2]).transpose(1, 2)
@@ -241,18 +241,12 @@ def print_table(results: dict[str, list[dict]]) -> None:
     for variant, runs in results.items():
         values = [[run['figures'][name] for run in runs] for name in figures]
         solved = sum(value >= TASK.solved for value in values[0])
-        rows.append((variant, f'{solved} of {len(runs)}', *(spread(of_figure) for of_figure in values),
+        rows.append((variant, f'{solved} of {len(runs)}', *(bench.spread(of_figure) for of_figure in values),
                      f'{min(values[0]):.2f}', f'{max(values[0]):.2f}', f'{runs[0]["parameters"]:,}',
                      f'{statistics.median(run["seconds"] for run in runs):.0f}'))
     header = '', 'solved', *(name.replace('_', ' ') for name in figures), 'least', 'most', 'parameters', 'CPU s'
     print(f'{TASK.iterations} iterations, chance {TASK.chance:.2f}, solved from {TASK.solved:.2f} on\n')
     print(bench.format_table(header, rows))
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
-    mean = f'{statistics.mean(values):.2f}'
-    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
 def plot(path: Path, results: dict[str, list[dict]]) -> None:

@@ -261,16 +261,10 @@ def print_tables(results: Results) -> None:
 def table_row(task: Task, row: tuple[str, float], runs: Sequence[dict], figures: Sequence[str]) -> tuple[str, ...]:
     accuracies = [run['figures']['accuracy'] for run in runs]
     solved = sum(accuracy >= task.solved for accuracy in accuracies)
-    return (row_name(*row), f'{solved} of {len(runs)}', *(spread([run['figures'][name] for run in runs])
+    return (row_name(*row), f'{solved} of {len(runs)}', *(bench.spread([run['figures'][name] for run in runs])
                                                          for name in figures),
             f'{min(accuracies):.2f}', f'{max(accuracies):.2f}', f'{runs[0]["parameters"]:,}',
             f'{statistics.median(run["seconds"] for run in runs):.0f}')
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
-    mean = f'{statistics.mean(values):.2f}'
-    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
 def plot(path: Path, results: Results) -> None:
