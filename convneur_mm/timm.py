@@ -48,9 +48,9 @@ class ConvNeurClassifier(ConvNeur):
                              for i, channels in enumerate(self.channels)]
         self.num_features = self.head_hidden_size = self.channels[-1]
         self.drop_rate = drop_rate
+        self._draw_weights()
         self.head = nn.ModuleDict()
         self.reset_classifier(num_classes, global_pool)
-        self._draw_weights()
         self._register_load_state_dict_pre_hook(_without_prefix)
 
     def _draw_weights(self) -> None:
