@@ -82,7 +82,7 @@ class Exported(nn.Module):
         part (str): 'model' or 'backbone'.
 
     Raises:
-        ValueError: If the model is of neither kind.
+        ValueError: If the model is of neither kind, or its backbone has no ``out_indices``.
     """
 
     def __init__(self, model: BaseModel, part: str) -> None:
@@ -95,7 +95,9 @@ class Exported(nn.Module):
             self.register_buffer(name, values.view(1, -1, 1, 1), persistent=False)
         self.model = model
         if part == 'backbone':
-            self.names = tuple(f'stage{i}' for i in getattr(model.backbone, 'out_indices', range(9)))
+            if not hasattr(model.backbone, 'out_indices'):
+                raise ValueError(f'a {type(model.backbone).__name__} has no out_indices, which name the outputs')
+            self.names = tuple(f'stage{i}' for i in model.backbone.out_indices)
         elif model.cfg.default_scope == 'mmpretrain' and hasattr(model.head, 'fc'):
             self.names = ('scores',)
         elif model.cfg.default_scope == 'mmseg' and hasattr(model, 'encode_decode'):
