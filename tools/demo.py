@@ -19,7 +19,6 @@ if __name__ == '__main__':
     hide()
 
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.model import BaseModel
 
 from convneur_mm.apis import init_model
@@ -37,16 +36,10 @@ HOST = '127.0.0.1'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
-    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
-    parser.add_argument('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one)')
+    launch.add_model_arguments(parser)
     parser.add_argument('--port', type=int, metavar='N', help='of the page (default: the first free one from 7860 on)')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
                         help='draw detections from this score on (default: %(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help='override settings of the config')
-    parser.add_argument('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors '
-                        'and plain values, which can run any code')
     return parser.parse_args(argv)
 
 

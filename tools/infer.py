@@ -28,7 +28,6 @@ if __name__ == '__main__':
 
 import cv2
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.model import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,13 +45,11 @@ VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
-    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
+    launch.add_model_arguments(parser)
     parser.add_argument('input', type=Path, help=f'picture, folder of pictures ({" ".join(PICTURES)}) or video '
                         f'({" ".join(VIDEOS)})')
     parser.add_argument('--out-dir', type=Path, default=Path('predictions'), metavar='DIR',
                         help='folder to write to; files of the same names are replaced (default: %(default)s)')
-    parser.add_argument('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one, else the CPU)')
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='pictures to predict at once; only '
                         'those of one size share a batch (default: %(default)s)')
     parser.add_argument('--stream', action='store_true', help='carry the memories of a ConvNeur from frame to '
@@ -61,10 +58,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         'on; all are written to the file (default: %(default)s)')
     parser.add_argument('--no-pictures', action='store_true', help='draw nothing, which takes longer than a small '
                         'model needs to predict')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help='override settings, as for tools/test.py')
-    parser.add_argument('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors '
-                        'and plain values, which can run any code; without it such a file is refused')
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')

@@ -49,6 +49,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of tools that use a trained model on pictures: those of ``apis.init_model``."""
+    add = parser.add_argument
+    add('config', help='path of a config, or the name of one that convneur_mm ships')
+    add('checkpoint', help='path or URL of the checkpoint')
+    add('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one, else the CPU)')
+    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='override settings of the '
+        'config, as for tools/test.py')
+    add('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors and plain values, '
+        'which can run any code; without it such a file is refused')
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs ``main``; what the user gave wrong and signals end it with one line from each machine, not with tracebacks.
 

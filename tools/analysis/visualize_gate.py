@@ -22,7 +22,6 @@ if __name__ == '__main__':
     hide()
 
 import numpy as np
-from mmengine.config import DictAction
 
 from convneur_mm.apis import init_model
 from convneur_mm.engine import launch
@@ -32,18 +31,12 @@ from convneur_mm.visualization.view import look
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
-    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
+    launch.add_model_arguments(parser)
     parser.add_argument('image', metavar='IMAGE', help='a picture')
     parser.add_argument('--out', type=Path, metavar='FILE.png', help='where the sheet goes (default: '
                         '<name of the picture>_gate.png in the current folder)')
     parser.add_argument('--arrays', type=Path, metavar='FILE.npz', help='write all arrays to this file too, see '
                         'docs/gate.md')
-    parser.add_argument('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help='override settings of the config')
-    parser.add_argument('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors '
-                        'and plain values, which can run any code')
     return parser.parse_args(argv)
 
 
