@@ -250,3 +250,11 @@ def test_a_split_leaves_every_class_in_the_training():
     assert split([{'a'}, {'b'}])[1] != []
     with pytest.raises(OwnDataError, match='1 picture cannot be split'):
         split([{'a'}])
+
+
+@pytest.mark.parametrize('count', [2, 3, 7, 20])
+def test_the_only_picture_of_a_class_is_trained_on(count):
+    for rare in range(count):
+        labels = [{'often', 'rare'} if i == rare else {'often'} for i in range(count)]
+        train, val = split(labels)
+        assert rare in train and val and sorted(train + val) == list(range(count))
