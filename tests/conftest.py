@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from mmengine.logging import MMLogger
 
 from convneur_mm.ops.neural_memory import cpu
 
@@ -82,6 +83,18 @@ def need(name: str) -> None:
         if IS_CORE:
             pytest.skip(reason)
         pytest.fail(f'{reason}: tools/setup_env.sh', pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def loggers_of_before():
+    """MMEngine's loggers outlive a run: the next test would write to those of this one, at its level."""
+    loggers = MMLogger._instance_dict
+    before = {name: (logger, logger.level) for name, logger in loggers.items()}
+    yield
+    loggers.clear()
+    for name, (logger, level) in before.items():
+        logger.setLevel(level)
+        loggers[name] = logger
 
 
 @pytest.fixture(scope='session')

@@ -14,13 +14,11 @@ def tool(monkeypatch):
     """The tool, its task made small: two iterations on little clips."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import hidden_object
-    from mmengine.logging import MMLogger
     monkeypatch.setattr(hidden_object, 'TASK', replace(
         hidden_object.TASK, iterations=2, batch=2, side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8))
     monkeypatch.setattr(hidden_object, 'LONG', 4)
-    level, threads = MMLogger.get_current_instance().level, torch.get_num_threads()
+    threads = torch.get_num_threads()
     yield hidden_object
-    MMLogger.get_current_instance().setLevel(level)
     torch.set_num_threads(threads)
 
 

@@ -34,12 +34,8 @@ def ablation(tools, monkeypatch):
     assert set(shrunk) == set(small_ablation.TASKS)
     for name, fields in shrunk.items():
         monkeypatch.setitem(small_ablation.TASKS, name, replace(small_ablation.TASKS[name], **fields))
-    # Loggers outlive a test.
-    from mmengine.logging import MMLogger
-    level = MMLogger.get_current_instance().level
     threads = torch.get_num_threads()
     yield small_ablation
-    MMLogger.get_current_instance().setLevel(level)
     torch.set_num_threads(threads)
 
 
