@@ -231,9 +231,10 @@ def _layer_forward(call: Tensors, settings: Settings) -> tuple[Tensor, list[Writ
     out, all_written = x.new_empty(x.shape, dtype=settings.dtype), []
     spans = list(_spans(x, settings))
     keep = settings.keep and len(spans) == 1
+    product = None
     for span, num_written in spans:
         _, tokens, _, _ = _layer_norm(x[:, span], weights, settings)
-        product = _project(tokens, projections)
+        product = _project(tokens, projections, out=product)
         q, k, v = _by_head(product, len(memory.w1))
         kernels = kernels_for(settings.backend, q, rows, options)
         scales = [kernels.normalize_(z, NORMALIZE_EPS) for z in (q, k)]
@@ -300,9 +301,11 @@ def _layer_norm(x: Tensor, weights: LayerWeights, settings: Settings) -> tuple[T
     return x, tokens.to(settings.dtype), mean, rstd
 
 
-def _project(tokens: Tensor, projections: Tensor) -> Tensor:
-    """Queries, keys and values (B, 3Cm, N) of tokens (B, N, Cm) by ``projections`` (3Cm, Cm)."""
-    return torch.bmm(_batched(projections, tokens, tokens.dtype), tokens.mT).to(projections.dtype)
+def _project(tokens: Tensor, projections: Tensor, out: Tensor | None = None) -> Tensor:
+    """Queries, keys and values (B, 3Cm, N) of tokens (B, N, Cm) by ``projections`` (3Cm, Cm), in ``out`` if it fits."""
+    if out is not None and (out.size(2), out.dtype) != (tokens.size(1), tokens.dtype):
+        out = None
+    return torch.bmm(_batched(projections, tokens, tokens.dtype), tokens.mT, out=out).to(projections.dtype)
 
 
 def _by_head(product: Tensor, heads: int) -> tuple[Tensor, ...]:
