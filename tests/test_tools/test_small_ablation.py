@@ -234,6 +234,29 @@ def test_every_variant_builds(ablation):
     assert built['final, add'].fusion == 'add' and built['final'].fusion == 'gate'
 
 
+def test_tile_order(tasks):
+    order = tasks.tile_order(36, 3).view(4, 9)  # 6 x 6 tokens
+    assert order[1].tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]
+    assert order[2].tolist() == [18, 19, 20, 24, 25, 26, 30, 31, 32]
+    assert tasks.tile_order(4, 8).tolist() == [0, 1, 2, 3]
+
+
+def test_tiles_are_the_chunks(tasks):
+    """Under 'previous' a token sees itself and the chunks before its own: tiles, or rows."""
+    x = torch.randn(1, 16, 4, 4)
+    other = x.clone()
+    other[..., 2:, :2] = torch.randn(1, 16, 2, 2)  # the third of four tiles
+
+    def changed(tile):
+        torch.manual_seed(0)
+        task = replace(tasks.Legend(), channels=16, mem_channels=16)
+        branch = task.build(tile=tile, memory_cfg=dict(chunk_size=4)).backbone.stages[0][0].global_branch
+        return (branch(x) != branch(other)).any(1)[0].int().tolist()
+
+    assert changed(2) == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert changed(None) == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
 def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     command = ['--variants', 'none', 'final', '--seeds', '2', '--out-dir', str(tmp_path / 'runs')]
     executed, trained = [], []

@@ -5,6 +5,7 @@ data. Everything about it is a field, so a result can say exactly what it was tr
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convneur_mm.datasets.shapes import SHAPE_CLASSES, single_scene_at
-from convneur_mm.models import ConvNeur
+from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.models.global_branches import branch_options
 
 IGNORED = -1  # label of what is not asked for
@@ -63,14 +64,32 @@ class Task:
         """Figures of a trained model on data it has not seen; 'accuracy' is among them."""
         raise NotImplementedError
 
-    def backbone(self, arch: dict, **options) -> ConvNeur:
-        """A ConvNeur of this task's chunk size, with the weights it starts from."""
+    def backbone(self, arch: dict, tile: int | None = None, **options) -> ConvNeur:
+        """A ConvNeur of this task's chunk size, with the weights it starts from.
+
+        With ``tile``, its memories take the tokens in square tiles of so many rows and columns instead of row by row.
+        """
         memory_cfg = options.pop('memory_cfg', {})
         if 'chunk_size' in branch_options(options.get('global_branch', 'neural_memory')):
             memory_cfg = {'chunk_size': self.chunk_size, **memory_cfg}
         model = ConvNeur(arch, memory_cfg=memory_cfg, **options)
         model.init_weights()
+        if tile is not None:
+            for memory in model.modules():
+                if isinstance(memory, NeuralMemory):
+                    memory.register_forward_pre_hook(
+                        lambda _, args: (args[0][:, tile_order(args[0].size(1), tile)], *args[1:]))
+                    memory.register_forward_hook(
+                        lambda _, args, out: out[:, tile_order(out.size(1), tile).argsort()])
         return model
+
+
+def tile_order(num_tokens: int, tile: int) -> Tensor:
+    """Where the tokens of a square map lie in row-major order, tile by tile and row by row within each."""
+    side = math.isqrt(num_tokens)
+    row, column = torch.arange(side)[:, None], torch.arange(side)
+    tiles = row // tile * side + column // tile
+    return tiles.flatten().argsort(stable=True)
 
 
 # ---- recall

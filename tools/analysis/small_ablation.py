@@ -38,13 +38,15 @@ from _small_tasks import Legend, Recall, Shapes, Task, train
 from mmengine.logging import MMLogger
 
 TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}
-# Options of the backbone.
+# Options of the backbone, and the side of the tiles in which the memory takes the tokens, if not row by row.
 VARIANTS: dict[str, dict] = {
     'none': dict(placement='none'),
     'previous': dict(),
     'previous, parallel': dict(memory_cfg=dict(update_rule='parallel')),
     'final': dict(memory_cfg=dict(retrieve='final')),
     'final, parallel': dict(memory_cfg=dict(retrieve='final', update_rule='parallel')),
+    'previous, tiles': dict(tile=8, memory_cfg=dict(chunk_size=64)),
+    'final, tiles': dict(tile=8, memory_cfg=dict(chunk_size=64, retrieve='final')),
     'final, 1 chunk': dict(memory_cfg=dict(retrieve='final', num_chunks=1)),
     'final, 16 chunks': dict(memory_cfg=dict(retrieve='final', num_chunks=16)),
     'final, never written': dict(memory_cfg=dict(retrieve='final', inner_step=0.0)),
