@@ -44,10 +44,7 @@ class BFloat16OptimWrapper(OptimWrapper):
     """Mixed precision in bfloat16, on CPUs too.
 
     bfloat16 has the range of float32, so no loss is scaled. MMEngine's AmpOptimWrapper always has a scaler for the loss
-    and refuses CPUs.
-
-    Args:
-        **kwargs: See :class:`OptimWrapper`.
+    and refuses CPUs. Arguments are those of MMEngine's :class:`OptimWrapper`.
     """
 
     @contextmanager

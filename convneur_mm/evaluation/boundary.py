@@ -169,7 +169,7 @@ class BoundaryMetric(BaseMetric):
     default_prefix = 'boundary'
 
     def __init__(self, tolerance: int | float = 0.0075, band_width: int | float = 0.02, ignore_index: int = 255,
-                 **kwargs) -> None:
+                 **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.tolerance = _length('tolerance', tolerance, least=0)
         self.band_width = _length('band_width', band_width, least=1)

@@ -31,7 +31,7 @@ class GlobalMemory(BaseModule):
     """
 
     def __init__(self, in_channels: int, mem_channels: int, branch: str = 'neural_memory',
-                 init_cfg: dict | list[dict] | None = None, **memory_cfg) -> None:
+                 init_cfg: dict | list[dict] | None = None, **memory_cfg: object) -> None:
         super().__init__(init_cfg=init_cfg)
         if branch not in GLOBAL_BRANCHES:
             raise ValueError(f'global_branch must be one of {tuple(GLOBAL_BRANCHES)}, got {branch!r}')
