@@ -6,21 +6,20 @@ they were written for in their :class:`SettingsHook`, and :func:`apply_settings`
 from those up to date. The tools call it, and so does :class:`SettingsRunner`, which the configs name as their
 ``runner_type``, so that most tools of other projects do too; the hook stops a run of any other.
 
-====================================================  =============================================================
-setting                                               where it goes
-====================================================  =============================================================
-classes                                               num_classes of all heads, names of all data sets
-palette, class_weight, topk                           data sets; losses; accuracies. Where classes alone is set: without
-                                                      palette and weights, and with no k beyond their number
-data_root                                             all data sets, annotation file of the evaluators
-train_ann, val_ann, train_images, val_images,         data sets below data_root, annotation file of the evaluators
-train_labels, val_labels, img_suffix, seg_map_suffix
-image_size                                            Resize and its random kinds in the pipelines; mmseg's crops and
-                                                      the size they are padded to
-max_epochs, max_iters                                 the training loop, ends of the schedules
-milestones                                            the schedules. Where max_epochs alone is set: in proportion
-pretrained                                            init_cfg.checkpoint of the backbone, by its arch
-====================================================  =============================================================
+| setting                                               | where it goes                                              |
+|-------------------------------------------------------|------------------------------------------------------------|
+| classes                                               | num_classes of all heads, names of all data sets           |
+| palette, class_weight, topk                           | data sets; losses; accuracies. With classes alone: without |
+| data_root                                             | all data sets, annotation files of the evaluators          |
+| train_ann, val_ann, train_images, val_images          | data sets below data_root, annotation files of evaluators  |
+| train_labels, val_labels, img_suffix, seg_map_suffix  | data sets below data_root                                  |
+| image_size                                            | Resize and its random kinds; mmseg's crops and padding     |
+| max_epochs, max_iters                                 | the training loop, ends of the schedules                   |
+| milestones                                            | the schedules. With max_epochs alone: in proportion        |
+| pretrained                                            | init_cfg.checkpoint of the backbone, by its arch           |
+
+Where classes alone is set, there is neither a palette nor weights of classes, and no k of an accuracy beyond their
+number.
 
 A config has those that its SettingsHook names; other variables of these names are the user's own. Where a child config
 or the command line sets one of these places itself, that stays.

@@ -25,16 +25,14 @@ class ConvNeur(Backbone):
     Four stages of ConvNeXt-V2 blocks; the first block of each stage is gated by a global branch, a neural memory that
     is read and rewritten chunk by chunk over the feature map.
 
-    ======  ===========  ====================  ============
-    arch    depths       channels              mem_channels
-    ======  ===========  ====================  ============
-    m1      2, 2, 6, 2   40, 80, 160, 320      80
-    m2      2, 2, 6, 2   48, 96, 192, 384      96
-    m3      2, 2, 6, 2   64, 128, 256, 512     128
-    m4      2, 2, 8, 2   80, 160, 320, 640     160
-    m5      3, 3, 9, 3   96, 192, 384, 768     192
-    m6      3, 3, 27, 3  128, 256, 512, 1024   256
-    ======  ===========  ====================  ============
+    | arch | depths      | channels            | mem_channels |
+    |------|-------------|---------------------|--------------|
+    | m1   | 2, 2, 6, 2  | 40, 80, 160, 320    | 80           |
+    | m2   | 2, 2, 6, 2  | 48, 96, 192, 384    | 96           |
+    | m3   | 2, 2, 6, 2  | 64, 128, 256, 512   | 128          |
+    | m4   | 2, 2, 8, 2  | 80, 160, 320, 640   | 160          |
+    | m5   | 3, 3, 9, 3  | 96, 192, 384, 768   | 192          |
+    | m6   | 3, 3, 27, 3 | 128, 256, 512, 1024 | 256          |
 
     The paper has m1 to m4. m5 and m6 are ours, with the depths and channels of ConvNeXt-V2 Tiny and Base, for weights
     that are converted from those.

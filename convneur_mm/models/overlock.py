@@ -23,26 +23,22 @@ class OverLoCK(Backbone):
     prior. Guided by it, Focus-Net refines Base-Net's features at stride 16 and takes them to stride 32; its outputs
     hold the features' channels, then those of the context prior.
 
-    ====  =====================  ==================  ======  ===================
-    arch  depths of the 3 nets   channels            groups  output channels
-    ====  =====================  ==================  ======  ===================
-    xt    2, 2, 3 / 2 / 6, 2     56, 112, 256, 336   4, 6    56, 112, 340, 420
-    t     4, 4, 6 / 2 / 12, 2    64, 128, 256, 512   4, 8    64, 128, 384, 640
-    s     6, 6, 8 / 3 / 16, 3    64, 128, 320, 512   8, 16   64, 128, 448, 640
-    b     8, 8, 10 / 4 / 20, 4   80, 160, 384, 576   6, 9    80, 160, 528, 720
-    ====  =====================  ==================  ======  ===================
+    | arch | depths of the 3 nets | channels          | groups | output channels   |
+    |------|----------------------|-------------------|--------|-------------------|
+    | xt   | 2, 2, 3 / 2 / 6, 2   | 56, 112, 256, 336 | 4, 6   | 56, 112, 340, 420 |
+    | t    | 4, 4, 6 / 2 / 12, 2  | 64, 128, 256, 512 | 4, 8   | 64, 128, 384, 640 |
+    | s    | 6, 6, 8 / 3 / 16, 3  | 64, 128, 320, 512 | 8, 16  | 64, 128, 448, 640 |
+    | b    | 8, 8, 10 / 4 / 20, 4 | 80, 160, 384, 576 | 6, 9   | 80, 160, 528, 720 |
 
     Its authors publish the size of the merged model without the auxiliary head, and leave ContMix's weighted sums out
     of the FLOPs. Counted in full, the classifier has, at 224 × 224:
 
-    ====  ======================  =====================  ====================
-    arch  as trained              merged                 published
-    ====  ======================  =====================  ====================
-    xt    17.31 M, 2.86 GFLOPs    16.45 M, 2.70 GFLOPs   16 M, 2.6 GFLOPs
-    t     34.99 M, 5.99 GFLOPs    33.47 M, 5.65 GFLOPs   33 M, 5.5 GFLOPs
-    s     58.31 M, 10.44 GFLOPs   56.16 M, 9.89 GFLOPs   56 M, 9.7 GFLOPs
-    b     98.01 M, 17.96 GFLOPs   94.94 M, 17.10 GFLOPs  95 M, 16.7 GFLOPs
-    ====  ======================  =====================  ====================
+    | arch | as trained            | merged                | published         |
+    |------|-----------------------|-----------------------|-------------------|
+    | xt   | 17.31 M, 2.86 GFLOPs  | 16.45 M, 2.70 GFLOPs  | 16 M, 2.6 GFLOPs  |
+    | t    | 34.99 M, 5.99 GFLOPs  | 33.47 M, 5.65 GFLOPs  | 33 M, 5.5 GFLOPs  |
+    | s    | 58.31 M, 10.44 GFLOPs | 56.16 M, 9.89 GFLOPs  | 56 M, 9.7 GFLOPs  |
+    | b    | 98.01 M, 17.96 GFLOPs | 94.94 M, 17.10 GFLOPs | 95 M, 16.7 GFLOPs |
 
     Args:
         arch (str | dict): A name from the table, or a dict of ``depths`` (of Base-Net's three stages and of

@@ -114,4 +114,7 @@ def test_site(docs, tmp_path):
     for page in docs.PAGES:
         if page.startswith('docs/'):
             assert (tmp_path / page.removeprefix('docs/')).with_suffix('.html').stat().st_size > 5000
-    assert 'init_weights' in (tmp_path / 'api' / 'models.html').read_text()
+    models = (tmp_path / 'api' / 'models.html').read_text()
+    assert 'init_weights' in models and '<code>NeuralMemory</code>' in models
+    for path in (tmp_path / 'api').iterdir():
+        assert ':class:' not in path.read_text() and '====' not in path.read_text(), path.name

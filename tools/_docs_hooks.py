@@ -1,0 +1,13 @@
+"""What mkdocs is told by mkdocs.yml: docstrings name code by Sphinx's roles, which Markdown does not know."""
+import re
+
+ROLES = re.compile(r':(?:attr|class|data|func|meth|mod):<code>([^<]*)</code>')
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """The HTML with ``ConvNeur`` in place of ``:class:`~convneur_mm.models.ConvNeur```."""
+    return ROLES.sub(lambda role: f'<code>{_shown(role[1])}</code>', html)
+
+
+def _shown(name: str) -> str:
+    return name.rpartition('.')[2] if name[0] == '~' else name.lstrip('.')
