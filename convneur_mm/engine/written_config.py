@@ -35,7 +35,10 @@ def _value(node: ast.expr) -> object:
         return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(item) for item in node.elts]
-    return node.value if isinstance(node, ast.Constant) else ast.unparse(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
 def model_differences(there: object, here: object, key: str = 'model') -> Iterator[str]:

@@ -24,7 +24,7 @@ def test_shipped_configs_are_read_as_if_they_were_run(name):
 def test_nothing_is_run(tmp_path):
     path = tmp_path / 'made'
     text = f"a = open({str(path)!r}, 'w')\nb = dict(c=-1.5, d=float('inf'))\nprint(a)\n"
-    assert written_settings(text) == {'a': f"open({str(path)!r}, 'w')", 'b': {'c': '-1.5', 'd': "float('inf')"}}
+    assert written_settings(text) == {'a': f"open({str(path)!r}, 'w')", 'b': {'c': -1.5, 'd': "float('inf')"}}
     assert not path.exists()
 
 
