@@ -2,7 +2,7 @@
 r"""Writes the lists of models that others read: model-index.yml, configs/metafile.yml and the tables of the docs.
 
     tools/analysis/zoo.py            # writes them
-    tools/analysis/zoo.py --check    # changes nothing; prints what is out of date, and exits with 1 if anything is
+    tools/analysis/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
 
 Parameters and FLOPs are counted as get_flops.py counts them. The paper's figures are those of get_flops.py,
 baseline_table.py and ablation_table.py, and are marked as the paper's wherever they appear.
@@ -142,7 +142,7 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
                 note = f' ({paper.note})' if paper and paper.note else ''
                 cells = (f'[{Path(model.config).name}](../configs/{model.config}.py)',
                          f'{counted.parameters / 1e6:.2f}', f'{counted.macs / 1e9:.2f}',
-                         f'{paper.gflops:g}{note}' if paper else '', _values(model.paper_results),
+                         f'{paper.gflops}{note}' if paper else '', _values(model.paper_results),
                          _values(REPRODUCED.get(model.config, ())) or NOT_YET, NOT_YET)
                 lines.append(f'| {" | ".join(cells)} |')
         parts.append('\n'.join(lines))
@@ -150,7 +150,7 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
 
 
 def _values(values: Sequence[float]) -> str:
-    return ' / '.join(f'{value:g}' for value in values)
+    return ' / '.join(map(str, values))
 
 
 def between_marks(text: str, new: str) -> str:
