@@ -13,7 +13,7 @@ def as_lists(value):
 
 
 @pytest.mark.needs('mmdet')  # a base of the first is mmdet's
-@pytest.mark.parametrize('name', ['cascade_rcnn_convneur_m1_shapes', 'upernet_convneur_m4_80k_ade20k'])
+@pytest.mark.parametrize('name', ['cascade_rcnn_convneur_m1_shapes', 'semantic_fpn_convneur_m1_shapes'])
 def test_shipped_configs_are_read_as_if_they_were_run(name):
     cfg = Config.fromfile(config(name))
     found = written_settings(cfg.pretty_text)
