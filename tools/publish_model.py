@@ -162,8 +162,8 @@ class Origin(NamedTuple):
 
     Attributes:
         licence (str | None): Of the weights, if it is known.
-        sources (list[str]): Files of weights that the training started from.
-        unknown (list[str]): Those of them that say nothing of a licence, or are not there.
+        sources (list[str]): What the training started from; [] if that is not known.
+        unknown (list[str]): Files among them that say nothing of a licence, or are not there.
     """
 
     licence: str | None
@@ -171,15 +171,22 @@ class Origin(NamedTuple):
     unknown: list[str]
 
 
-def find_origin(meta: Mapping, settings: dict, given: str | None, filename: str, allow_pickle: bool) -> Origin:
+def find_origin(meta: Mapping, given: str | None, filename: str, allow_pickle: bool) -> Origin:
     """Licence and sources by the checkpoint, the weights that its training started from, and the command line.
+
+    Args:
+        meta (Mapping): Of the checkpoint. The training is that of the config in it.
+        given (str | None): Licence on the command line.
+        filename (str): Of the checkpoint.
+        allow_pickle (bool): See :func:`read_checkpoint`; for the weights it started from.
 
     Raises:
         CheckpointError: If these have different licences.
     """
     stated = {filename: meta['licence']} if meta.get('licence') else {}
-    sources, unknown = started_from(settings), []
-    for name in sources:
+    trained = written_settings(meta['cfg']) if isinstance(meta.get('cfg'), str) else {}
+    files, unknown = started_from(trained), []
+    for name in files:
         path = os.path.expanduser(name)
         own = read_checkpoint(path, allow_pickle, mmap=True).get('meta') if os.path.isfile(path) else None
         if isinstance(own, Mapping) and own.get('licence'):
@@ -191,6 +198,10 @@ def find_origin(meta: Mapping, settings: dict, given: str | None, filename: str,
     if len(set(stated.values())) > 1:
         raise CheckpointError('weights keep the licence of what they were made of, and here are several: '
                               + '; '.join(f'{name}: {text!r}' for name, text in stated.items()))
+    if 'source' in meta:  # of a file that was converted
+        sources = [f'{meta["source"]} ({meta.get("version", "other")} weights, converted)']
+    else:
+        sources = files or (['random weights'] if trained else [])
     return Origin(next(iter(stated.values()), None), sources, unknown)
 
 
@@ -293,7 +304,7 @@ def describe(model: BaseModel, meta: Mapping, origin: Origin, weights: str) -> d
         'classes': f'{len(classes)}: {names}{", …" if len(classes) > 20 else ""}' if classes else 'not known',
         'trained': ', '.join(f'{key} {meta[key]}' for key in ('epoch', 'iter') if key in meta) or 'not known',
         'weights': weights,
-        'started from': ', '.join(origin.sources) or 'random weights, by its config',
+        'started from': ', '.join(origin.sources) or 'not known',
         'licence': meta.get('licence', 'not stated'),
         'published with': ', '.join(f'{package} {version}' for package, version in sorted(versions.items())),
     }
@@ -334,7 +345,7 @@ def model_card(stem: str, rows: Mapping[str, object], metrics: Mapping[str, floa
 
 ## Use
 
-It needs [convneur_mm](https://pypi.org/project/convneur-mm/) {__version__}.
+It needs convneur_mm {__version__}.
 
 ```bash
 convneur-mm infer {stem}.py {stem}.pth photo.jpg
@@ -346,8 +357,8 @@ from convneur_mm.apis import inference, init_model
 model = init_model('{stem}.py', '{stem}.pth')
 ```
 
-To start from its backbone: `backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{stem}.pth'))`; from all of it:
-`load_from = '{stem}.pth'`.
+To start another training from its backbone, set `init_cfg=dict(type='Pretrained', checkpoint='{stem}.pth')` of a
+backbone of the same settings; to start from all of it, `load_from = '{stem}.pth'`.
 """
 
 
@@ -404,10 +415,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     saved = checkpoint.get('meta') if isinstance(checkpoint.get('meta'), Mapping) else {}
     weights = published_weights(model, checkpoint, args.ema, args.checkpoint)
     config = effective_config(model.cfg)
-    settings = written_settings(config)
-    check_same_model(saved, settings, args.checkpoint)
-    trained = written_settings(saved['cfg']) if isinstance(saved.get('cfg'), str) else settings
-    origin = find_origin(saved, trained, args.licence, args.checkpoint, args.allow_pickle)
+    check_same_model(saved, written_settings(config), args.checkpoint)
+    origin = find_origin(saved, args.licence, args.checkpoint, args.allow_pickle)
     before_averaging = args.ema is False and 'ema_state_dict' in checkpoint
     if not metrics and not before_averaging:  # what is validated are the averages
         metrics, measured = validated(Path(args.checkpoint), saved, model.cfg)

@@ -290,6 +290,12 @@ class TestLicence:
         assert 'states no licence' not in printed
         assert 'note: the card states no licence' in publish('segmentor', out='without')[1]
 
+    def test_of_converted_weights(self, tool):
+        meta = dict(licence=LICENCE, source='v2.pt', version='ConvNeXt-V2')
+        assert tool.find_origin(meta, None, 'x.pth', False) == (LICENCE, ['v2.pt (ConvNeXt-V2 weights, converted)'], [])
+        assert tool.find_origin({}, None, 'x.pth', False) == (None, [], [])
+        assert tool.find_origin(dict(cfg='a = 1'), 'MIT', 'x.pth', False) == ('MIT', ['random weights'], [])
+
     def test_of_the_checkpoint_itself(self, publish, trained, tmp_path):
         checkpoint = changed(trained['segmentor'][1], tmp_path / 'x.pth',
                              lambda checkpoint: checkpoint['meta'].update(licence=LICENCE))
