@@ -31,20 +31,17 @@ sys.path.append(str(Path(__file__).resolve().parent / 'analysis'))
 import numpy as np
 import torch
 from _config import add_config_arguments, run
-from _flops import count_parameters, count_parts
-from get_flops import SHAPES, add_up
+from _model_card import describe, model_card
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from torch import Tensor
 
-from convneur_mm import __version__
 from convneur_mm.apis import init_model
 from convneur_mm.apis.model import config_meta
 from convneur_mm.engine.checkpoint import check_all_match, checkpoint_weights, compare_weights, read_checkpoint
 from convneur_mm.engine.launch import find_config
 from convneur_mm.engine.weights_file import CheckpointError, weights_of
 from convneur_mm.engine.written_config import model_differences, started_from, written_settings
-from convneur_mm.stack import installed_versions
 
 # Of a checkpoint's meta, beside config and classes: how far it was trained, and what the converter says of a source.
 KEPT = ('epoch', 'iter', 'seed', 'mmengine_version', 'source', 'version', 'layout', 'arch', 'licence')
@@ -266,100 +263,7 @@ def validated(checkpoint: Path, meta: Mapping, cfg: Config) -> tuple[dict[str, f
     return {}, ''
 
 
-# ---- model card
-
-
-def cost(model: BaseModel) -> dict[str, str]:
-    """Parameters, and FLOPs at the size that tools/analysis/get_flops.py takes; leaves the model without weights."""
-    height, width = SHAPES[model.cfg.default_scope]
-    parameters = f'{count_parameters(model) / 1e6:.2f} M'
-    try:
-        macs = add_up(count_parts(model.to('meta'), torch.empty(1, 3, height, width, device='meta'))).macs
-        flops = f'{macs / 1e9:.2f} G multiply-accumulates, {height} × {width}'
-    except (ValueError, RuntimeError, AssertionError, IndexError) as error:  # of a model of another's making
-        flops = f'not counted: {" ".join(str(error).split())}'
-    return {'parameters': parameters, 'FLOPs': flops}
-
-
-def describe(model: BaseModel, meta: Mapping, origin: Origin, weights: str) -> dict[str, str]:
-    """The rows of a card's table; leaves the model without weights.
-
-    Args:
-        model (BaseModel): As :func:`init_model` returns it.
-        meta (Mapping): Of the published checkpoint.
-        origin (Origin): Of the weights.
-        weights (str): Which of the checkpoint's weights they are.
-    """
-    cfg, classes = model.cfg, model.dataset_meta.get('classes', ())
-    backbone = dict(cfg.model.get('backbone') or {})
-    kind, names = backbone.pop('type', 'none'), ', '.join(map(str, classes[:20]))
-    backbone.pop('init_cfg', None)
-    versions = {'convneur_mm': __version__, **installed_versions()}
-    return {
-        'task': dict(mmdet='detection', mmseg='segmentation', mmpretrain='classification')[cfg.default_scope],
-        'config': Path(cfg.filename).stem,
-        'model': cfg.model.type,
-        'backbone': f'{kind}({", ".join(f"{key}={value!r}" for key, value in backbone.items())})',
-        **cost(model),
-        'classes': f'{len(classes)}: {names}{", …" if len(classes) > 20 else ""}' if classes else 'not known',
-        'trained': ', '.join(f'{key} {meta[key]}' for key in ('epoch', 'iter') if key in meta) or 'not known',
-        'weights': weights,
-        'started from': ', '.join(origin.sources) or 'not known',
-        'licence': meta.get('licence', 'not stated'),
-        'published with': ', '.join(f'{package} {version}' for package, version in sorted(versions.items())),
-    }
-
-
-def table(rows: Mapping[str, object], *header: str) -> str:
-    """A table of two columns in Markdown."""
-    cells = [header, ('---', '---'), *((name, str(value).replace('|', r'\|')) for name, value in rows.items())]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
-
-
-def model_card(stem: str, rows: Mapping[str, object], metrics: Mapping[str, float], measured: str,
-               hashes: Mapping[str, str]) -> str:
-    """The card in Markdown.
-
-    Args:
-        stem (str): Name of the config, the card and the .pth file, without a suffix.
-        rows (Mapping[str, object]): What is known of the model, by what it is called.
-        metrics (Mapping[str, float]): Results; {} if none are known.
-        measured (str): Where they are from.
-        hashes (Mapping[str, str]): SHA-256 of each file by its name.
-    """
-    results = f'From: {measured}.\n\n{table(metrics, "metric", "value")}' if metrics else 'Not known.'
-    return f"""\
-# {stem}
-
-{table(rows, '', '')}
-
-## Results
-
-{results}
-
-## Files
-
-{table({f'`{name}`': f'`{digest}`' for name, digest in hashes.items()}, 'file', 'SHA-256')}
-
-`{stem}.py` is the config, in one file.
-
-## Use
-
-It needs convneur_mm {__version__}.
-
-```bash
-convneur-mm infer {stem}.py {stem}.pth photo.jpg
-convneur-mm test {stem}.py {stem}.pth
-```
-
-```python
-from convneur_mm.apis import inference, init_model
-model = init_model('{stem}.py', '{stem}.pth')
-```
-
-To start another training from its backbone, set `init_cfg=dict(type='Pretrained', checkpoint='{stem}.pth')` of a
-backbone of the same settings; to start from all of it, `load_from = '{stem}.pth'`.
-"""
+# ---- what is printed
 
 
 def notes(config: str, origin: Origin, metrics: Mapping[str, float]) -> list[str]:
@@ -433,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stem = Path(names['pth']).stem
 
     averaged = 'averaged' if 'ema_state_dict' in checkpoint else 'as trained'
-    rows = describe(model, meta, origin, 'as trained, before averaging' if before_averaging else averaged)
+    rows = describe(model, meta, origin.sources, 'as trained, before averaging' if before_averaging else averaged)
     card = model_card(stem, rows, metrics, measured, {names[suffix]: digest for suffix, digest in hashes.items()})
     # The checkpoint comes last: where it is, all the others are.
     write(args.out_dir, {f'{stem}.py': config.encode(), f'{stem}.md': card.encode(),

@@ -84,7 +84,7 @@ def published(tool, trained, tmp_path_factory) -> dict[str, dict[str, Path]]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         # At full size a memory has hundreds of chunks, which take ten seconds to count.
-        patch.setattr(tool, 'SHAPES', dict.fromkeys(tool.SHAPES, (64, 96)))
+        patch.setattr('_model_card.SHAPES', dict.fromkeys(('mmdet', 'mmseg', 'mmpretrain'), (64, 96)))
         for task, (config, checkpoint) in trained.items():
             folder = tmp_path_factory.mktemp('published')
             tool.main([str(config), str(checkpoint), '--out-dir', str(folder), '--name', 'mine', '--safetensors'])
@@ -95,7 +95,7 @@ def published(tool, trained, tmp_path_factory) -> dict[str, dict[str, Path]]:
 @pytest.fixture
 def publish(tool, trained, tmp_path, capsys, monkeypatch):
     """Publishes a task's checkpoint, or another one with its config, and returns its files by suffix and the output."""
-    monkeypatch.setattr(tool, 'cost', lambda model: {})
+    monkeypatch.setattr('_model_card.cost', lambda model: {})
 
     def publish(task, *args, checkpoint=None, config=None, out='published'):
         capsys.readouterr()
@@ -251,6 +251,14 @@ class TestCard:
                     '| classes | 6: disk, square, triangle, star, ring, cross |', 'multiply-accumulates, 64 × 96 |'):
             assert row in card, row
         assert 'mem_channels' in card and f'torch {torch.__version__.split("+")[0]}' in card
+
+
+    def test_a_model_that_cannot_be_counted_says_so(self, tool):
+        model = torch.nn.Linear(10, 100)
+        model.cfg = Config(dict(default_scope='mmseg'))
+        found = sys.modules['_model_card'].cost(model)
+        assert found['parameters'] == '0.00 M'
+        assert found['FLOPs'].startswith('not counted: expected a classifier, detector or segmentor')
 
 
 class TestLicence:
