@@ -248,14 +248,22 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def validated(checkpoint: Path, meta: Mapping, cfg: Config) -> tuple[dict[str, float], str]:
-    """The newest validation of a checkpoint in the logs beside it, and when it was; ({}, '') if there is none."""
+    """The newest validation of a checkpoint in the logs beside it, and when it was; ({}, '') if there is none.
+
+    Raises:
+        ValueError: If a line of a log is no JSON.
+    """
     logger = (cfg.get('default_hooks') or {}).get('logger') or {}
     counted = 'epoch' if logger.get('log_metric_by_epoch', True) else 'iter'
     if counted == 'epoch' and 'max_iters' in (cfg.get('train_cfg') or {}):
         return {}, ''  # a loop of iterations logs all its validations as of epoch 0
     for path in sorted(checkpoint.parent.glob('*/vis_data/scalars.json'), reverse=True):
         for line in reversed(path.read_text(encoding='utf-8').splitlines()):
-            scalars = json.loads(line)
+            try:
+                scalars = json.loads(line)
+            except ValueError:
+                raise ValueError(f'{path}: expected JSON, got {line[:80]!r}; mend the log, or give results by --metrics'
+                                 ) from None
             # Lines of the training have an iteration beside the step.
             if 'iter' not in scalars and scalars.get('step') == meta.get(counted):
                 return ({key: value for key, value in scalars.items() if key not in NO_METRICS},

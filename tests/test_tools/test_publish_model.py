@@ -229,6 +229,19 @@ class TestCard:
         assert 'Not known.' in files['md'].read_text()
         assert 'note: the card has no results' in printed
 
+    def test_a_damaged_log_is_named(self, tool, tmp_path):
+        log = tmp_path / 'now' / 'vis_data' / 'scalars.json'
+        log.parent.mkdir(parents=True)
+        log.write_text('{"mIoU": 1.0, "step": 2}\n{"mIo')
+        cfg = Config(dict(default_hooks=dict(logger=dict(log_metric_by_epoch=False))))
+        with pytest.raises(ValueError, match=f"^{log}: expected JSON, got '{{\"mIo'; mend the log, or give results by"):
+            tool.validated(tmp_path / 'x.pth', dict(iter=2), cfg)
+        log.write_text('{"mIoU": 1.0, "step": 2}\n')
+        assert tool.validated(tmp_path / 'x.pth', dict(iter=2), cfg) == (dict(mIoU=1.0), 'validation after iter 2')
+        # A loop of iterations logs all its validations as of epoch 0.
+        cfg = Config(dict(train_cfg=dict(max_iters=2)))
+        assert tool.validated(tmp_path / 'x.pth', dict(iter=2, epoch=2), cfg) == ({}, '')
+
     def test_results_of_a_file(self, publish, tmp_path):
         path = tmp_path / 'results.json'
         path.write_text('{"mIoU": 41.5, "time": 0.1, "data_time": 0.1}')
