@@ -1,4 +1,4 @@
-"""Packaging. The wheel carries ``configs/`` and ``tools/`` under ``convneur_mm/.mim``, where ``mim`` looks for them.
+"""Packaging. The wheel carries ``configs/``, ``tools/`` and ``model-index.yml`` under ``convneur_mm/.mim`` for ``mim``.
 
 Where torch is installed already (``pip install --no-build-isolation``) the memory's CPU kernels are compiled for it. In
 pip's build isolation there is no torch, so the package is pure Python then and needs no compiler.
@@ -18,7 +18,7 @@ KERNELS = 'convneur_mm/ops/neural_memory/csrc'
 
 
 class BuildWithConfigs(build_py):
-    """Copies ``configs/`` and ``tools/`` into the built package; an editable install reads them from the checkout."""
+    """Copies what ``mim`` reads into the built package; an editable install reads it from the checkout."""
 
     def run(self) -> None:
         if self.editable_mode:
@@ -30,6 +30,7 @@ class BuildWithConfigs(build_py):
         for folder in ('configs', 'tools'):
             target = Path(self.build_lib) / 'convneur_mm' / '.mim' / folder
             shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT / 'model-index.yml', target.parent)
 
 
 def kernels() -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 from .paths import config_root
 
 FOLDERS = ('', 'analysis', 'deploy', 'model_converters')
-SHORT = {'check-dataset': 'check'}
+SHORT = {'check-dataset': 'check', 'publish-model': 'publish'}
 
 
 def find_tools() -> dict[str, Path]:

@@ -20,6 +20,7 @@ def test_wheel_holds_configs_and_tools(wheel):
                     if p.is_file() and '__pycache__' not in p.parts}
         assert expected
         assert expected <= names
+    assert 'convneur_mm/.mim/model-index.yml' in names
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'convneur_mm').rglob('*.py')}
     assert modules == {name for name in names if name.endswith('.py') and '/.mim/' not in name}
     assert not any(name.startswith('tests') for name in names)
@@ -36,7 +37,7 @@ def test_wheel_without_a_compiler(tmp_path):
     source = tmp_path / 'source'
     for name in ('convneur_mm', 'configs', 'tools'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('*.so', '__pycache__'))
-    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+    for name in ('setup.py', 'pyproject.toml', 'model-index.yml', 'README.md', 'LICENSE'):
         shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path,
                     source], check=True, capture_output=True, env=dict(os.environ, CC='false', CXX='false'))

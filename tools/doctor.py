@@ -3,13 +3,16 @@
 
     tools/doctor.py
 
-The exit code is 1 if a part is broken. What is merely not there, such as a GPU, is a note.
+The exit code is 1 if a part is broken. What is merely not there, such as a GPU or a data set, is a note. Data sets are
+looked for below the current folder, as the configs do.
 """
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == '__main__':
@@ -19,6 +22,14 @@ if __name__ == '__main__':
     hide()
 
 OK, NOTE, BROKEN = 'ok', 'note', 'broken'
+
+# What the configs of each data set read, by the folder that they name.
+DATA = {
+    'data/coco': ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017', 'val2017'),
+    'data/ade/ADEChallengeData2016': ('images/training', 'images/validation', 'annotations/training',
+                                      'annotations/validation'),
+    'data/imagenet': ('train', 'val'),
+}
 
 
 class Finding(NamedTuple):
@@ -46,12 +57,19 @@ def findings() -> Iterator[Finding]:
     yield from packages()
     yield from gpus()
     yield from memory()
+    yield from data()
 
 
 def packages() -> Iterator[Finding]:
-    from convneur_mm.stack import StackError, installed_versions, require
+    from convneur_mm.stack import StackError, check_operators, installed_versions, require
     versions = installed_versions()
     yield Finding(OK, ', '.join(f'{name} {versions[name]}' for name in sorted(versions)))
+    try:
+        if find_spec('mmcv'):
+            check_operators(versions)
+            yield Finding(OK, 'mmcv\'s compiled operators load')
+    except StackError as error:
+        yield Finding(BROKEN, str(error))
     for name in ('mmdet.models', 'mmseg.models', 'mmpretrain.models'):
         package = name.partition('.')[0]
         try:
@@ -82,28 +100,75 @@ def gpus() -> Iterator[Finding]:
 
 
 def memory() -> Iterator[Finding]:
-    """Which code computes the neural memory, and that a forward and a backward of it work."""
+    """Which code computes the neural memory and why, and that it computes what the equations say."""
     import torch
 
-    from convneur_mm.models import NeuralMemory
-    from convneur_mm.ops.neural_memory import cpu
+    from convneur_mm.ops.neural_memory import cpu, triton
     from convneur_mm.ops.neural_memory.op import resolve_backend
     if cpu.missing:
         yield Finding(NOTE, 'neural memory: PyTorch\'s operators on a CPU, which are slower than its compiled kernels: '
                       f'{cpu.missing}. With a C++ compiler, install again by pip install --no-build-isolation CHECKOUT')
     else:
         yield Finding(OK, 'neural memory: compiled kernels on a CPU')
+    asked = os.environ.get('CONVNEUR_MEMORY_BACKEND', 'auto')
+    why = 'the default' if asked == 'auto' else 'by CONVNEUR_MEMORY_BACKEND'
     for device in ('cpu', *(['cuda'] if torch.cuda.is_available() else [])):
         try:
-            backend = resolve_backend('auto')
-            layer = NeuralMemory(32).to(device)
-            loss = layer(torch.randn(1, 400, 32, device=device)).square().sum()
-            loss.backward()
-        except (ValueError, RuntimeError) as error:
-            yield Finding(BROKEN, f'neural memory on {device}: {" ".join(str(error).split())}; tools/analysis/'
-                          'check_gpu.py tries each backend, and CONVNEUR_MEMORY_BACKEND=chunked sets the plainest')
+            backends = {resolve_backend('auto'): why}
+            if device == 'cuda' and triton.HAS_TRITON:
+                backends.setdefault('triton', 'if asked for; tools/analysis/check_gpu.py says which is faster')
+        except ValueError as error:
+            yield Finding(BROKEN, f'neural memory on {device}: {error}')
+            continue
+        yield from (check_backend(backend, why, device) for backend, why in backends.items())
+
+
+def check_backend(backend: str, why: str, device: str) -> Finding:
+    """Compares a memory's output and gradients with those of the reference in float64, which takes milliseconds.
+
+    Args:
+        backend (str): 'chunked', 'triton' or 'reference'.
+        why (str): What it is taken for.
+        device (str): 'cpu' or 'cuda'.
+    """
+    sys.path.append(str(Path(__file__).resolve().parent / 'analysis'))
+    import torch
+    from check_gpu import TOLERANCE, largest_error, results
+
+    from convneur_mm.models import NeuralMemory
+    torch.manual_seed(0)
+    layer = NeuralMemory(32, backend=backend).to(device)
+    reference = NeuralMemory(32, backend='reference').to(device).double()
+    reference.load_state_dict(layer.state_dict())
+    tokens, weight = (torch.randn(2, 400, 32, device=device) for _ in range(2))
+    name = f'neural memory on {device}: backend {backend} ({why})'
+    try:
+        error = largest_error(results(layer, tokens, weight), results(reference, tokens.double(), weight.double()))
+    except (ValueError, RuntimeError) as failure:
+        problem = ' '.join(str(failure).split())
+    else:
+        if error <= TOLERANCE:
+            return Finding(OK, f'{name} agrees with the reference to {error:.0e}')
+        problem = f'differs from the reference by {error:.0e}'
+    return Finding(BROKEN, f'{name}: {problem}; tools/analysis/check_gpu.py tries each backend, and '
+                   f'CONVNEUR_MEMORY_BACKEND={"reference" if backend == "chunked" else "chunked"} sets another')
+
+
+def data() -> Iterator[Finding]:
+    """Which data sets are where the configs look for them."""
+    for folder, parts in DATA.items():
+        lacking = [part for part in parts if not _has_content(Path(folder, part))]
+        if not lacking:
+            yield Finding(OK, f'data: {folder} has all that the configs name')
+        elif not Path(folder).is_dir():
+            yield Finding(NOTE, f'data: no {folder} here; put or link it here, or set data_root in the config')
         else:
-            yield Finding(OK, f'neural memory on {device}: backend {backend} works')
+            yield Finding(NOTE, f'data: {folder} lacks {len(lacking)} of {len(parts)}, or they are empty: '
+                          f'{", ".join(lacking)}; add them, or set data_root in the config')
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
 
 
 def main(argv: list[str] | None = None) -> None:

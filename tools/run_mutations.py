@@ -56,8 +56,8 @@ MORE_TESTS = {
 SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmdet.datasets',
                 'mmdet.evaluation', 'mmseg.models', 'mmseg.datasets', 'mmseg.evaluation', 'mmpretrain.models',
                 'mmpretrain.datasets', 'mmpretrain.evaluation', 'timm', 'hypothesis.extra.numpy', 'PIL.Image')
-COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'requirements', 'setup.py', 'pyproject.toml', 'README.md',
-          'LICENSE')
+COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'docs', 'requirements', 'setup.py', 'pyproject.toml', 'README.md',
+          'LICENSE', 'model-index.yml')
 # Plain asserts, as nobody reads what they compared, and rewriting them takes half of a short run.
 PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:randomly',
                   '-p', 'no:xdist')

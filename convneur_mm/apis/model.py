@@ -133,7 +133,7 @@ def _load(model: BaseModel, name: str, cfg: Config) -> dict:
     meta = checkpoint.get('meta')
     saved = _saved_meta(meta if isinstance(meta, Mapping) else {})
     if needed.missing or needed.other_shape:
-        trained, used = _names(saved), _names(_config_meta(cfg))
+        trained, used = _names(saved), _names(config_meta(cfg))
         check_all_match(own, needed, name, (len(trained), len(used)) if trained and used else None)
     if needed.unused:
         shown = ', '.join(needed.unused[:4]) + (', …' if len(needed.unused) > 4 else '')
@@ -151,12 +151,13 @@ def _saved_meta(meta: Mapping) -> dict:
     return {str(key).lower(): value for key, value in found.items()}
 
 
-def _config_meta(cfg: Config) -> dict:
+def config_meta(cfg: Config) -> dict:
     """What the first test data set of the config says of its data, which are not looked at; {} without a data set."""
     dataset = next((dataset for _, dataset in data_sets(cfg, 'test')), None)
     if dataset is None:
         return {}
-    return dict(DATASETS.build(dict(copy.deepcopy(dataset), pipeline=[], lazy_init=True)).metainfo)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return dict(DATASETS.build(dict(copy.deepcopy(dataset), pipeline=[], lazy_init=True)).metainfo)
 
 
 def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None) -> dict:
@@ -164,7 +165,7 @@ def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None
     logger = MMLogger.get_current_instance()
     source, meta = f'checkpoint {checkpoint}', saved
     if not _names(meta):
-        source, meta = 'config', _config_meta(cfg)
+        source, meta = 'config', config_meta(cfg)
     classes = _names(meta)
     if not classes:
         key = 'classes' if cfg.default_scope == 'mmpretrain' else 'metainfo.classes'
@@ -173,7 +174,7 @@ def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None
         return {name: value for name, value in meta.items() if name not in ('classes', 'palette')}
     palette, colours = meta.get('palette'), f'of the {source}'
     if not _fits(palette, classes):
-        own = _config_meta(cfg)
+        own = config_meta(cfg)
         palette, colours = own.get('palette') if _names(own) == classes else None, 'of the config'
     if not _fits(palette, classes):
         palette, colours = _colours(len(classes)), 'made up'

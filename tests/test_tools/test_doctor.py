@@ -5,25 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 import convneur_mm.engine.launch
 from convneur_mm import stack
-from convneur_mm.ops.neural_memory import cpu
+from convneur_mm.ops.neural_memory import cpu, pytorch
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'doctor.py'
 
 
 @pytest.fixture
-def run(capfd):
-    """Returns the exit code and the lines."""
+def tool(monkeypatch):
+    """tools/doctor.py as a module."""
+    monkeypatch.setattr(sys, 'path', list(sys.path))
     spec = importlib.util.spec_from_file_location('doctor_tool', TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
 
+
+@pytest.fixture
+def run(tool, capfd):
+    """Returns the exit code and the lines."""
     def run():
         capfd.readouterr()
         with pytest.raises(SystemExit) as error:
-            module.main([])
+            tool.main([])
         return error.value.code, [line for line in capfd.readouterr().out.splitlines()
                                   if line.startswith(('ok', 'note', 'broken'))]
 
@@ -40,12 +47,13 @@ def without_gpu(monkeypatch):
 def test_a_whole_environment(run):
     code, lines = run()
     assert code == 0
-    assert [line for line in lines if not line.startswith('ok')] == [
+    assert [line for line in lines if not line.startswith('ok') and ' data: ' not in line] == [
         'note    no GPU, there is no driver: all runs on the CPU. If the machine has one, it needs NVIDIA\'s driver '
         'and a torch built for CUDA, as tools/setup_env.sh installs']
     for text in (f'Python {sys.version.split()[0]}', f'torch {torch.__version__.split("+")[0]}', 'mmdet imports',
                  'mmseg imports', 'mmpretrain imports', 'neural memory: compiled kernels on a CPU',
-                 'neural memory on cpu: backend chunked works'):
+                 'mmcv\'s compiled operators load',
+                 'neural memory on cpu: backend chunked (the default) agrees with the reference to '):
         assert any(text in line for line in lines), text
 
 
@@ -79,7 +87,8 @@ def test_kernels_that_were_not_compiled(run, monkeypatch):
     monkeypatch.setattr(cpu, 'missing', 'they were not compiled')
     monkeypatch.setattr(cpu, 'kernels', None)
     monkeypatch.setattr(cpu, '_has_warned', True)
-    _, lines = run()
+    code, lines = run()
+    assert code == 0  # and the slower code agrees with the reference
     line, = (line for line in lines if 'they were not compiled' in line)
     assert line.startswith('note ')
     assert 'pip install --no-build-isolation' in line
@@ -89,7 +98,77 @@ def test_a_backend_that_does_not_work(run, monkeypatch):
     monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'none')
     code, lines = run()
     assert code == 1
-    assert lines[-1].startswith('broken  neural memory on cpu: CONVNEUR_MEMORY_BACKEND must be ')
+    assert any(line.startswith('broken  neural memory on cpu: CONVNEUR_MEMORY_BACKEND must be ') for line in lines)
+
+
+def test_the_backend_of_the_environment_is_taken_and_named(tool, monkeypatch):
+    monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'reference')
+    *_, found = tool.memory()
+    assert found.state == 'ok'
+    assert 'backend reference (by CONVNEUR_MEMORY_BACKEND) agrees with the reference to ' in found.text
+
+
+def test_kernels_that_compute_something_else_are_broken(tool, monkeypatch):
+    read = pytorch.read_all
+
+    def read_wrongly(q, memories, y, options):
+        read(q, memories, y, options)
+        y *= 1.01
+
+    monkeypatch.setattr(cpu, 'kernels', None)
+    monkeypatch.setattr(cpu, '_has_warned', True)
+    monkeypatch.setattr(pytorch, 'read_all', read_wrongly)
+    found = tool.check_backend('chunked', 'the default', 'cpu')
+    assert found.state == 'broken'
+    assert 'backend chunked (the default): differs from the reference by ' in found.text
+    assert found.text.endswith('CONVNEUR_MEMORY_BACKEND=reference sets another')
+
+
+def test_kernels_that_fail_are_broken(tool):
+    found = tool.check_backend('triton', 'by CONVNEUR_MEMORY_BACKEND', 'cpu')
+    assert found.state == 'broken'
+    assert 'CUDA tensors' in found.text and found.text.endswith('CONVNEUR_MEMORY_BACKEND=chunked sets another')
+
+
+class TestData:
+    def lines(self, tool):
+        return [(finding.state, finding.text) for finding in tool.data()]
+
+    def test_none(self, tool, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert self.lines(tool) == [
+            ('note', f'data: no {folder} here; put or link it here, or set data_root in the config')
+            for folder in ('data/coco', 'data/ade/ADEChallengeData2016', 'data/imagenet')]
+
+    def test_some(self, tool, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for folder, parts in tool.DATA.items():
+            for part in parts:
+                path = tmp_path / folder / part
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix:
+                    path.write_text('{}')
+                else:
+                    path.mkdir()
+                    (path / 'a.jpg').write_text('x')
+        assert [state for state, _ in self.lines(tool)] == 3 * ['ok']
+        (tmp_path / 'data/coco/annotations/instances_train2017.json').write_text('')
+        (tmp_path / 'data/coco/val2017/a.jpg').unlink()
+        assert self.lines(tool)[0] == (
+            'note', 'data: data/coco lacks 2 of 4, or they are empty: annotations/instances_train2017.json, val2017; '
+                    'add them, or set data_root in the config')
+
+    @pytest.mark.needs('mmdet', 'mmpretrain')
+    @pytest.mark.parametrize('name', [
+        'cascade_rcnn_convneur_m3_1x_coco', 'upernet_convneur_m4_80k_ade20k', 'convneur_m3_300e_in1k'])
+    def test_it_is_what_the_configs_name(self, name, tool):
+        cfg = Config.fromfile(convneur_mm.config(name))
+        sets = [cfg[f'{split}_dataloader'].dataset for split in ('train', 'val')]
+        root = sets[0].data_root.rstrip('/')
+        assert root == sets[1].data_root.rstrip('/')
+        named = {part.rstrip('/') for dataset in sets for part in (
+            dataset.get('ann_file'), dataset.get('split'), *dataset.get('data_prefix', {}).values()) if part}
+        assert named == set(tool.DATA[root])
 
 
 def test_gpus(run, monkeypatch):

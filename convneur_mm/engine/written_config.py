@@ -1,0 +1,74 @@
+"""Configs as MMEngine writes them into checkpoints and work dirs, read without running them."""
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+# Of a model's config: what its weights start from and how it is trained and tested, not what it computes.
+NOT_COMPARED = ('init_cfg', 'pretrained', 'train_cfg', 'test_cfg', 'data_preprocessor')
+
+
+def written_settings(text: str) -> dict:
+    """The values of a config as ``Config.pretty_text`` has it.
+
+    Args:
+        text (str): Python source that assigns plain values, also within ``dict(…)``, to names.
+
+    Returns:
+        dict: Value by name, tuples as lists. An expression of another kind becomes its source. {} if the text is no
+        Python.
+    """
+    try:
+        body = ast.parse(text).body
+    except SyntaxError:
+        return {}
+    return {statement.targets[0].id: _value(statement.value) for statement in body
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)}
+
+
+def _value(node: ast.expr) -> object:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        # Keys that are no identifiers stand in braces: dict({'neck.': 1}).
+        values = {name: value for inner in node.args for name, value in _value(inner).items()}
+        return values | {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(item) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def model_differences(there: object, here: object, key: str = 'model') -> Iterator[str]:
+    """What two models compute differently, by their settings.
+
+    Args:
+        there (object): Settings of the one, as :func:`written_settings` returns them.
+        here (object): Of the other.
+        key (str): What the settings are called. Defaults to 'model'.
+
+    Yields:
+        str: A key with its two values. Initial weights and the settings of training and testing are not compared, and
+        SyncBN is taken for BN, which replaces it on a CPU.
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in sorted({*there, *here} - {*NOT_COMPARED}, key=str):
+            yield from model_differences(there.get(name), here.get(name), f'{key}.{name}')
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for i, (one, other) in enumerate(zip(there, here)):
+            yield from model_differences(one, other, f'{key}[{i}]')
+    elif there != here and {str(there), str(here)} != {'BN', 'SyncBN'}:
+        yield f'{key} is {there!r} there and {here!r} here'
+
+
+def started_from(settings: object) -> list[str]:
+    """The files of weights that a config's settings name, as ``init_cfg.checkpoint`` or ``load_from``."""
+    if isinstance(settings, list):
+        return [name for item in settings for name in started_from(item)]
+    if not isinstance(settings, dict):
+        return []
+    names = [settings[key] for key in ('checkpoint', 'load_from') if isinstance(settings.get(key), str)]
+    names += [name for value in settings.values() for name in started_from(value)]
+    return list(dict.fromkeys(names))

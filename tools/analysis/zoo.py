@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+r"""Writes the lists of models that others read: model-index.yml, configs/metafile.yml and the tables of the docs.
+
+    tools/analysis/zoo.py            # writes them
+    tools/analysis/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
+
+Parameters and FLOPs are counted as get_flops.py counts them. The paper's figures are those of get_flops.py,
+baseline_table.py and ablation_table.py, and are marked as the paper's wherever they appear.
+"""
+import argparse
+import difflib
+import os.path as osp
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import ablation_table
+import baseline_table
+import get_flops
+import torch
+import yaml
+from _flops import Count
+
+from convneur_mm.paths import config_root
+
+ROOT = config_root().parent
+INDEX, METAFILE, DOCS = 'model-index.yml', 'configs/metafile.yml', 'docs/model_zoo.md'
+START, END = '<!-- written by tools/analysis/zoo.py -->', '<!-- end -->'
+NOT_YET = 'not yet'
+
+# Results of our own trainings, in the order of the paper's, by config. None has been run.
+REPRODUCED: dict[str, tuple[float, ...]] = {}
+
+
+class Kind(NamedTuple):
+    """What models of one task have in common.
+
+    Attributes:
+        title (str): Of their table.
+        scope (str): The package they are of.
+        dataset (str): What they are trained on.
+        results (tuple[tuple[str, str], ...]): Task and metric of each result.
+    """
+
+    title: str
+    scope: str
+    dataset: str
+    results: tuple[tuple[str, str], ...]
+
+
+IMAGENET = Kind('ImageNet-1K', 'mmpretrain', 'ImageNet-1k', (('Image Classification', 'Top 1 Accuracy'), ))
+COCO = Kind('COCO 2017, Cascade Mask R-CNN', 'mmdet', 'COCO',
+            (('Object Detection', 'box AP'), ('Instance Segmentation', 'mask AP')))
+ADE20K = Kind('ADE20K, single scale', 'mmseg', 'ADE20K', (('Semantic Segmentation', 'mIoU'), ))
+ABLATION = IMAGENET._replace(title='Ablations of m3, ImageNet-1K')
+
+
+class Model(NamedTuple):
+    """A config and what the paper says of it.
+
+    Attributes:
+        kind (Kind): Its task.
+        config (str): Its name, as ``convneur_mm.config`` takes it.
+        paper_results (tuple[float, ...]): In the order of ``kind.results``; () where the paper has none.
+    """
+
+    kind: Kind
+    config: str
+    paper_results: tuple[float, ...]
+
+
+def models() -> list[Model]:
+    """All models of the paper, and the sizes of its recipes that it gives no results for."""
+    found = [Model(IMAGENET, f'convneur_{arch}_300e_in1k', (row.top1, )) for arch, row in get_flops.IMAGENET.items()]
+    for row in baseline_table.TABLE:
+        if 'convneur' in row.config:
+            found.append(Model(COCO if row.head == 'Cascade Mask R-CNN' else ADE20K, row.config, row.paper_results))
+    found += [Model(ABLATION, row.config, (row.paper_top1, )) for row in ablation_table.TABLE
+              if row.config != ablation_table.DEFAULT]
+    return found
+
+
+def count(name: str) -> Count:
+    """Parameters and multiply-accumulates of a shipped config at the size that get_flops.py has for its task."""
+    cfg = get_flops.load_config(get_flops.parse_args([name]))
+    image = torch.empty(1, 3, *get_flops.SHAPES[cfg.default_scope], device='meta')
+    return get_flops.add_up(get_flops.count_parts(get_flops.build(cfg), image))
+
+
+# ---- what is written
+
+
+def metafile(entries: Iterable[tuple[Model, Count]]) -> str:
+    """configs/metafile.yml, in OpenMMLab's format."""
+    collection = dict(
+        Name='ConvNeur',
+        Metadata=dict(Architecture=['ConvNeXt V2 block', 'Neural memory']),
+        Paper=dict(Title='Efficiency Follows Global-Local Decoupling',
+                   URL='https://github.com/NUST-Machine-Intelligence-Laboratory/ConvNeur'))
+    listed = []
+    for model, counted in entries:
+        entry = dict(
+            Name=Path(model.config).name,
+            **{'In Collection': collection['Name'], 'Config': f'configs/{model.config}.py'},
+            Metadata={'Training Data': model.kind.dataset, 'Parameters': counted.parameters,
+                      'FLOPs': int(counted.macs)})
+        entry['Results'] = [*_results(model, model.paper_results, ' (paper)'),
+                            *_results(model, REPRODUCED.get(model.config, ()))] or None
+        listed.append(entry)
+    head = ('# Written by tools/analysis/zoo.py. Metrics marked (paper) are the paper\'s; there are no weights yet.\n'
+            '# FLOPs: multiply-accumulates at 224 x 224 (ImageNet), 800 x 1344 (COCO), 512 x 2048 (ADE20K).\n')
+    return head + _yaml(dict(Collections=[collection], Models=listed))
+
+
+def _results(model: Model, values: Sequence[float], mark: str = '') -> list[dict]:
+    return [dict(Task=task, Dataset=model.kind.dataset, Metrics={f'{metric}{mark}': value})
+            for (task, metric), value in zip(model.kind.results, values)]
+
+
+def _yaml(content: dict) -> str:
+    return yaml.safe_dump(content, sort_keys=False, width=120)
+
+
+def tables(entries: Sequence[tuple[Model, Count]]) -> str:
+    """The tables of docs/model_zoo.md, one for each kind."""
+    parts = []
+    for kind in dict.fromkeys(model.kind for model, _ in entries):
+        height, width = get_flops.SHAPES[kind.scope]
+        metrics = ' / '.join(metric for _, metric in kind.results)
+        lines = [f'### {kind.title}', '',
+                 f'| config | params (M) | FLOPs (G, {height} × {width}) | paper\'s FLOPs (G) | paper\'s {metrics} | '
+                 f'reproduced {metrics} | weights |', '|---|--:|--:|--:|--:|--:|---|']
+        for model, counted in entries:
+            if model.kind == kind:
+                paper = get_flops.PAPER.get(model.config)
+                note = f' ({paper.note})' if paper and paper.note else ''
+                cells = (f'[{Path(model.config).name}](../configs/{model.config}.py)',
+                         f'{counted.parameters / 1e6:.2f}', f'{counted.macs / 1e9:.2f}',
+                         f'{paper.gflops}{note}' if paper else '', _values(model.paper_results),
+                         _values(REPRODUCED.get(model.config, ())) or NOT_YET, NOT_YET)
+                lines.append(f'| {" | ".join(cells)} |')
+        parts.append('\n'.join(lines))
+    return '\n\n'.join(parts)
+
+
+def _values(values: Sequence[float]) -> str:
+    return ' / '.join(map(str, values))
+
+
+def between_marks(text: str, new: str) -> str:
+    """``text`` with ``new`` between the two marks.
+
+    Raises:
+        ValueError: If it does not have both, once each and in this order.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f'{DOCS} must have the lines {START} and {END} once each, around the tables')
+    return f'{text.partition(START)[0]}{START}\n\n{new}\n\n{END}{text.partition(END)[2]}'
+
+
+def files(root: Path, counter: Callable[[str], Count]) -> dict[str, str]:
+    """The text of each file by its path below ``root``.
+
+    Args:
+        root (Path): A checkout.
+        counter (Callable): Parameters and multiply-accumulates of a config by its name.
+
+    Raises:
+        ValueError: If the docs are not there or have no place for the tables.
+    """
+    docs = root / DOCS
+    if not docs.is_file():
+        raise ValueError(f'{docs} is not there; this tool is for a checkout, not for an installed wheel')
+    entries = [(model, counter(model.config)) for model in models()]
+    return {INDEX: '# Written by tools/analysis/zoo.py.\n' + _yaml(dict(Import=[METAFILE])),
+            METAFILE: metafile(entries),
+            DOCS: between_marks(docs.read_text(encoding='utf-8'), tables(entries))}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing; print the differences and exit with 1 if '
+                        'there are any')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    outdated = False
+    for name, new in files(ROOT, count).items():
+        path = ROOT / name
+        old = path.read_text(encoding='utf-8') if path.is_file() else ''
+        if old == new:
+            continue
+        outdated = True
+        if args.check:
+            print(*difflib.unified_diff(old.splitlines(), new.splitlines(), name, f'{name}, as it should be',
+                                        lineterm=''), sep='\n')
+        else:
+            path.write_text(new, encoding='utf-8')
+            print(f'written: {name}')
+    return int(args.check and outdated)
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f'zoo: error: {error}')
