@@ -140,7 +140,7 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
             if model.kind == kind:
                 paper = get_flops.PAPER.get(model.config)
                 note = f' ({paper.note})' if paper and paper.note else ''
-                cells = (f'[{Path(model.config).name}](../configs/{model.config}.py)',
+                cells = (f'`{model.config}`',
                          f'{counted.parameters / 1e6:.2f}', f'{counted.macs / 1e9:.2f}',
                          f'{paper.gflops}{note}' if paper else '', _values(model.paper_results),
                          _values(REPRODUCED.get(model.config, ())) or NOT_YET, NOT_YET)
