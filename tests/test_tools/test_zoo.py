@@ -123,7 +123,7 @@ def test_results_of_our_own_stand_beside_the_papers(tool, recorded, checkout, mo
     models = yaml.safe_load((checkout / tool.METAFILE).read_text())['Models']
     assert [result['Metrics'] for result in models[0]['Results']] == [
         {'Top 1 Accuracy (paper)': 75.4}, {'Top 1 Accuracy': 75.1}]
-    line, = (line for line in (checkout / tool.DOCS).read_text().splitlines() if '[convneur_m1_300e_in1k]' in line)
+    line, = (line for line in (checkout / tool.DOCS).read_text().splitlines() if '`convneur_m1_300e_in1k`' in line)
     assert line.endswith('| 75.4 | 75.1 | not yet |')
 
 
