@@ -1,0 +1,56 @@
+"""Rows of the tables in tests/test_hostile, and what their entries share."""
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, DefaultScope
+from tiny_models import CONFIGS, TINY
+
+from convneur_mm.engine.class_checks import check_classes
+from convneur_mm.engine.data_files import check_samples, name_faulty_files
+from convneur_mm.engine.file_checks import check_data_files
+from convneur_mm.engine.launch import find_config, read_config
+
+HANDLED = None
+
+
+class Row(NamedTuple):
+    """Something that users have, or are sent.
+
+    Attributes:
+        name (str): What it is.
+        make (Callable): Makes it; what it takes and returns, the table says.
+        check (str | None): Words of the fault that tools/check_dataset finds in it; HANDLED if it finds none.
+        run (str | None): Words of the refusal of training, test or inference; HANDLED if it is none.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    check: str | None = HANDLED
+    run: str | None = HANDLED
+
+
+def ids(rows: list[Row]) -> list[str]:
+    assert len({row.name for row in rows}) == len(rows)
+    return [row.name for row in rows]
+
+
+def config(task: str, root: Path, **options: object) -> Config:
+    """A shipped config of a tiny model whose training data lie below ``root``, loaded in this process."""
+    cfg = read_config(find_config(CONFIGS[task]), {**TINY[task], 'data_root': f'{root}/', **options})
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
+    return cfg
+
+
+def training_data(cfg: Config) -> BaseDataset:
+    """The training data of a config as tools/train.py builds them, after its checks."""
+    check_data_files(cfg, ('train',))
+    check_classes(cfg, ('train',))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    name_faulty_files(dataset)
+    check_samples(dataset, 'train_dataloader.dataset')
+    return dataset
