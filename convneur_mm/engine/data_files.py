@@ -6,12 +6,14 @@ import os
 import os.path as osp
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmengine.dataset import BaseDataset, Compose
 from PIL import Image
 
 from ..datasets.check.images import label_fault, too_large
 from .errors import LaunchError
+from .file_checks import data_sets, local_path
 from .weights_file import one_line
 
 CHECK = 'tools/check_dataset.py finds all such faults at once'
@@ -107,6 +109,26 @@ class _Files:
         return name in self._names[folder] or osp.isfile(path)
 
 
+@contextmanager
+def naming_annotations(loader: object) -> Iterator[None]:
+    """Has errors within it, while a data loader is built, name the annotation file, or the folder, of its data.
+
+    Args:
+        loader (object): The config of the data loader.
+
+    Raises:
+        DataError: In place of any error.
+    """
+    try:
+        yield
+    except LaunchError:
+        raise
+    except Exception as error:  # what odd annotations make the data sets raise can be anything
+        dataset = next(data_sets(dict(data_dataloader=loader), 'data'), ('', {}))[1]
+        path = local_path(dataset, 'ann_file') or dataset.get('data_root') or 'the data set'
+        raise DataError(f'{path} cannot be read: {_raised(error)}') from error
+
+
 def name_faulty_files(dataset: object) -> None:
     """Has the pipelines of MMEngine's data sets name the file with which a transform fails, in place."""
     for each in base_data_sets(dataset):
@@ -154,8 +176,13 @@ class NamingPipeline(Compose):
 def _reason(error: Exception, transform: str) -> str:
     if isinstance(error, FileNotFoundError):
         return 'it does not exist'
+    return f'{transform} raised {_raised(error)}'
+
+
+def _raised(error: Exception) -> str:
+    """What was raised where, as the traceback is not shown."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f'{transform} raised {type(error).__name__}: {one_line(error)} ({place.filename}:{place.lineno})'
+    return f'{type(error).__name__}: {one_line(error)} ({place.filename}:{place.lineno})'
 
 
 def _check_label_map(path: str, data: dict) -> None:

@@ -19,7 +19,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from .data_files import name_faulty_files
+from .data_files import name_faulty_files, naming_annotations
 
 # What MMEngine logs before the first step, beside records of several lines, and the summary says in fewer words.
 REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
@@ -69,9 +69,10 @@ class QuietRunner(Runner):
         return logger
 
     @staticmethod
-    def build_dataloader(*args, **kwargs) -> DataLoader:
-        """See :meth:`Runner.build_dataloader`; errors of the data set's pipeline name the file."""
-        loader = Runner.build_dataloader(*args, **kwargs)
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        """See :meth:`Runner.build_dataloader`; errors of the data set, and of its pipeline later, name the file."""
+        with naming_annotations(dataloader):
+            loader = Runner.build_dataloader(dataloader, *args, **kwargs)
         name_faulty_files(loader.dataset)
         return loader
 

@@ -1,17 +1,20 @@
 """Rows of the tables in tests/test_hostile, and what their entries share."""
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from tiny_models import CONFIGS, TINY
 
 from convneur_mm.engine.class_checks import check_classes
-from convneur_mm.engine.data_files import check_samples, name_faulty_files
+from convneur_mm.engine.data_files import check_samples
 from convneur_mm.engine.file_checks import check_data_files
 from convneur_mm.engine.launch import find_config, read_config
+from convneur_mm.engine.quiet_console import QuietRunner
 
 HANDLED = None
 
@@ -37,11 +40,23 @@ def ids(rows: list[Row]) -> list[str]:
     return [row.name for row in rows]
 
 
-def config(task: str, root: Path, **options: object) -> Config:
-    """A shipped config of a tiny model whose training data lie below ``root``, loaded in this process."""
-    cfg = read_config(find_config(CONFIGS[task]), {**TINY[task], 'data_root': f'{root}/', **options})
+@functools.cache
+def _shipped(task: str) -> Config:
+    cfg = read_config(find_config(CONFIGS[task]), dict(TINY[task]))
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
+    return cfg
+
+
+def config(task: str, root: Path, **options: object) -> Config:
+    """A shipped config of a tiny model whose data lie below ``root``, loaded in this process."""
+    cfg = copy.deepcopy(_shipped(task))
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.data_root = f'{root}/'
+    for split in ('val', 'test'):
+        if 'ann_file' in cfg[f'{split}_evaluator']:
+            cfg[f'{split}_evaluator'].ann_file = f'{root}/annotations/instances_val.json'
+    cfg.merge_from_dict(options)
     return cfg
 
 
@@ -50,7 +65,6 @@ def training_data(cfg: Config) -> BaseDataset:
     check_data_files(cfg, ('train',))
     check_classes(cfg, ('train',))
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    name_faulty_files(dataset)
+        dataset = QuietRunner.build_dataloader(cfg.train_dataloader).dataset
     check_samples(dataset, 'train_dataloader.dataset')
     return dataset

@@ -1,8 +1,6 @@
-"""Images that are odd, damaged or dangerous: check_dataset, the loading of a training, and inference treat them alike."""
+"""Images that are odd, damaged or dangerous: check_dataset, training and inference treat them alike."""
 import io
-import os
 import re
-import shutil
 import struct
 import zlib
 
@@ -104,12 +102,12 @@ REFUSED_ROWS = [
     Row('empty file', files(b''), 'is empty', 'is no picture, or damaged'),
     Row('web page', files(b'<!DOCTYPE html>'), 'is no image', 'is no picture, or damaged'),
     Row('JPEG cut off', files(encoded(form='JPEG')[:-200]), 'does not decode: .*truncated', ''),
-    Row('JPEG without its last byte', files(encoded(form='JPEG')[:-1]), 'does not decode: .*truncated', ''),
+    Row('JPEG cut off by a byte', files(encoded(form='JPEG')[:-1]), 'does not decode: .*truncated', ''),
     Row('PNG cut off', files(encoded()[:-200]), 'does not decode: .*truncated', 'is no picture, or damaged'),
     Row('PNG without its end', files(encoded()[:-12]), 'does not decode', 'is no picture, or damaged'),
     Row('PNG with a wrong byte', files(damaged(encoded(), -40)), 'does not decode', 'is no picture, or damaged'),
-    Row('decompression bomb', files(bomb(30000)), 'too large to be decoded: .* 9\\d{8} pixels.*cut it into tiles',
-        'too large to be decoded: .*tiles'),
+    Row('decompression bomb', files(bomb(30000)), 'too large to be decoded .*900000000 pixels.*cut it into tiles',
+        'too large to be decoded .*tiles'),
     Row('format of Pillow alone', files(encoded(form='PCX')), 'is PCX, which OpenCV cannot read',
         'is no picture, or damaged'),
     Row('floating-point numbers', files(deep('.tif', SMOOTH[..., 0].astype(np.float32))),
@@ -171,11 +169,11 @@ def test_refused(row, path, model, load):
         fault, = report.faults
         assert fault.path == str(path)
         assert re.search(row.check, fault.reason)
-    if opencv_fills_gaps() and row.name.startswith('JPEG'):
-        pytest.skip('this OpenCV fills up what is missing: tests/test_apis/test_predict.py')
-    with pytest.raises(DataError, match=f'^{re.escape(str(path))} ') as error:
-        load(dict(img_path=str(path), sample_idx=0))
-    assert '\n' not in str(error.value)
+    # OpenCV before 4.12 fills up what is missing, which a training is not stopped for.
+    if not (opencv_fills_gaps() and 'cut off' in row.name):
+        with pytest.raises(DataError, match=f'^{re.escape(str(path))} ') as error:
+            load(dict(img_path=str(path), sample_idx=0))
+        assert '\n' not in str(error.value)
     with pytest.raises(ImageError, match=f'^{re.escape(str(path))} .*{row.run}'):
         inference(model, [path])
 
@@ -194,14 +192,15 @@ def test_a_bomb_takes_no_memory(path, model, load):
 
 
 @pytest.mark.parametrize('task', ['detector', 'segmentor'])
-@pytest.mark.parametrize('size', [(1, 4000), (4000, 1)])
-def test_what_no_resize_can_do_is_named(task, size, tmp_path):
+def test_what_no_resize_can_do_is_named(task, tmp_path):
     """Detectors and segmentors keep the ratio of the sides, which leaves no pixel of the shorter one."""
-    (tmp_path / 'a.png').write_bytes(flat(*size))
-    with pytest.raises(ImageError, match=rf'^{tmp_path}/a.png cannot be used: Resize raised error: OpenCV.*resize'):
-        inference(tiny_model(task), [tmp_path / 'a.png'])
+    model = tiny_model(task)
+    for size in (1, 4000), (4000, 1):
+        (tmp_path / 'a.png').write_bytes(flat(*size))
+        with pytest.raises(ImageError, match=rf'^{tmp_path}/a.png cannot be used: Resize raised error: OpenCV.*resize'):
+            inference(model, [tmp_path / 'a.png'])
     with pytest.raises(ImageError, match='^image 0 cannot be used: Resize raised error: OpenCV'):
-        inference(tiny_model(task), [np.zeros((*size, 3), np.uint8)])
+        inference(model, [np.zeros((1, 4000, 3), np.uint8)])
 
 
 MODES = dict(PNG=('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'), JPEG=('L', 'RGB', 'CMYK'), BMP=('1', 'L', 'P', 'RGB'),

@@ -37,8 +37,8 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
     """Checks a split of a data set in ADE20K's layout: images, and a label map of the same name for each.
 
     Finds images without a label map and the reverse, files that do not decode to their end, pairs that differ in size,
-    and label maps that are not single-channel 8 bit, are JPEG, or have values that stand for no class. Values are 0 for what
-    belongs to no class and 1 to ``num_classes`` for the classes, or with ``reduce_zero_label=False`` 0 to
+    and label maps that are not single-channel 8 bit, are JPEG, or have values that stand for no class. Values are 0 for
+    what belongs to no class and 1 to ``num_classes`` for the classes, or with ``reduce_zero_label=False`` 0 to
     ``num_classes - 1`` for the classes; 255 is ignored in training either way.
 
     Args:

@@ -130,7 +130,8 @@ def unreadable(path: str, error: Exception) -> Fault:
     if isinstance(error, FileNotFoundError):
         return Fault(path, 'missing', 'does not exist')
     if isinstance(error, Image.DecompressionBombError):
-        return Fault(path, 'too large', f'is too large to be decoded: {error}; cut it into tiles')
+        sizes = str(error).partition(',')[0]
+        return Fault(path, 'too large', f'is too large to be decoded ({sizes}): cut it into tiles')
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.getsize(path) == 0
         return Fault(path, 'unreadable', 'is empty' if empty else 'is no image')
