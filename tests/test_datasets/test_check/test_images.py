@@ -138,6 +138,56 @@ def test_sizes_of_turned_images_are_those_of_opencv(tmp_path, orientation, suffi
     assert images.decode_image(path) == (None, cv2.imread(path).shape[1::-1], (40, 24))
 
 
+def test_tiff_is_turned_by_both(tmp_path):
+    path = save_turned(str(tmp_path / '1.tif'), 6)
+    size = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR).shape[1::-1]
+    assert images.decode_image(path)[:2] == (None, size)
+
+
+@pytest.mark.parametrize('damage, word', [
+    (lambda data: data[:-12], 'PNG'), (lambda data: data[:-20] + bytes(8) + data[-12:], 'PNG')])
+def test_damages_that_pillow_passes_over(tmp_path, damage, word):
+    path = tmp_path / '1.png'
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    assert images.decode_image(str(path))[0] is None
+    path.write_bytes(damage(path.read_bytes()))
+    if cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) is None:  # not so in every version of OpenCV
+        fault = images.decode_image(str(path))[0]
+        assert fault.kind == 'unreadable' and word in fault.reason
+
+
+def test_images_of_more_pixels_than_pillow_takes(tmp_path, monkeypatch):
+    path = str(tmp_path / '1.png')
+    Image.new('1', (400, 400)).save(path)
+    assert images.too_large(path) is None and images.decode_image(path)[0] is None
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 70_000)
+    for fault in images.too_large(path), images.decode_image(path)[0]:
+        assert (fault.path, fault.kind) == (path, 'too large')
+        assert fault.reason.endswith('140000 pixels): cut it into tiles')
+    (tmp_path / 'text').write_text('no picture')
+    assert images.too_large(str(tmp_path / 'text')) is images.too_large(str(tmp_path / 'missing')) is None
+
+
+def test_whether_opencv_fills_gaps(monkeypatch):
+    """Measured, as it depends on its version."""
+    found = images.opencv_fills_gaps.__wrapped__()
+    data = cv2.imencode('.jpg', np.full((99, 99, 3), 9, np.uint8))[1]
+    assert found == (cv2.imdecode(data[:-20], cv2.IMREAD_COLOR) is not None)
+    for picture in None, np.zeros((64, 64, 3)):
+        monkeypatch.setattr(cv2, 'imdecode', lambda data, flag, picture=picture: picture)
+        assert images.opencv_fills_gaps.__wrapped__() is (picture is not None)
+
+
+@pytest.mark.parametrize('mode, form, word', [
+    ('L', 'PNG', None), ('P', 'PNG', None), ('L', 'TIFF', None), ('1', 'PNG', 'mode 1'), ('RGB', 'PNG', 'mode RGB'),
+    ('I;16', 'PNG', 'mode I;16'), ('L', 'JPEG', 'is JPEG')])
+def test_what_a_label_map_is(tmp_path, mode, form, word):
+    Image.new(mode, (5, 4)).save(tmp_path / '1', form)
+    with Image.open(tmp_path / '1') as label:
+        reason = images.label_fault(label)
+    assert reason is None if word is None else word in reason
+
+
 def test_formats_that_opencv_does_not_turn(tmp_path):
     path = save_turned(str(tmp_path / '1.webp'), 6)
     if cv2.imread(path).shape[1::-1] == (40, 24):  # not so in every version of OpenCV
