@@ -47,11 +47,14 @@ def check_samples(dataset: object, key: str) -> None:
     """
     found = list(base_data_sets(dataset))
     if found and not len(dataset):
-        where = next((each.ann_file for each in found if each.ann_file), found[0].data_prefix)
-        raise DataError(f'{key} has no images: {where} names none that has an annotation of one of the classes '
-                        f'{_some(found[0].metainfo.get("classes") or ())}, or filter_cfg leaves none')
+        raise DataError(_no_images(next((each.ann_file for each in found if each.ann_file), key)))
     for each in found:
         _check_samples(each, key)
+
+
+def _no_images(path: str) -> str:
+    return (f'{path} has no image to use: it names none, or none that has an annotation of one of the classes and that '
+            'filter_cfg of the data set leaves')
 
 
 def base_data_sets(dataset: object) -> Iterator[BaseDataset]:
@@ -126,6 +129,9 @@ def naming_annotations(loader: object) -> Iterator[None]:
     except Exception as error:  # what odd annotations make the data sets raise can be anything
         dataset = next(data_sets(dict(data_dataloader=loader), 'data'), ('', {}))[1]
         path = local_path(dataset, 'ann_file') or dataset.get('data_root') or 'the data set'
+        # MMEngine joins what there is of all images, which fails if there are none.
+        if any(frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__)):
+            raise DataError(_no_images(path)) from error
         raise DataError(f'{path} cannot be read: {_raised(error)}') from error
 
 
@@ -192,12 +198,8 @@ def _check_label_map(path: str, data: dict) -> None:
         if fault:
             raise DataError(f'{path} {fault}; {CHECK}')
     # Test pipelines load it when the image has been resized.
-    (height, width), expected = data['gt_seg_map'].shape[:2], data['ori_shape']
-    if (height, width) != tuple(expected):
+    (height, width), expected = data['gt_seg_map'].shape[:2], data.get('ori_shape')
+    if expected and (height, width) != tuple(expected):
         raise DataError(f'{path} is {width} x {height} (width x height), its image {data.get("img_path")} '
                         f'{expected[1]} x {expected[0]}; {CHECK}')
 
-
-def _some(names: object, count: int = 6) -> str:
-    shown = ', '.join(map(str, tuple(names)[:count]))
-    return f'({shown}, …)' if len(names) > count else f'({shown})'

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from tiny_models import CONFIGS, TINY
 
+from convneur_mm.apis import init_model
 from convneur_mm.engine.class_checks import check_classes
 from convneur_mm.engine.data_files import check_samples
 from convneur_mm.engine.file_checks import check_data_files
@@ -58,6 +60,11 @@ def config(task: str, root: Path, **options: object) -> Config:
             cfg[f'{split}_evaluator'].ann_file = f'{root}/annotations/instances_val.json'
     cfg.merge_from_dict(options)
     return cfg
+
+
+def built(task: str, checkpoint: str | Path | None = None, **options: object) -> BaseModel:
+    """The model of such a config on the CPU."""
+    return init_model(config(task, Path('nowhere'), **options), checkpoint, 'cpu')
 
 
 def training_data(cfg: Config) -> BaseDataset:

@@ -115,8 +115,7 @@ ROWS = [
     Row('box turned inside out', first(bbox=[34, 24, -30, -20]), 'has no area'),
     Row('box of three numbers', first(bbox=[4, 4, 30]), 'must be four numbers',
         r'instances_train\.json.*: not enough values to unpack'),
-    Row('box that is NaN', first(bbox=[NAN, 4, 30, 20]), 'must be four numbers, got .nan',
-        r'000001\.jpg has an object with the box \[nan, .*instances_train\.json'),
+    Row('box that is NaN', first(bbox=[NAN, 4, 30, 20]), 'must be four numbers, got .nan'),
     Row('box that is infinite', first(bbox=[4, 4, float('inf'), 20]), 'must be four numbers, got .*inf',
         r'000001\.jpg has an object with the box \[4, 4, inf'),
     Row('no segmentation for one', lambda content: content['annotations'][0].pop('segmentation'), 'no segmentation',
@@ -142,9 +141,9 @@ ROWS = [
     Row('no categories', lambda content: content.update(categories=[], annotations=[]), "list 'categories' is empty",
         'has no category'),
     Row('no images', lambda content: content.update(images=[], annotations=[]), "list 'images' is empty",
-        r'train_dataloader\.dataset has no images: \S+instances_train\.json'),
+        r'instances_train\.json has no image to use'),
     Row('no annotations', lambda content: content.update(annotations=[]), HANDLED,
-        r'train_dataloader\.dataset has no images: \S+instances_train\.json names none that has an annotation of one'),
+        r'instances_train\.json has no image to use: .* none that has an annotation of one of the classes'),
     Row('crowd that is a word', first(iscrowd='no'), "iscrowd must be 0 or 1, got 'no'"),
     Row('size of another image', lambda content: content['images'][0].update(width=80), 'is 64 x 64 .* says 80 x 64'),
     Row('file that is missing', lambda content: content['images'][1].update(file_name='nowhere.jpg'), 'does not exist',
@@ -163,7 +162,7 @@ OTHER_CLASSES = {
     'crowd alone': {**CLASSES, 3: []},
     'image without annotations': {1: ['disk', 'square'], 2: ['triangle']},
     'box less than a pixel wide': {**CLASSES, 3: []},
-    **dict.fromkeys(('box outside', 'box without area', 'box turned inside out', 'polygon of two points',
+    **dict.fromkeys(('box outside', 'box that is NaN', 'box without area', 'box turned inside out', 'polygon of two points',
                      'category that is unknown', 'image that is unknown', 'crowd that is a word'), ONE_PASSED_OVER),
 }
 
@@ -228,8 +227,7 @@ def test_images_without_objects_are_trained_on(root):
         model = MODELS.build(cfg.model)
         for kept in [0, 1, 2], [1, 2]:
             batch = {key: [values[i] for i in kept] for key, values in data.items()}
-            losses = model.loss(**model.data_preprocessor(batch, training=True))
-            total, _ = model.parse_losses(losses)
+            total, _ = model.parse_losses(model(**model.data_preprocessor(batch, training=True), mode='loss'))
             total.backward()
             assert total.isfinite()
             assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
@@ -244,7 +242,7 @@ VALUES = st.one_of(
     st.lists(st.floats(-100, 100), min_size=4, max_size=4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(places=st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=3))
 def test_what_the_check_passes_is_trained_on(places, source, tmp_path_factory):
     """And whatever is wrong, the check ends with a report, and a training with a line."""
@@ -261,4 +259,4 @@ def test_what_the_check_passes_is_trained_on(places, source, tmp_path_factory):
         for i in range(len(dataset)):
             dataset[i]
     except LaunchError as error:
-        assert not report.clean or 'no images' in str(error), error
+        assert not report.clean or 'no image to use' in str(error), error

@@ -7,12 +7,12 @@ import zipfile
 
 import pytest
 import torch
-from hostile import HANDLED, Row, ids
+from hostile import HANDLED, Row, built, ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.runner import CheckpointLoader
 from safetensors import torch as safetensors
-from tiny_models import separated, tiny_model
+from tiny_models import separated
 
 from convneur_mm.engine import safe_loading
 from convneur_mm.engine.checkpoint import load_pretrained, read_checkpoint
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.needs('mmpretrain')
 
 @pytest.fixture(scope='module')
 def model():
-    return separated(tiny_model('classifier'))
+    return separated(built('classifier'))
 
 
 def saved(value, **kwargs):
@@ -130,13 +130,13 @@ def test_checkpoint(row, model, tmp_path, monkeypatch):
     row.make(path, weights)
     if row.run is HANDLED:
         assert readable_checkpoint(str(path), 'checkpoint', False) == str(path)
-        loaded = tiny_model('classifier', path).state_dict()
+        loaded = built('classifier', path).state_dict()
         dtype = dict(float16=torch.float16, bfloat16=torch.bfloat16).get(row.name, torch.float64)
         for name, value in weights.items():
             assert loaded[name].dtype == torch.float32
             assert torch.equal(loaded[name], value.to(dtype).float()), name
         return
-    entries = [lambda: tiny_model('classifier', path)]
+    entries = [lambda: built('classifier', path)]
     if 'missing' not in row.name and row.name not in ('other classes', 'NumPy arrays', 'names of another model'):
         entries += [lambda: readable_checkpoint(str(path), '--resume', False), lambda: read_checkpoint(str(path))]
     if row.name.startswith('NaN'):

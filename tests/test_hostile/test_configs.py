@@ -3,8 +3,8 @@ import re
 
 import pytest
 import torch
-from hostile import HANDLED, Row, config, ids, training_data
-from tiny_models import CONFIGS, TINY, tiny_model
+from hostile import HANDLED, Row, built, config, ids, training_data
+from tiny_models import CONFIGS, TINY
 
 from convneur_mm.apis import init_model
 from convneur_mm.datasets import make_shapes_coco
@@ -21,7 +21,7 @@ def setting(key, value):
 
 def refused(key, value, words=None):
     name = key.rpartition('.')[2]
-    return Row(f'{name}={value!r}', setting(key, value), run=words or f'{name} must .*got {re.escape(repr(value))}')
+    return Row(f'{key}={value!r}', setting(key, value), run=words or f'{name} must .*got {re.escape(repr(value))}')
 
 
 ARCH = dict(depths=[1] * 4, channels=[8, 16, 24, 32], mem_channels=16)
@@ -63,10 +63,10 @@ MODELS = [
 @pytest.mark.parametrize('row', MODELS, ids=ids(MODELS))
 def test_model(row):
     if row.run is HANDLED:
-        tiny_model('classifier', options=row.make())
+        built('classifier', **row.make())
         return
     with pytest.raises((ValueError, TypeError), match=row.run) as error:
-        tiny_model('classifier', options=row.make())
+        built('classifier', **row.make())
     # MMEngine names the class.
     assert 'ConvNeur' in str(error.value)
 
@@ -77,7 +77,7 @@ def test_model(row):
 def test_chunks_longer_than_the_image_and_shorter_than_a_token(options, other):
     """64 x 64 pixels are 16 x 16 tokens in the first stage."""
     x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
-    backbones = [tiny_model('classifier', options={
+    backbones = [built('classifier', **{
         BACKBONE + 'memory_cfg': dict(memory_cfg, _delete_=True), BACKBONE + 'out_indices': 0,
         BACKBONE + 'gap_before_final_norm': False, 'model.head.in_channels': 8}).backbone.double()
         for memory_cfg in (options, other)]

@@ -8,12 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hostile import HANDLED, Row, ids
+from hostile import HANDLED, Row, built, ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.dataset import Compose
 from PIL import Image, ImageOps
-from tiny_models import separated, tiny_model
+from tiny_models import separated
 
 from convneur_mm.apis import ImageError, inference, iter_inference
 from convneur_mm.datasets.check import check_imagenet
@@ -130,7 +130,7 @@ def seen(path):
 
 @pytest.fixture(scope='module')
 def model():
-    return separated(tiny_model('classifier'))
+    return separated(built('classifier'))
 
 
 @pytest.fixture(scope='module')
@@ -194,7 +194,7 @@ def test_a_bomb_takes_no_memory(path, model, load):
 @pytest.mark.parametrize('task', ['detector', 'segmentor'])
 def test_what_no_resize_can_do_is_named(task, tmp_path):
     """Detectors and segmentors keep the ratio of the sides, which leaves no pixel of the shorter one."""
-    model = tiny_model(task)
+    model = built(task)
     for size in (1, 4000), (4000, 1):
         (tmp_path / 'a.png').write_bytes(flat(*size))
         with pytest.raises(ImageError, match=rf'^{tmp_path}/a.png cannot be used: Resize raised error: OpenCV.*resize'):
