@@ -162,8 +162,9 @@ OTHER_CLASSES = {
     'crowd alone': {**CLASSES, 3: []},
     'image without annotations': {1: ['disk', 'square'], 2: ['triangle']},
     'box less than a pixel wide': {**CLASSES, 3: []},
-    **dict.fromkeys(('box outside', 'box that is NaN', 'box without area', 'box turned inside out', 'polygon of two points',
-                     'category that is unknown', 'image that is unknown', 'crowd that is a word'), ONE_PASSED_OVER),
+    **dict.fromkeys(('box outside', 'box that is NaN', 'box without area', 'box turned inside out',
+                     'polygon of two points', 'category that is unknown', 'image that is unknown',
+                     'crowd that is a word'), ONE_PASSED_OVER),
 }
 
 
