@@ -177,9 +177,12 @@ def coco_categories(path: str) -> tuple[str, ...]:
         path (str): Of the JSON file, which may have hundreds of megabytes.
 
     Raises:
-        LaunchError: If the file is not JSON, has no list of categories, or two of them share an id.
+        LaunchError: If the file cannot be read, is not JSON, has no list of categories, or two of them share an id.
     """
-    categories = _last_categories(path)
+    try:
+        categories = _last_categories(path)
+    except OSError as error:
+        raise LaunchError(f'{path} cannot be read: {error.strerror}') from None
     if categories is None:
         try:
             with open(path, encoding='utf-8') as file:

@@ -1,15 +1,18 @@
 """Configs with wrong values: refused where the model or the data are built, with the key and the value."""
+import copy
 import re
 
 import pytest
 import torch
 from hostile import HANDLED, Row, built, config, ids, training_data
+from mmengine.config import Config
 from tiny_models import CONFIGS, TINY
 
 from convneur_mm.apis import init_model
 from convneur_mm.datasets import make_shapes_coco
 from convneur_mm.engine.errors import LaunchError
-from convneur_mm.engine.launch import find_config, read_config
+from convneur_mm.engine.launch import find_config
+from convneur_mm.engine.settings import apply_settings
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 BACKBONE, MEMORY = 'model.backbone.', 'model.backbone.memory_cfg.'
@@ -65,10 +68,8 @@ def test_model(row):
     if row.run is HANDLED:
         built('classifier', **row.make())
         return
-    with pytest.raises((ValueError, TypeError), match=row.run) as error:
+    with pytest.raises((ValueError, TypeError), match=row.run):
         built('classifier', **row.make())
-    # MMEngine names the class.
-    assert 'ConvNeur' in str(error.value)
 
 
 @pytest.mark.parametrize('options, other', [
@@ -78,7 +79,7 @@ def test_chunks_longer_than_the_image_and_shorter_than_a_token(options, other):
     """64 x 64 pixels are 16 x 16 tokens in the first stage."""
     x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     backbones = [built('classifier', **{
-        BACKBONE + 'memory_cfg': dict(memory_cfg, _delete_=True), BACKBONE + 'out_indices': 0,
+        BACKBONE + 'memory_cfg': memory_cfg, BACKBONE + 'out_indices': 0,
         BACKBONE + 'gap_before_final_norm': False, 'model.head.in_channels': 8}).backbone.double()
         for memory_cfg in (options, other)]
     # Gate maps that are not nearly the same everywhere.
@@ -112,7 +113,7 @@ DATA = [
         run=r'train_dataloader\.dataset\.data_prefix\.img: \S+/nowhere does not exist'),
     Row('file that is missing', setting(LOADER + 'dataset.ann_file', 'nowhere.json'),
         run=r'train_dataloader\.dataset\.ann_file: \S+/nowhere\.json does not exist'),
-    Row('file that is a folder', setting(LOADER + 'dataset.ann_file', 'train'), run=r'/data/train'),
+    Row('file that is a folder', setting(LOADER + 'dataset.ann_file', 'train'), run=r'/data/train cannot be read: Is a directory'),
     Row('classes that the file lacks', setting(LOADER + 'dataset.metainfo.classes', ('nut', 'bolt')),
         run=r'metainfo\.classes has 2 classes \(nut, bolt\), but \S+ has no category \(nut, bolt\)'),
     Row('head of other classes', setting('model.roi_head.mask_head.num_classes', 80),
@@ -140,16 +141,23 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope='module')
+def shipped():
+    return Config.fromfile(find_config(CONFIGS['detector']))
+
+
 @pytest.mark.parametrize('row', SETTINGS, ids=ids(SETTINGS))
-def test_setting(row):
+def test_setting(row, shipped):
+    cfg = copy.deepcopy(shipped)
+    cfg.merge_from_dict(row.make())
     with pytest.raises(LaunchError, match=row.run):
-        read_config(find_config(CONFIGS['detector']), row.make())
+        apply_settings(cfg)
 
 
 # ``make`` writes the file.
 FILES = [
     Row('empty', lambda path: path.write_text(''), run='default_scope must be one of .*, got None'),
-    Row('web page', lambda path: path.write_text('<!DOCTYPE html>\n<html>'), run='syntax errors in config file .*py'),
+    Row('web page', lambda path: path.write_text('<!DOCTYPE html>\n<html>'), run='invalid syntax'),
     Row('without a model', lambda path: path.write_text("default_scope = 'mmdet'"), run='config.py has no model'),
     Row('of another package', lambda path: path.write_text("default_scope = 'mmocr'"), run="default_scope .* 'mmocr'"),
     Row('base that is missing', lambda path: path.write_text("_base_ = './nowhere.py'"), run='nowhere.py'),
