@@ -144,16 +144,16 @@ def test_tiff_is_turned_by_both(tmp_path):
     assert images.decode_image(path)[:2] == (None, size)
 
 
-@pytest.mark.parametrize('damage, word', [
-    (lambda data: data[:-12], 'PNG'), (lambda data: data[:-20] + bytes(8) + data[-12:], 'PNG')])
-def test_damages_that_pillow_passes_over(tmp_path, damage, word):
+def test_a_damage_that_pillow_passes_over(tmp_path):
+    """The chunk that ends the file is missing."""
     path = tmp_path / '1.png'
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    cv2.imwrite(str(path), np.zeros((64, 64, 3), np.uint8))
     assert images.decode_image(str(path))[0] is None
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-12])
     if cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) is None:  # not so in every version of OpenCV
         fault = images.decode_image(str(path))[0]
-        assert fault.kind == 'unreadable' and word in fault.reason
+        assert fault.kind == 'unreadable'
+        assert fault.reason == 'does not decode: OpenCV, and so training, cannot read this PNG (mode RGB of Pillow)'
 
 
 def test_images_of_more_pixels_than_pillow_takes(tmp_path, monkeypatch):
