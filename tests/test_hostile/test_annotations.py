@@ -243,7 +243,7 @@ VALUES = st.one_of(
     st.lists(st.floats(-100, 100), min_size=4, max_size=4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(places=st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=3))
 def test_what_the_check_passes_is_trained_on(places, source, tmp_path_factory):
     """And whatever is wrong, the check ends with a report, and a training with a line."""

@@ -126,7 +126,7 @@ def test_label_map(row, root):
 MODES = ('1', 'L', 'P', 'LA', 'RGB', 'I;16', 'F')
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(mode=st.sampled_from(MODES), width=st.sampled_from([SIZE, 30]), value=st.integers(0, 255))
 def test_what_the_check_passes_is_loaded_as_it_is(mode, width, value, source):
     image, label = source / 'images/training/000002.jpg', source / 'annotations/training/000002.png'
