@@ -15,7 +15,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.structures import BaseDataElement
 
-from ..datasets.check.images import decode_image, opencv_fills_gaps, too_large
+from ..datasets.check.images import too_large
 from ..engine.data_files import DataError, NamingPipeline
 from ..engine.errors import LaunchError
 from ..engine.file_checks import data_sets
@@ -159,8 +159,8 @@ class _Pipeline:
             raise ImageError(str(error)) from error
 
     def _read(self, path: str, results: dict) -> dict:
-        fault = decode_image(path)[0] if opencv_fills_gaps() else too_large(path)
-        if fault and fault.kind != 'missing':
+        fault = too_large(path)
+        if fault:
             raise ImageError(f'{path} {fault.reason}')
         try:
             results = self._load(dict(results, img_path=path))

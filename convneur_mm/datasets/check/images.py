@@ -1,7 +1,6 @@
 """Decoding images on all cores, and the paths and options that every check takes."""
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -106,16 +105,6 @@ def too_large(path: str) -> Fault | None:
         return unreadable(path, error)
     except Exception:  # what a damaged file makes Pillow raise can be anything
         return None
-
-
-@functools.cache
-def opencv_fills_gaps() -> bool:
-    """Whether this OpenCV makes an image of a JPEG that was cut off, which versions before 4.12 do.
-
-    What is missing is then grey, or what another image left in memory.
-    """
-    data = cv2.imencode('.jpg', np.zeros((64, 64, 3), np.uint8))[1]
-    return cv2.imdecode(data[:-8], cv2.IMREAD_COLOR) is not None
 
 
 def label_fault(label: Image.Image) -> str | None:

@@ -168,16 +168,6 @@ def test_images_of_more_pixels_than_pillow_takes(tmp_path, monkeypatch):
     assert images.too_large(str(tmp_path / 'text')) is images.too_large(str(tmp_path / 'missing')) is None
 
 
-def test_whether_opencv_fills_gaps(monkeypatch):
-    """Measured, as it depends on its version."""
-    found = images.opencv_fills_gaps.__wrapped__()
-    data = cv2.imencode('.jpg', np.full((99, 99, 3), 9, np.uint8))[1]
-    assert found == (cv2.imdecode(data[:-20], cv2.IMREAD_COLOR) is not None)
-    for picture in None, np.zeros((64, 64, 3)):
-        monkeypatch.setattr(cv2, 'imdecode', lambda data, flag, picture=picture: picture)
-        assert images.opencv_fills_gaps.__wrapped__() is (picture is not None)
-
-
 @pytest.mark.parametrize('mode, form, word', [
     ('L', 'PNG', None), ('P', 'PNG', None), ('L', 'TIFF', None), ('1', 'PNG', 'mode 1'), ('RGB', 'PNG', 'mode RGB'),
     ('I;16', 'PNG', 'mode I;16'), ('L', 'JPEG', 'is JPEG')])
