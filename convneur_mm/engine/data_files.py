@@ -76,7 +76,8 @@ def _check_samples(dataset: BaseDataset, key: str) -> None:
     missing: list[str] = []
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
-        missing += [path for name in ('img_path', 'seg_map_path') if (path := info.get(name)) and not files.has(path)]
+        missing += [path for name in ('img_path', 'seg_map_path')
+                    if isinstance(path := info.get(name), str) and not files.has(path)]
         for instance in info.get('instances') or ():
             box = instance.get('bbox')
             if box is not None and not all(map(math.isfinite, box)):

@@ -72,6 +72,9 @@ class TestCheckSamples:
         assert error_of(Pictures([*missing, picture(existing), missing[0]])) == (
             f'key: {tmp_path}/no.png does not exist, nor do 2 other files that list.json names; {CHECK}')
 
+    def test_several_images_of_one_sample_pass(self):
+        assert error_of(Pictures([dict(img_path=['a.png', 'b.png'])])) is None
+
     def test_label_maps_are_looked_for(self, existing, tmp_path):
         labels = str(tmp_path / 'no.png')
         assert labels in error_of(Pictures([picture(existing, seg_map_path=labels)]))
