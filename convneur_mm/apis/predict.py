@@ -15,6 +15,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.structures import BaseDataElement
 
+from ..datasets.check.images import too_large
+from ..engine.data_files import DataError, NamingPipeline
 from ..engine.errors import LaunchError
 from ..engine.file_checks import data_sets
 
@@ -130,7 +132,7 @@ class _Pipeline:
             raise LaunchError(f'{key}.pipeline must begin with LoadImageFromFile, got {_name(loader) or "none"}')
         self._load = TRANSFORMS.build(loader)
         self._dtype = np.float32 if loader.get('to_float32') else np.uint8
-        self._transform = Compose([step for step in transforms if 'Annotations' not in _name(step)])
+        self._transform = NamingPipeline(Compose([step for step in transforms if 'Annotations' not in _name(step)]))
 
     def __call__(self, image: Image, index: int) -> tuple[np.ndarray, dict]:
         """A picture as loaded, (H, W, 3) in BGR, and packed for the model.
@@ -149,11 +151,17 @@ class _Pipeline:
             results.update(img=image.astype(self._dtype), img_path=None, img_shape=size, ori_shape=size)
         else:
             results = self._read(os.fspath(image), results)
-        picture = results['img']
         # Transforms may write into the array they are given.
-        return picture.astype(np.uint8), self._transform(results)
+        picture = results['img'].astype(np.uint8)
+        try:
+            return picture, self._transform(results)
+        except DataError as error:
+            raise ImageError(str(error)) from error
 
     def _read(self, path: str, results: dict) -> dict:
+        fault = too_large(path)
+        if fault:
+            raise ImageError(f'{path} {fault.reason}')
         try:
             results = self._load(dict(results, img_path=path))
         except Exception as error:  # what a damaged file makes the decoders raise can be anything

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .check import Report, check_ade20k, check_coco, check_imagenet
 from .check.folders import IGNORED, IMAGENET_SUFFIXES
-from .check.images import files_under
+from .check.images import files_under, seen_size
 
 # Words of file and folder names that tell which split they are; pictures for tests have no place in a training.
 _ROLES = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test',
@@ -514,7 +514,7 @@ def _sizes(paths: Iterable[Path]) -> list[tuple[int, int]]:
     found = []
     for path in paths:
         with Image.open(path) as image:
-            found.append(image.size)
+            found.append(seen_size(image))
     return found
 
 

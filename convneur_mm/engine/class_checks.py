@@ -156,6 +156,10 @@ def _check_categories(classes: DataClasses, path: str, where: str = '') -> None:
     found = tuple(name for name in categories if name in classes.names)
     if found == classes.names:
         return
+    twice = [name for name in classes.names if categories.count(name) > 1]
+    if twice:
+        raise LaunchError(f'{where}{path} has several categories of the name {twice[0]!r}, which would have labels of '
+                          'their own: give them other names, or make one of them')
     missing = [name for name in classes.names if name not in categories]
     if missing:
         raise LaunchError(f'{where}{classes}, but {path} has no category {_some(missing)}; it has '
@@ -173,9 +177,12 @@ def coco_categories(path: str) -> tuple[str, ...]:
         path (str): Of the JSON file, which may have hundreds of megabytes.
 
     Raises:
-        LaunchError: If the file is not JSON, or has no list of categories.
+        LaunchError: If the file cannot be read, is not JSON, has no list of categories, or two of them share an id.
     """
-    categories = _last_categories(path)
+    try:
+        categories = _last_categories(path)
+    except OSError as error:
+        raise LaunchError(f'{path} cannot be read: {error.strerror}') from None
     if categories is None:
         try:
             with open(path, encoding='utf-8') as file:
@@ -186,6 +193,12 @@ def coco_categories(path: str) -> tuple[str, ...]:
     if not _are_categories(categories):
         raise LaunchError(f'{path} has no list \'categories\' of objects with id and name, as COCO\'s annotation files '
                           'have')
+    names: dict[str, str] = {}
+    for category in categories:
+        other = names.setdefault(repr(category['id']), category['name'])
+        if other != category['name']:
+            raise LaunchError(f'{path} has several categories of the id {category["id"]!r}, {other!r} and '
+                              f'{category["name"]!r}: give each an id of its own')
     return tuple(category['name'] for category in categories)
 
 

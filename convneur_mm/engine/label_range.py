@@ -1,4 +1,7 @@
-"""A look at the labels of the first batch: one that is of no class ends in an obscure error of the loss, or of CUDA."""
+"""A look at the data before a run, and at the labels of the first batch.
+
+A label that is of no class ends in an obscure error of the loss, or of CUDA.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,6 +12,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from .data_files import check_samples
 from .errors import LaunchError
 from .model_wrappers import unwrapped
 
@@ -39,13 +43,32 @@ class Allowed(NamedTuple):
 class LabelRangeHook(Hook):
     """Stops a training whose first batch has labels that the model's heads do not tell apart.
 
-    Of mmseg's label maps, mmdet's boxes and mmpretrain's images, on the CPU, before the model gets them.
+    Of mmseg's label maps, mmdet's boxes and mmpretrain's images, on the CPU, before the model gets them. And before
+    that, a run whose data lack files, see :func:`.data_files.check_samples`.
     """
 
     priority = 'VERY_HIGH'
 
     def __init__(self) -> None:
         self._done = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Looks at the data of training and validation.
+
+        Raises:
+            DataError: Names data set and file.
+        """
+        check_samples(runner.train_dataloader.dataset, 'train_dataloader.dataset')
+        if runner.val_loop is not None:
+            check_samples(runner.val_dataloader.dataset, 'val_dataloader.dataset')
+
+    def before_test(self, runner: Runner) -> None:
+        """Looks at the data of a test.
+
+        Raises:
+            DataError: Names data set and file.
+        """
+        check_samples(runner.test_dataloader.dataset, 'test_dataloader.dataset')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Looks at the labels, the first time.

@@ -17,6 +17,9 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from .data_files import name_faulty_files, naming_annotations
 
 # What MMEngine logs before the first step, beside records of several lines, and the summary says in fewer words.
 REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
@@ -64,6 +67,14 @@ class QuietRunner(Runner):
             if not isinstance(handler, logging.FileHandler) and handler.level >= logging.INFO:
                 handler.addFilter(ConsoleFilter())
         return logger
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        """See :meth:`Runner.build_dataloader`; errors of the data set, and of its pipeline later, name the file."""
+        with naming_annotations(dataloader):
+            loader = Runner.build_dataloader(dataloader, *args, **kwargs)
+        name_faulty_files(loader.dataset)
+        return loader
 
     def load_checkpoint(self, *args, **kwargs) -> dict:
         """See :meth:`Runner.load_checkpoint`."""

@@ -28,11 +28,26 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 def check_structure(checkpoint: object, filename: str) -> None:
-    """Raises a CheckpointError unless this is a dict of weights, or holds one."""
+    """Raises a CheckpointError unless this is a dict of weights, or holds one, and none of them is NaN."""
     weights = weights_of(checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f'{filename} is no checkpoint: it holds a {type(weights).__name__}, expected a dict of '
                               'names and weights; name another file')
+    for name, value in weights.items():
+        count = _count_nan(value) if isinstance(value, Tensor) else 0
+        if count:
+            raise CheckpointError(f'{filename} was not loaded: {printable(name)} is NaN in {count} of {value.numel()} '
+                                  'places, as a training that diverged leaves it; name an earlier checkpoint')
+
+
+def _count_nan(value: Tensor) -> int:
+    """How many values are no numbers. Infinite ones are not counted, as buffers may hold them: an attention's mask."""
+    if not value.is_floating_point() and not value.is_complex():
+        return 0
+    # float8 has no arithmetic.
+    value = value.detach().float() if value.element_size() == 1 else value.detach()
+    # The sum is the faster test. It is not finite either where it overflows, or values are infinite.
+    return 0 if value.sum().isfinite() else int(value.isnan().sum())
 
 
 def weights_of(checkpoint: Mapping) -> Mapping:

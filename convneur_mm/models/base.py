@@ -31,7 +31,7 @@ class Backbone(BaseModule):
         super().__init__(init_cfg=others)
         self.pretrained = pretrained
         self.arch = arch
-        if not 0 <= drop_path_rate < 1:
+        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         self.out_indices = _parse_out_indices(out_indices, num_stages)
         if isinstance(frozen_stages, bool) or frozen_stages not in range(num_stages + 1):
@@ -80,6 +80,18 @@ class Backbone(BaseModule):
                 module.eval().requires_grad_(False)
 
 
+def check_common_options(in_channels: int, **flags: bool) -> None:
+    """Raises a ValueError unless these are a number of channels, and flags by their names.
+
+    A config's command line takes ``with_cp=no`` for a text, which Python takes for true.
+    """
+    if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
+        raise ValueError(f'in_channels must be an integer of at least 1, got {in_channels!r}')
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}')
+
+
 def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, list[dict]]:
     """The checkpoint to load, if there is one, and how weights are drawn."""
     init_cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
@@ -93,8 +105,9 @@ def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, li
 
 
 def _parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
-    if not indices or any(not -num_stages <= i < num_stages for i in indices):
+    indices = [out_indices] if isinstance(out_indices, int) else (
+        list(out_indices) if isinstance(out_indices, Sequence) else [])
+    if not indices or any(not isinstance(i, int) or not -num_stages <= i < num_stages for i in indices):
         raise ValueError(f'out_indices must name stages from {-num_stages} to {num_stages - 1}, got {out_indices!r}')
     indices = [i % num_stages for i in indices]
     if sorted(set(indices)) != indices:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.neural_memory import MemoryState
 from ._mmengine import MODELS, ModuleList, Sequential
-from .base import Backbone
+from .base import Backbone, check_common_options
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d, Stage
 from .global_branches import GLOBAL_BRANCHES, branch_options
 from .global_memory import GlobalMemory
@@ -95,6 +95,8 @@ class ConvNeur(Backbone):
         channels_last: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
+        check_common_options(in_channels, gap_before_final_norm=gap_before_final_norm, with_cp=with_cp,
+                             channels_last=channels_last)
         depths, channels, mem_channels = self._parse_arch(arch)
         num_stages = len(depths)
         super().__init__(arch, num_stages, drop_path_rate, out_indices, frozen_stages, init_cfg)
@@ -259,16 +261,24 @@ class ConvNeur(Backbone):
                 raise ValueError(f'arch must be one of {tuple(self.arch_settings)} or a dict, got {arch!r}')
             arch = self.arch_settings[arch]
         expected = {'depths', 'channels', 'mem_channels'}
-        if set(arch) != expected or len(arch['depths']) != len(arch['channels']) or not arch['depths']:
-            raise ValueError(f'a custom arch must be a dict of {sorted(expected)} with as many depths as channels, '
-                             f'got {dict(arch)}')
+        if not isinstance(arch, dict) or set(arch) != expected or not _are_sizes(arch['depths'], arch['channels']):
+            raise ValueError(f'a custom arch must be a dict of {sorted(expected)} with as many depths as channels, all '
+                             f'of them integers of at least 1, got {arch!r}')
         return list(arch['depths']), list(arch['channels']), arch['mem_channels']
 
     @staticmethod
     def _parse_memory_cfg(memory_cfg: dict | None, global_branch: str) -> dict:
+        if memory_cfg is not None and not isinstance(memory_cfg, dict):
+            raise ValueError(f'memory_cfg must be a dict of options, got {memory_cfg!r}')
         memory_cfg = dict(memory_cfg or {})
         known = ('mem_channels', *branch_options(global_branch))
         unknown = sorted(set(memory_cfg) - set(known))
         if unknown:
             raise ValueError(f'memory_cfg takes the keys {known} with global_branch={global_branch!r}, got {unknown}')
         return memory_cfg
+
+
+def _are_sizes(depths: object, channels: object) -> bool:
+    return all(isinstance(sizes, (list, tuple)) and sizes and all(
+        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        for sizes in (depths, channels)) and len(depths) == len(channels)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._mmengine import MODELS, ModuleList
-from .base import Backbone
+from .base import Backbone, check_common_options
 from .blocks import LayerNorm2d
 from .overlock_blocks import BaseBlock, ChannelScale, ContextDownsample, DilatedRepConv, DynamicBlock, conv_bn
 
@@ -90,6 +90,8 @@ class OverLoCK(Backbone):
         deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
+        check_common_options(in_channels, for_classifier=for_classifier, add_overview=add_overview, with_cp=with_cp,
+                             deploy=deploy)
         super().__init__(arch, 4, drop_path_rate, out_indices, frozen_stages, init_cfg)
         settings = self._parse_arch(arch)
         channels, depths, focus_depths = settings['channels'], settings['depths'], settings['focus_depths']

@@ -258,3 +258,12 @@ def test_the_only_picture_of_a_class_is_trained_on(count):
         labels = [{'often', 'rare'} if i == rare else {'often'} for i in range(count)]
         train, val = split(labels)
         assert rare in train and val and sorted(train + val) == list(range(count))
+
+
+def test_pictures_are_as_high_as_they_are_seen(maps, tmp_path):
+    """A camera held upright stores them turned, and says so in the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in (maps / 'images').iterdir():
+        Image.new('RGB', (40, 64)).save(path, exif=exif)
+    assert prepare('seg', maps, tmp_path / 'out').sizes == [(64, 40)] * 4

@@ -159,6 +159,15 @@ class TestDetectors:
             detector.train_dataloader.dataset = dataset
             assert f' train_dataloader.{key}.metainfo.classes has them as (square, disk)' in message(detector)
 
+    def test_categories_of_the_same_name(self, detector, tmp_path):
+        """mmdet gives each a label, and the model has one too few."""
+        names = (*detector.train_dataloader.dataset.metainfo.classes, 'star', 'other', 'other')
+        path = tmp_path / 'x.json'
+        path.write_text(json.dumps(dict(categories=[dict(id=i, name=name) for i, name in enumerate(names)])))
+        detector.train_dataloader.dataset.ann_file = str(path)
+        assert message(detector) == (f"{path} has several categories of the name 'star', which would have labels of "
+                                     'their own: give them other names, or make one of them')
+
     def test_the_file_of_an_evaluator(self, detector, tmp_path):
         (tmp_path / 'other.json').write_text('{"categories": [{"id": 1, "name": "cat"}]}')
         detector.val_evaluator = [dict(type='CocoMetric', ann_file=str(tmp_path / 'other.json'))]
@@ -442,3 +451,15 @@ class TestCategories:
         (tmp_path / 'x.json').write_text(content)
         with pytest.raises(LaunchError, match=rf'^\S*x\.json {expected}'):
             coco_categories(str(tmp_path / 'x.json'))
+
+    def test_share_an_id(self, tmp_path):
+        """pycocotools keeps the last of them, and all objects are called by its name."""
+        for other in 'cat', 'dog':
+            categories = [dict(id=1, name='cat'), dict(id=2, name='bus'), dict(id=1, name=other)]
+            (tmp_path / 'x.json').write_text(json.dumps(dict(categories=categories)))
+            if other == 'cat':
+                assert coco_categories(str(tmp_path / 'x.json')) == ('cat', 'bus', 'cat')
+                continue
+            with pytest.raises(LaunchError, match=r"x\.json has several categories of the id 1, 'cat' and 'dog': give "
+                                                  'each an id of its own$'):
+                coco_categories(str(tmp_path / 'x.json'))

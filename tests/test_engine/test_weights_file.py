@@ -231,6 +231,25 @@ def test_a_dict_of_weights_passes():
         check_structure(checkpoint, 'x.pth')
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64,
+                                   torch.float8_e4m3fn])
+def test_weights_that_are_nan_are_refused(dtype):
+    weights = torch.arange(6.0).to(dtype)
+    check_structure(dict(w=weights, other=7), 'x.pth')
+    weights = torch.tensor([1, float('nan'), 2, float('nan')]).to(dtype)
+    for checkpoint in dict(a=torch.ones(2), w=weights), dict(state_dict=dict(w=weights), meta={}):
+        with pytest.raises(CheckpointError, match=r'^x\.pth was not loaded: w is NaN in 2 of 4 places, as a training '
+                                                  r'that diverged leaves it; name an earlier checkpoint$'):
+            check_structure(checkpoint, 'x.pth')
+
+
+def test_infinite_weights_pass_and_so_do_sums_that_overflow():
+    infinite = torch.tensor([float('inf'), -float('inf'), 0])
+    check_structure(dict(a=infinite, b=torch.full((9,), 6e4).half(), c=torch.tensor(3), d=torch.ones(0)), 'x.pth')
+    with pytest.raises(CheckpointError, match='a is NaN in 1 of 4 places'):
+        check_structure(dict(a=torch.cat((infinite, torch.tensor([float('nan')])))), 'x.pth')
+
+
 def test_texts_of_files_are_short_and_cannot_write_to_the_terminal():
     assert printable(' two\nlines\t\x1b[2J ä ') == 'two lines ?[2J ä'
     assert one_line(ValueError('a\nb')) == 'a b'

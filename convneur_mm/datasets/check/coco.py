@@ -16,6 +16,8 @@ from .report import ClassCount, Fault, Report
 
 # A box may reach this many pixels over the border: rounding does that, and it changes nothing.
 BOX_TOLERANCE = 0.5
+# pycocotools counts pixels in 32 bit; a few more are harmless.
+MAX_LENGTH_BITS = 40
 
 _COCO_KEYS = {'categories': ('id', 'name'), 'images': ('id', 'file_name', 'width', 'height'),
               'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd')}
@@ -77,8 +79,9 @@ def _read_coco(ann_file: Path, report: Report) -> dict[str, list[Any]] | None:
         report.add(ann_file, 'not COCO', f'needs a list {key!r}, {got}')
     if lacking:
         return None
-    if not content['images']:
-        report.add(ann_file, 'no images', "its list 'images' is empty")
+    for key in ('images', 'categories'):
+        if not content[key]:
+            report.add(ann_file, f'no {key}', f'its list {key!r} is empty')
     return content
 
 
@@ -108,6 +111,10 @@ def _by_id(entries: list[Any], key: str, ann_file: Path, report: Report) -> dict
 def _check_annotations(ann_file: Path, categories: dict[int, dict[str, Any]], images: dict[int, dict[str, Any]],
                        annotations: dict[int, dict[str, Any]], report: Report) -> None:
     """Checks all but the image files, counts the classes, and notes what is unusual."""
+    for category_id, category in categories.items():
+        if not isinstance(category['name'], str):
+            report.add(ann_file, 'bad category name', f'category {category_id}: name must be a string, '
+                                                      f'got {short_repr(category["name"])}')
     names = Counter(str(category['name']) for category in categories.values())
     for name in sorted(name for name, count in names.items() if count > 1):
         report.add(ann_file, 'duplicate category name', f'{names[name]} categories are named {name!r}')
@@ -173,6 +180,8 @@ def _annotation_faults(annotation: dict[str, Any], size: tuple[int, int] | None,
                                         f'{size[0]} x {size[1]} (width x height)')
     if not _are_numbers([area], 1) or area <= 0:
         yield 'bad area', f'area must be a positive number, got {short_repr(area)}'
+    if annotation['iscrowd'] not in (0, 1):
+        yield 'bad iscrowd', f'iscrowd must be 0 or 1, got {short_repr(annotation["iscrowd"])}'
     segmentation = annotation.get('segmentation')
     if not segmentation:
         if masks:
@@ -242,6 +251,8 @@ def _uncompressed(counts: Any) -> list[int]:
                 raise ValueError(f'run lengths hold the character {character!r}, which does not belong there')
             value |= (digit & 31) << shift
             shift += 5
+            if shift > MAX_LENGTH_BITS:
+                raise ValueError(f'run lengths hold a number of more than {MAX_LENGTH_BITS} bit')
             if digit & 32:
                 continue
             if digit & 16:

@@ -12,7 +12,16 @@ from PIL import Image
 
 from ...stack import require
 from ..shapes import checked_int
-from .images import checked_workers, decode_image, existing_file, existing_folder, files_under, in_parallel, unreadable
+from .images import (
+    checked_workers,
+    decode_image,
+    existing_file,
+    existing_folder,
+    files_under,
+    in_parallel,
+    label_fault,
+    unreadable,
+)
 from .report import ClassCount, Fault, Report
 
 # What mmpretrain takes for an image in a class folder, in lower or upper case; it passes over all other files.
@@ -28,8 +37,8 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
     """Checks a split of a data set in ADE20K's layout: images, and a label map of the same name for each.
 
     Finds images without a label map and the reverse, files that do not decode to their end, pairs that differ in size,
-    and label maps that are not single-channel 8 bit or have values that stand for no class. Values are 0 for what
-    belongs to no class and 1 to ``num_classes`` for the classes, or with ``reduce_zero_label=False`` 0 to
+    and label maps that are not single-channel 8 bit, are JPEG, or have values that stand for no class. Values are 0 for
+    what belongs to no class and 1 to ``num_classes`` for the classes, or with ``reduce_zero_label=False`` 0 to
     ``num_classes - 1`` for the classes; 255 is ignored in training either way.
 
     Args:
@@ -158,9 +167,14 @@ def _read_class_folders(folder: Path, num_classes: int | None, report: Report) -
 def _read_list(ann_file: Path, folder: Path, num_classes: int | None, report: Report) -> tuple[list[str],
                                                                                              list[tuple[str, str]]]:
     """The labels as names of the classes, and label and path of each image."""
+    try:
+        lines = ann_file.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        report.add(ann_file, 'no text', f'is no text in UTF-8: {error}')
+        return [], []
     labels: dict[str, int] = {}
     limit = num_classes if num_classes is not None else MAX_CLASSES
-    for number, line in enumerate(ann_file.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         name, _, label = line.strip().rpartition(' ')
         if not name or not label.isdecimal():
             report.add(ann_file, 'bad line', f'line {number} must be an image and its label, an integer of 0 or more, '
@@ -210,12 +224,11 @@ def _check_pair(task: tuple[str | None, str | None, int]) -> tuple[list[Fault], 
             with Image.open(label_path) as label:
                 label.load()
                 label_size = label.size
-                # Of a palette the numbers of the colours count: mmsegmentation reads labels with Pillow, as here.
-                if label.mode in ('L', 'P'):
+                reason = label_fault(label)
+                if reason is None:
                     histogram += label.histogram()
                 else:
-                    faults.append(Fault(label_path, 'wrong label format', 'must have one channel of 8 bit, got mode '
-                                                                          f'{label.mode} of Pillow'))
+                    faults.append(Fault(label_path, 'wrong label format', reason))
         except Exception as error:
             faults.append(unreadable(label_path, error))
     outside = [f'{value} ({histogram[value]} pixels)' for value in np.flatnonzero(histogram)

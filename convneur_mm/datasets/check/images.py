@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import cv2
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -63,28 +64,68 @@ def files_under(folder: Path) -> Iterator[str]:
 def decode_image(path: str) -> tuple[Fault | None, tuple[int, int] | None, tuple[int, int] | None]:
     """A fault, or the size (W, H) of an image as training will see it, and as it is stored.
 
-    Pillow decodes it, since it insists on the last byte where OpenCV may fill up what is missing.
+    Pillow decodes it, since it insists on the last byte where OpenCV may fill up what is missing. Of formats other than
+    JPEG OpenCV decodes it too: it refuses damages that Pillow passes over, and some kinds of pixels.
     """
     try:
         with Image.open(path) as image:
-            stored = image.size
-            # OpenCV turns images of these formats as their EXIF orientation says, and no others.
-            turned = image.format in ('JPEG', 'MPO', 'PNG') and image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+            stored, size = image.size, seen_size(image)
             # For JPEG an eighth of the size, in greys: all of the file is read, in half the time.
             image.draft('L', (max(stored[0] // 8, 1), max(stored[1] // 8, 1)))
             image.load()
+            kind, mode = image.format, image.mode
         if not cv2.haveImageReader(path):
-            reason = f'is {image.format}, which OpenCV cannot read, and so training cannot'
+            reason = f'is {kind}, which OpenCV cannot read, and so training cannot'
             return Fault(path, 'unknown format', reason), None, None
+        if kind not in ('JPEG', 'MPO') and cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) is None:
+            reason = f'does not decode: OpenCV, and so training, cannot read this {kind} (mode {mode} of Pillow)'
+            return Fault(path, 'unreadable', reason), None, None
     except Exception as error:
         return unreadable(path, error), None, None
-    return None, stored[::-1] if turned else stored, stored
+    return None, size, stored
+
+
+def seen_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an open image as training and inference see it: turned as its EXIF orientation says."""
+    # OpenCV turns images of these formats, and no others; TIFF Pillow turns by itself.
+    turned = image.format in ('JPEG', 'MPO', 'PNG') and image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+    return image.size[::-1] if turned else image.size
+
+
+def too_large(path: str) -> Fault | None:
+    """A fault if an image has more pixels than Pillow decodes, 179 million, by its header alone.
+
+    OpenCV, which training and inference decode it with, would take gigabytes for a file of some kilobytes. Files that
+    Pillow does not know pass.
+    """
+    try:
+        with Image.open(path):
+            return None
+    except Image.DecompressionBombError as error:
+        return unreadable(path, error)
+    except Exception:  # what a damaged file makes Pillow raise can be anything
+        return None
+
+
+def label_fault(label: Image.Image) -> str | None:
+    """Why an open picture is no label map, or None if it is one.
+
+    Of a palette the numbers of the colours count: mmseg reads label maps with Pillow, and casts them to 8 bit.
+    """
+    if label.mode not in ('L', 'P'):
+        return f'must have one channel of 8 bit, got mode {label.mode} of Pillow'
+    if label.format in ('JPEG', 'MPO'):
+        return f'is {label.format}, which changes labels at the edges of objects: a label map must be PNG'
+    return None
 
 
 def unreadable(path: str, error: Exception) -> Fault:
     # A damaged file makes Pillow raise errors of any kind, depending on the format and the place of the damage.
     if isinstance(error, FileNotFoundError):
         return Fault(path, 'missing', 'does not exist')
+    if isinstance(error, Image.DecompressionBombError):
+        sizes = str(error).partition(',')[0]
+        return Fault(path, 'too large', f'is too large to be decoded ({sizes}): cut it into tiles')
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.getsize(path) == 0
         return Fault(path, 'unreadable', 'is empty' if empty else 'is no image')
@@ -119,7 +160,5 @@ def in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item], wo
 def _start_worker() -> None:
     # The parent handles Ctrl-C; without this every worker would print a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Pillow refuses images as large as aerial photos, which OpenCV reads.
-    Image.MAX_IMAGE_PIXELS = None
     # What Pillow warns of is no fault, and its lines would tear up the progress bar.
     warnings.simplefilter('ignore')

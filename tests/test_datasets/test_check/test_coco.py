@@ -124,6 +124,9 @@ ANNOTATION_FAULTS = [
     (dict(bbox='5 5 9 9'), 'bad box', "got '5 5 9 9'"),
     (dict(area='9'), 'bad area', "must be a positive number, got '9'"),
     (dict(area=0), 'bad area', 'must be a positive number, got 0'),
+    (dict(iscrowd='no'), 'bad iscrowd', "must be 0 or 1, got 'no'"),
+    (dict(iscrowd=None), 'bad iscrowd', 'got None'),
+    (dict(iscrowd=2), 'bad iscrowd', 'got 2'),
     (dict(segmentation=[[1, 1, 5, 1, 5]]), 'bad polygon', 'polygon 0 has 5 numbers'),
     (dict(segmentation=[[1, 1, 5, 1, 5, 5], [1, 1, 5, 1]]), 'bad polygon', 'polygon 1 has 4 numbers'),
     (dict(segmentation=[[1, 1, 5, 1, 5, 5, 1]]), 'bad polygon', 'polygon 0 has 7 numbers'),
@@ -140,6 +143,7 @@ ANNOTATION_FAULTS = [
     (dict(segmentation=dict(size=[SIZE, SIZE], counts='1/')), 'bad run lengths', "character '/'"),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts=None)), 'bad run lengths', 'a list or a string, got None'),
     (dict(segmentation=dict(size=[SIZE, 64.0], counts=[SIZE * SIZE])), 'bad run lengths', 'must be [height, width]'),
+    (dict(segmentation=dict(size=[SIZE, SIZE], counts='o' * 10**6)), 'bad run lengths', 'more than 40 bit'),
     (dict(segmentation=dict(counts=[1])), 'missing key', 'has no size'),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts='o')), 'bad run lengths', 'middle of a number'),
     (dict(segmentation=dict(size=[SIZE, SIZE], counts=[SIZE**2 + 1, -1])), 'bad run lengths', '0 or more'),
@@ -247,3 +251,13 @@ def test_bad_sizes_and_names_of_images(root):
     assert [(fault.path, fault.kind) for fault in faults] == [
         (path, 'missing key'), (path, 'bad size'), (path, 'bad size'), (path, 'bad file name')]
     assert 'got 0 and 64' in faults[1].reason and "got 64 and '64'" in faults[2].reason
+
+
+def test_categories_have_names(root):
+    path = edit(root, lambda content: content['categories'][0].update(name=5))
+    the_fault(check('coco', root), path, 'bad category name', 'category 1: name must be a string, got 5')
+
+
+def test_an_annotation_file_without_categories(root):
+    path = edit(root, lambda content: content.update(categories=[], annotations=[]))
+    the_fault(check('coco', root), path, 'no categories', "its list 'categories' is empty")

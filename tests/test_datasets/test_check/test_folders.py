@@ -56,6 +56,14 @@ def test_label_maps_of_another_format(root, mode):
     the_fault(check('ade20k', root), path, 'wrong label format', f'mode {mode}')
 
 
+def test_label_maps_that_are_jpeg(root):
+    path = root / 'ade20k/annotations/training/000004.png'
+    with Image.open(path) as label:
+        label.load()
+        label.save(path, 'JPEG')
+    the_fault(check('ade20k', root), path, 'wrong label format', 'is JPEG, which changes labels')
+
+
 def test_label_maps_with_a_palette_are_fine(root):
     path = root / 'ade20k/annotations/training/000004.png'
     with Image.open(path) as label:
@@ -258,3 +266,10 @@ def test_imagenet_refuses_a_number_of_classes_that_is_none(clean, num_classes):
 def test_imagenet_without_class_folders(root):
     kinds = [fault.kind for fault in check_imagenet(root / 'imagenet/train/disk').faults]
     assert kinds == ['no class folders', 'outside the class folders', 'outside the class folders']
+
+
+def test_a_list_that_is_no_text(listed):
+    listed[1].write_bytes('bild ä.jpg 0'.encode('latin-1'))
+    report = check_imagenet(listed[0], workers=1, ann_file=listed[1])
+    assert [(fault.path, fault.kind) for fault in report.faults] == [(str(listed[1]), 'no text')]
+    assert "can't decode byte 0xe4" in report.faults[0].reason

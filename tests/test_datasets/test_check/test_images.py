@@ -138,6 +138,46 @@ def test_sizes_of_turned_images_are_those_of_opencv(tmp_path, orientation, suffi
     assert images.decode_image(path) == (None, cv2.imread(path).shape[1::-1], (40, 24))
 
 
+def test_tiff_is_turned_by_both(tmp_path):
+    path = save_turned(str(tmp_path / '1.tif'), 6)
+    size = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR).shape[1::-1]
+    assert images.decode_image(path)[:2] == (None, size)
+
+
+def test_a_damage_that_pillow_passes_over(tmp_path):
+    """The chunk that ends the file is missing."""
+    path = tmp_path / '1.png'
+    cv2.imwrite(str(path), np.zeros((64, 64, 3), np.uint8))
+    assert images.decode_image(str(path))[0] is None
+    path.write_bytes(path.read_bytes()[:-12])
+    if cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) is None:  # not so in every version of OpenCV
+        fault = images.decode_image(str(path))[0]
+        assert fault.kind == 'unreadable'
+        assert fault.reason == 'does not decode: OpenCV, and so training, cannot read this PNG (mode RGB of Pillow)'
+
+
+def test_images_of_more_pixels_than_pillow_takes(tmp_path, monkeypatch):
+    path = str(tmp_path / '1.png')
+    Image.new('1', (400, 400)).save(path)
+    assert images.too_large(path) is None and images.decode_image(path)[0] is None
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 70_000)
+    for fault in images.too_large(path), images.decode_image(path)[0]:
+        assert (fault.path, fault.kind) == (path, 'too large')
+        assert fault.reason.endswith('140000 pixels): cut it into tiles')
+    (tmp_path / 'text').write_text('no picture')
+    assert images.too_large(str(tmp_path / 'text')) is images.too_large(str(tmp_path / 'missing')) is None
+
+
+@pytest.mark.parametrize('mode, form, word', [
+    ('L', 'PNG', None), ('P', 'PNG', None), ('L', 'TIFF', None), ('1', 'PNG', 'mode 1'), ('RGB', 'PNG', 'mode RGB'),
+    ('I;16', 'PNG', 'mode I;16'), ('L', 'JPEG', 'is JPEG')])
+def test_what_a_label_map_is(tmp_path, mode, form, word):
+    Image.new(mode, (5, 4)).save(tmp_path / '1', form)
+    with Image.open(tmp_path / '1') as label:
+        reason = images.label_fault(label)
+    assert reason is None if word is None else word in reason
+
+
 def test_formats_that_opencv_does_not_turn(tmp_path):
     path = save_turned(str(tmp_path / '1.webp'), 6)
     if cv2.imread(path).shape[1::-1] == (40, 24):  # not so in every version of OpenCV
@@ -186,16 +226,16 @@ def look(item: int) -> tuple:
     """What a worker sees; of a module, as workers find functions by name."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.warn('of Pillow', stacklevel=1)
-    return item, os.getpid() != PARENT, signal.getsignal(signal.SIGINT), Image.MAX_IMAGE_PIXELS, seen
+    return item, os.getpid() != PARENT, signal.getsignal(signal.SIGINT), seen
 
 
 PARENT = os.getpid()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere workers would have to import this file')
-def test_workers_ignore_signals_and_warnings_and_take_images_of_any_size(capfd):
+def test_workers_ignore_signals_and_warnings(capfd):
     found = list(images.in_parallel(look, range(9), 2))
-    assert found == [(i, True, signal.SIG_IGN, None, []) for i in range(9)]
+    assert found == [(i, True, signal.SIG_IGN, []) for i in range(9)]
     out, err = capfd.readouterr()
     assert not out and 'checking' in err and '9/9' in err
 
