@@ -1,5 +1,6 @@
 from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook, SaveThenDeleteHook
 from .label_range import LabelRangeHook
+from .loops import ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop
 from .memory_log import MemoryLogHook
 from .optim import BFloat16OptimWrapper, GroupingConstructor
 from .safe_files import safe_loading
@@ -8,6 +9,6 @@ from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',
-    'LabelRangeHook', 'MemoryLogHook', 'SaveThenDeleteHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook',
-    'apply_settings', 'safe_loading',
+    'LabelRangeHook', 'MemoryLogHook', 'ResumableEpochBasedTrainLoop', 'ResumableIterBasedTrainLoop',
+    'SaveThenDeleteHook', 'SettingsHook', 'SettingsRunner', 'StartSummaryHook', 'apply_settings', 'safe_loading',
 ]
