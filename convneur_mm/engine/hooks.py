@@ -5,12 +5,13 @@ import copy
 import os.path as osp
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine import fileio
 from mmengine.dist import utils as dist_utils
-from mmengine.fileio import BaseStorageBackend, register_backend
+from mmengine.fileio import BaseStorageBackend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
@@ -30,7 +31,10 @@ from .checkpoint import (
 from .errors import LaunchError
 from .model_wrappers import unwrapped
 from .weights_file import CheckpointError
-from .whole_files import WholeFileBackend, remove_parts, write_whole
+from .whole_files import remove_parts, write_files_whole, write_whole
+
+# The checkpoint of a run that SIGTERM ended, in its work dir.
+INTERRUPTED = 'interrupted.pth'
 
 
 @HOOKS.register_module()
@@ -107,7 +111,7 @@ class SaveThenDeleteHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         """See :meth:`CheckpointHook.before_train`."""
-        register_backend('local', WholeFileBackend, prefixes='', force=True)
+        write_files_whole()
         super().before_train(runner)
 
     def _save_checkpoint(self, runner: Runner) -> None:
@@ -125,6 +129,8 @@ class SaveThenDeleteHook(CheckpointHook):
             elsewhere._work_dir = folder
             super()._save_checkpoint_with_step(elsewhere, step, meta)
         record_checkpoint(runner, self.last_ckpt)
+        if dist_utils.is_main_process():
+            Path(runner.work_dir, INTERRUPTED).unlink(missing_ok=True)
 
     @contextmanager
     def _deleting_later(self, runner: Runner) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a run with one line that says what was saved, and how to go on."""
+"""Ctrl-C and SIGTERM end a run with one line that says what was saved, and how to go on.
+
+A training that :class:`.sigterm.SaveAtSigtermHook` watches saves before SIGTERM ends it.
+"""
 from __future__ import annotations
 
 import argparse
@@ -43,6 +46,20 @@ class Interrupted(KeyboardInterrupt):
         return f'ended by {NAMES[self.signum]} {self.advice}'
 
 
+class _Sigterm:
+    """What becomes of SIGTERM within :func:`raised_signals`.
+
+    Attributes:
+        held (bool): Whether it is only noted.
+        came (bool): Whether it was.
+    """
+
+    held = came = False
+
+
+sigterm = _Sigterm()
+
+
 def ignore_lost_connections() -> None:
     """For data workers: a main process that ends while it takes a batch has nothing to do with them."""
     report = sys.excepthook
@@ -77,6 +94,9 @@ def raised_signals() -> Iterator[None]:
             return
         # PyTorch raises an error when the signal has ended a data worker too.
         signal.signal(signal.SIGCHLD, ignore)
+        if signum == signal.SIGTERM and sigterm.held:
+            sigterm.came = True
+            return
         signal.signal(signal.SIGALRM, lambda *_: handle(signum, frame))
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         raise Interrupted(signum)
@@ -88,6 +108,7 @@ def raised_signals() -> Iterator[None]:
         no_more_signals()
         raise
     finally:
+        sigterm.held = sigterm.came = False
         for signum, handler in previous.items():
             if signal.getsignal(signum) is handle:
                 signal.signal(signum, handler)
@@ -135,10 +156,15 @@ def going_on(runner: Runner, args: argparse.Namespace) -> Iterator[None]:
     trains = hasattr(args, 'resume')
     before = {} if runner._resume else _times(runner.work_dir)
     try:
-        yield
+        with _sigterm_first():
+            yield
     except Interrupted as interrupted:
         no_more_signals()
         runner.visualizer.close()
+        if interrupted.signum == signal.SIGTERM:
+            for hook in runner.hooks:
+                if hasattr(hook, 'save_interrupted'):
+                    hook.save_interrupted(runner)
         if not trains:
             interrupted.advice = f'without results; to test again: {command(args, runner.work_dir)}'
             raise
@@ -151,6 +177,20 @@ def going_on(runner: Runner, args: argparse.Namespace) -> Iterator[None]:
             interrupted.advice = ('before a checkpoint was saved; to start again: '
                                   f'{command(args, runner.work_dir)}')
         raise
+
+
+@contextmanager
+def _sigterm_first() -> Iterator[None]:
+    """Raises what SIGTERM, held back, does to this process; other processes and data workers that it ends are errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not sigterm.came:
+            raise
+        raise Interrupted(signal.SIGTERM) from error
+    finally:
+        sigterm.held = False
 
 
 def _times(work_dir: str) -> dict[str, float]:

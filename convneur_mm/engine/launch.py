@@ -30,6 +30,8 @@ from .settings import apply_settings
 from .weights_file import CheckpointError, CheckpointNotFoundError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+# What watches a run, unless the config has it already, perhaps with settings of its own.
+HOOKS_OF_TOOLS = ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook', 'NonFiniteLossHook', 'SaveAtSigtermHook')
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -133,8 +135,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         check_no_pickled_data(cfg, splits)
     check_classes(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
-    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook')]
-    cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
+    given = [hook['type'] for hook in hooks]
+    cfg.custom_hooks = [*hooks, *(dict(type=name) for name in HOOKS_OF_TOOLS if name not in given)]
     notes = []
     if not torch.cuda.is_available() and any([without_sync_bn(cfg.model), cfg.pop('sync_bn', None)]):
         notes.append('BN replaces SyncBN, which needs a GPU: with several processes, each normalises by its own images '

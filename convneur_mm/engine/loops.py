@@ -159,22 +159,30 @@ class ResumableEpochBasedTrainLoop(_Resumable, EpochBasedTrainLoop):
         runner (Runner): Of the training.
         dataloader (dict): Config of the data loader.
         **kwargs: See :class:`EpochBasedTrainLoop`.
+
+    Attributes:
+        epoch_begin (int): Number of the first iteration of the epoch that is under way.
     """
 
     def __init__(self, runner: Runner, dataloader: dict, **kwargs: Any) -> None:
         self._seed = runner.seed
-        self._skipped = 0
+        self._skipped = self.epoch_begin = 0
         super().__init__(runner, seeded_loader(runner, dataloader), **kwargs)
 
     def skip_in_epoch(self, batches: int) -> None:
-        """Has the next epoch begin after as many batches."""
+        """Has the first epoch begin after as many batches."""
         self._skipped = batches
 
     def run_epoch(self) -> None:
         """Runs an epoch, or what is left of it."""
+        self.epoch_begin = self._iter - self._skipped
         self.dataloader.batch_sampler.begin(self.runner.seed, self.runner.rank, self._iter, self._skipped)
-        self._skipped = 0
         super().run_epoch()
+        self._skipped = 0
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        """Runs an iteration, whose number within the epoch counts those that were skipped."""
+        super().run_iter(idx + self._skipped, data_batch)
 
 
 @LOOPS.register_module()

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from mmengine.fileio import LocalBackend
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.utils import mkdir_or_exist
 
 from .errors import LaunchError
@@ -83,3 +83,8 @@ class WholeFileBackend(LocalBackend):
         """Writes ``obj`` with :func:`write_whole`, in a folder that is made if it does not exist."""
         mkdir_or_exist(osp.dirname(filepath))
         write_whole(filepath, obj)
+
+
+def write_files_whole() -> None:
+    """From here on, whatever this process writes through MMEngine to local files is written whole."""
+    register_backend('local', WholeFileBackend, prefixes='', force=True)

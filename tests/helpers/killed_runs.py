@@ -34,9 +34,11 @@ MAKERS = dict(detector=make_shapes_coco, segmentor=make_shapes_ade20k, classifie
 # Data workers of each task: MMEngine seeds them, and the process itself, in different ways.
 WORKERS = dict(detector=0, segmentor=2, classifier=1)
 SETTINGS = dict(
-    detector=dict(train_cfg=dict(max_epochs=3, val_interval=10), default_hooks=dict(checkpoint=dict(interval=1))),
-    segmentor=dict(train_cfg=dict(max_iters=7, val_interval=100), default_hooks=dict(checkpoint=dict(interval=2))),
-    classifier=dict(train_cfg=dict(max_epochs=3, val_interval=10), default_hooks=dict(checkpoint=dict(interval=1))))
+    detector=dict(max_epochs=2, image_size=(64, 64), train_cfg=dict(val_interval=10),
+                  default_hooks=dict(checkpoint=dict(interval=1))),
+    segmentor=dict(max_iters=5, image_size=(64, 64), train_cfg=dict(val_interval=10),
+                   default_hooks=dict(checkpoint=dict(interval=2))),
+    classifier=dict(max_epochs=2, train_cfg=dict(val_interval=10), default_hooks=dict(checkpoint=dict(interval=1))))
 # What a training tells the process that may kill it, and when: at iterations, and while it saves.
 EVENTS = os.pipe()
 

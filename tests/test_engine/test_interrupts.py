@@ -317,7 +317,7 @@ class InterruptTestHook(Hook):
 
 @pytest.mark.usefixtures('restored')
 @pytest.mark.parametrize('args, place, said', [
-    (['train'], 'training', 'after work/epoch_1.pth was saved; to go on: tools/x/train.py --resume'),
+    (['train'], 'training', 'after work/interrupted.pth was saved; to go on: tools/x/train.py --resume'),
     (['train'], 'start', 'before a checkpoint was saved; to start again: tools/x/train.py'),
     (['test', 'x.pth'], 'test', 'without results; to test again: tools/x/test.py'),
 ])
@@ -390,13 +390,13 @@ def test_a_training_with_workers_names_its_checkpoint_and_how_to_go_on(folder, t
     assert_one_line(output, rf'ended by Ctrl-C after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
 
 
-@pytest.mark.parametrize('signum, name, send', [(signal.SIGINT, 'Ctrl-C', os.killpg),
-                                                (signal.SIGTERM, 'SIGTERM', os.kill)],
+@pytest.mark.parametrize('signum, name, send, saved', [(signal.SIGINT, 'Ctrl-C', os.killpg, r'epoch_\d+'),
+                                                       (signal.SIGTERM, 'SIGTERM', os.kill, 'interrupted')],
                          ids=['from the terminal', 'to torchrun alone'])
-def test_a_training_of_two_processes(folder, tmp_path, signum, name, send):
+def test_a_training_of_two_processes(folder, tmp_path, signum, name, send, saved):
     """torchrun hands a signal on, which reaches the processes twice from a terminal, and once from Slurm."""
     arguments = [ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', tmp_path / 'work']
     code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder, send)
     assert code == 128 + signum, output
     said = shlex.join([*map(str, arguments), '--resume'])
-    assert_one_line(output, rf'ended by {name} after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
+    assert_one_line(output, rf'ended by {name} after \S*{saved}\.pth was saved; to go on: {re.escape(said)}')

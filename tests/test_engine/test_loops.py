@@ -1,54 +1,17 @@
 """Trainings that are resumed see the same samples, and draw the same numbers, as one that never ended."""
 import random
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import Runner
-from mmengine.visualization import Visualizer
-from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from noisy_training import LOADED, NoisyData, assert_goes_on, train_noisily
+from torch.utils.data import BatchSampler, DataLoader
 
-from convneur_mm.engine import safe_loading
 from convneur_mm.engine.loops import SeededBatchSampler, SeededIndices, seed_step, seeded_loader, seeds_of
-
-LOADED = []
-
-
-@DATASETS.register_module()
-class NoisyData(Dataset):
-    """Seven points with noise from all generators, as transforms draw it; keeps a list of what was loaded."""
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
-        LOADED.append(index)
-        noise = random.random() + np.random.rand() + torch.rand(()).item()  # noqa: NPY002 as mmcv's transforms do
-        return dict(inputs=torch.tensor([float(index), noise]))
-
-
-@MODELS.register_module()
-class NoisyModel(BaseModel):
-    """A layer with dropout and noise; keeps a list of its inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-        self.seen = []
-
-    def forward(self, inputs, mode='loss'):
-        inputs = torch.stack(inputs)
-        self.seen.append(inputs)
-        noise = random.random() + np.random.rand()  # noqa: NPY002 as mmpretrain's Mixup does
-        return dict(loss=nn.functional.dropout(self.layer(inputs)).square().mean() * noise)
 
 
 def order(sampler):
@@ -136,35 +99,7 @@ class TestBatches:
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains in a work dir and returns the model."""
-    def train(name, loop, seed=0, resume=None, **loader):
-        for manager in MMLogger, MessageHub, Visualizer:
-            manager._instance_dict.clear()
-        LOADED.clear()
-        by_epoch = 'max_epochs' in loop
-        kind = 'Epoch' if by_epoch else 'Iter'
-        runner = Runner.from_cfg(Config(dict(
-            model=dict(type='NoisyModel'), work_dir=str(tmp_path / name), randomness=dict(seed=seed),
-            train_dataloader={
-                **dict(dataset=dict(type='NoisyData'), batch_size=2, sampler=dict(type='DefaultSampler', shuffle=True)),
-                **loader},
-            train_cfg=dict(type=f'Resumable{kind}BasedTrainLoop', **loop),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
-            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 3,
-                                               by_epoch=by_epoch)),
-            log_level='ERROR', load_from=str(tmp_path / resume) if resume else None, resume=bool(resume))))
-        with safe_loading():
-            runner.train()
-        return runner.model
-
-    return train
-
-
-def assert_goes_on(whole, resumed, first):
-    """A model that was resumed has seen what the whole training saw from an iteration on, and has its weights."""
-    assert len(whole.seen) - first == len(resumed.seen) > 0
-    assert all(map(torch.equal, whole.seen[first:], resumed.seen))
-    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+    return partial(train_noisily, tmp_path)
 
 
 class TestResumed:
