@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import os.path as osp
 import signal
+from collections.abc import Sequence
 
 import torch
 import torch.distributed
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -19,11 +20,11 @@ from .whole_files import write_files_whole
 
 @HOOKS.register_module()
 class SaveAtSigtermHook(Hook):
-    """Has SIGTERM wait for the end of an iteration, and saves ``interrupted.pth`` there; ``--resume`` goes on from it.
+    """Has SIGTERM wait for the end of an iteration, and saves ``interrupted.pth`` there, for ``--resume``.
 
-    All processes stop after the same iteration, whichever of them got the signal. During a validation SIGTERM ends the
-    run at once; it is saved as it was before. It needs :func:`.launch.run` around the training, and one of our loops:
-    others cannot go on within an epoch.
+    All processes stop after the same iteration, whichever of them got the signal. During a validation it ends the run
+    after a batch; what is saved is the training before. It needs :func:`.launch.run` around the training, and one of
+    our loops: others cannot go on within an epoch.
     """
 
     priority = 'LOWEST'  # after the schedulers of a step, and a checkpoint that is due
@@ -34,7 +35,7 @@ class SaveAtSigtermHook(Hook):
         # Of iterations that are done, and whether one is under way.
         self._done = 0
         self._inside = True
-        self._in_epoch = False
+        self._in_epoch = self._averaged = False
         # (Epoch, iteration) of the newest checkpoint.
         self._saved: tuple[int, int] | None = None
 
@@ -95,14 +96,31 @@ class SaveAtSigtermHook(Hook):
         self._in_epoch = False
 
     def before_val(self, runner: Runner) -> None:
-        """Ends the run, now or as soon as SIGTERM comes."""
-        sigterm.held = False
-        if sigterm.came:
-            raise Interrupted(signal.SIGTERM)
+        """Ends the run if SIGTERM came at the end of an epoch."""
+        self._leave_if_sigterm_came()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Notes that the model may have averaged weights now."""
+        self._averaged = True
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                       outputs: Sequence | None = None) -> None:
+        """Ends the run if SIGTERM came."""
+        self._leave_if_sigterm_came()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Notes that the model has its own weights again."""
+        self._averaged = False
 
     def after_val(self, runner: Runner) -> None:
-        """Holds the signal back again."""
-        sigterm.held = self._active
+        """Ends the run if SIGTERM came while the metrics were computed."""
+        self._leave_if_sigterm_came()
+
+    @staticmethod
+    def _leave_if_sigterm_came() -> None:
+        # Around the training, save_interrupted() is called then.
+        if sigterm.came:
+            raise Interrupted(signal.SIGTERM)
 
     def after_train(self, runner: Runner) -> None:
         """Holds it back no longer."""
@@ -117,6 +135,10 @@ class SaveAtSigtermHook(Hook):
         """Saves the training in the first process, unless it is in the midst of an iteration, or saved already."""
         if self._inside or not self._active or self._saved == (runner.epoch, self._done):
             return
+        if self._averaged:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    hook.after_val_epoch(runner)
         meta = dict(epoch=runner.epoch, iter=self._done)
         if self._in_epoch and isinstance(runner.train_loop, ResumableEpochBasedTrainLoop):
             meta['epoch_progress'] = self._done - runner.train_loop.epoch_begin, len(runner.train_dataloader)

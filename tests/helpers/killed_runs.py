@@ -1,6 +1,6 @@
 """Kills trainings at random moments, resumes them, and compares their weights with those of one that was not killed.
 
-    tests/helpers/killed_runs.py FOLDER --kills 20
+    .venv/bin/python tests/helpers/killed_runs.py FOLDER --trials 20 --kills 1
 
 Imports everything once: each training is a fork of this process. The last line is JSON, a record for each trial.
 """
@@ -36,7 +36,7 @@ WORKERS = dict(detector=0, segmentor=2, classifier=1)
 SETTINGS = dict(
     detector=dict(max_epochs=2, image_size=(64, 64), train_cfg=dict(val_interval=10),
                   default_hooks=dict(checkpoint=dict(interval=1))),
-    segmentor=dict(max_iters=5, image_size=(64, 64), train_cfg=dict(val_interval=10),
+    segmentor=dict(image_size=(64, 64), train_cfg=dict(max_iters=5, val_interval=10),
                    default_hooks=dict(checkpoint=dict(interval=2))),
     classifier=dict(max_epochs=2, train_cfg=dict(val_interval=10), default_hooks=dict(checkpoint=dict(interval=1))))
 # What a training tells the process that may kill it, and when: at iterations, and while it saves.

@@ -35,7 +35,10 @@ class SigtermTestHook(Hook):
 
 @METRICS.register_module()
 class NoScore(BaseMetric):
+    seen = staticmethod(lambda batch: None)
+
     def process(self, data_batch, data_samples):
+        self.seen(data_batch)
         self.results.append(0)
 
     def compute_metrics(self, results):
@@ -116,14 +119,22 @@ def test_by_iteration(train, interrupted, place, iteration, done, name):
 
 
 @pytest.mark.parametrize('place', ['before_val', 'before_val_iter', 'after_val_epoch', 'after_train_epoch'])
-def test_in_a_validation_it_ends_at_once(train, interrupted, place):
-    """What the training did before is saved, where no checkpoint is due."""
+def test_in_a_validation(train, interrupted, place, monkeypatch):
+    """What the training did before is saved, where no checkpoint is due. Meanwhile the model has averaged weights."""
     settings = dict(default_hooks=dict(checkpoint=dict(type='SaveThenDeleteHook', interval=3)), **VALIDATION)
-    saved, _ = interrupted(EPOCHS, place, 4, settings=settings)
+    average = dict(type='EMAHook', momentum=0.3)
+    batches = []
+    monkeypatch.setattr(NoScore, 'seen', batches.append)
+    saved, _ = interrupted(EPOCHS, place, 4, settings=settings, hooks=[average])
     assert saved.endswith('interrupted.pth')
+    assert len(batches) == {'before_val_iter': 1, 'after_val_epoch': 4}.get(place, 0)
     meta = torch.load(saved, weights_only=False)['meta']
     assert (meta['epoch'], meta['iter'], 'epoch_progress' in meta) == (1, 4, False)
-    assert_goes_on(train('whole', EPOCHS), train('ended', EPOCHS, resume='ended/interrupted.pth'), 4)
+    hooks = [dict(type='SaveAtSigtermHook'), average]
+    whole = train('whole', EPOCHS, settings=settings, hooks=hooks)
+    assert_goes_on(whole, train('ended', EPOCHS, resume='ended/interrupted.pth', settings=settings, hooks=hooks), 4)
+    averages = [torch.load(f'{name}/epoch_3.pth', weights_only=False)['state_dict'] for name in ('whole', 'ended')]
+    assert all(map(torch.equal, averages[0].values(), averages[1].values()))
 
 
 def test_gradients_that_add_up_are_awaited(train, interrupted):
