@@ -65,13 +65,13 @@ class NonFiniteLossHook(Hook):
         Raises:
             LaunchError: If it is not finite, with iteration, rank and images.
         """
-        loss = (outputs or {}).get('loss', 0.0)
+        loss = torch.as_tensor((outputs or {}).get('loss', 0.0)).item()
         broken = not math.isfinite(loss)
         if not (broken or self._skips):
             return
         if broken:
             parts = [name for name, value in outputs.items() if name != 'loss' and not _is_finite(value)]
-            what = f'loss is {float(loss)}{f" ({_some(parts)})" if parts else ""} at iteration {runner.iter + 1} in ' \
+            what = f'loss is {loss}{f" ({_some(parts)})" if parts else ""} at iteration {runner.iter + 1} in ' \
                    f'process {runner.rank}, images {_some(_images(data_batch))}'
         else:
             what = f'the loss of another process is not finite at iteration {runner.iter + 1}'

@@ -39,6 +39,7 @@ SETTINGS = dict(
     segmentor=dict(image_size=(64, 64), train_cfg=dict(max_iters=5, val_interval=10),
                    default_hooks=dict(checkpoint=dict(interval=2))),
     classifier=dict(max_epochs=2, train_cfg=dict(val_interval=10), default_hooks=dict(checkpoint=dict(interval=1))))
+PRETTY_TEXT = Config.pretty_text
 # What a training tells the process that may kill it, and when: at iterations, and while it saves.
 EVENTS = os.pipe()
 
@@ -77,7 +78,7 @@ def write_config(task: str, folder: Path) -> Path:
     cfg.randomness = dict(seed=0, deterministic=True)
     cfg.custom_hooks = [dict(type='EventHook')]
     path = folder / 'config.py'
-    cfg.dump(path)
+    path.write_text(PRETTY_TEXT.fget(cfg))
     return path
 
 
@@ -182,6 +183,8 @@ if __name__ == '__main__':
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # Most of the time of so short a run goes into the layout of the config's text, at each save too.
+    Config.pretty_text = property(repr)
     drawn = random.Random(args.seed)
     print(json.dumps([record for name in args.tasks
                       for record in run(name, args.folder.absolute() / name, args.kills, args.trials, drawn)]))
