@@ -25,6 +25,8 @@ from .resume import saved_checkpoints
 from .weights_file import CheckpointError, UnsafeCheckpointError
 
 NAMES = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
+# Seconds that a data worker goes on after SIGTERM, if that is held back in the main process.
+WORKERS_STAY = 60.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -89,8 +91,12 @@ def raised_signals() -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             # A data worker, which the main process will end, or which has lost it.
-            if signum == signal.SIGTERM:
+            if signum == signal.SIGTERM and not sigterm.held:
                 os._exit(128 + signum)
+            if signum == signal.SIGTERM and not signal.getitimer(signal.ITIMER_REAL)[0]:
+                # Slurm signals all processes of a job, and the main one still needs batches until it has saved.
+                signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signum))
+                signal.setitimer(signal.ITIMER_REAL, WORKERS_STAY)
             return
         # PyTorch raises an error when the signal has ended a data worker too.
         signal.signal(signal.SIGCHLD, ignore)
@@ -134,7 +140,7 @@ def leave(interrupted: Interrupted, message: str | None) -> None:
         print(message, file=sys.stderr, flush=True)
     logging.shutdown()
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # data workers stay after SIGTERM
     code = 128 + interrupted.signum
     if torch.distributed.is_initialized():
         # The other processes are gone or going, and the threads that talk to them would abort this one now and then.

@@ -20,6 +20,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from convneur_mm.datasets import make_shapes_imagenet
+from convneur_mm.engine import interrupts
 from convneur_mm.engine.interrupts import Interrupted, command, going_on, ignore, leave, no_more_signals, raised_signals
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,25 @@ class TestRaisedSignals:
             _, status = os.waitpid(worker, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
+    def test_forked_workers_of_a_training_go_on_for_a_while(self, monkeypatch):
+        """The main process needs their batches until it has saved. Slurm may send the signal twice."""
+        monkeypatch.setattr(interrupts, 'WORKERS_STAY', 0.2)
+        begun = time.monotonic()
+        with raised_signals():
+            monkeypatch.setattr(interrupts.sigterm, 'held', True)
+            worker = os.fork()
+            if not worker:
+                try:
+                    for _ in range(2):
+                        send(signal.SIGTERM)
+                        time.sleep(0.15)
+                    time.sleep(30)
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(worker, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+        assert 0.2 <= time.monotonic() - begun < 10
+
     def test_forked_workers_do_not_report_a_lost_main_process(self, capfd, monkeypatch):
         """Multiprocessing hands on a batch in a thread, which reports a connection that is gone."""
         # A process group of another test has set its own, which writes the rank before each line.
@@ -164,7 +184,7 @@ class TestLeave:
         with pytest.raises(SystemExit):
             leave(Interrupted(signal.SIGINT), None)
         worker.join(10)
-        assert worker.exitcode == -signal.SIGTERM
+        assert worker.exitcode == -signal.SIGKILL
 
     def test_at_once_where_there_are_other_processes(self, monkeypatch):
         """gloo's threads would abort this one now and then."""
