@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import select
 import signal
 import sys
@@ -129,7 +130,7 @@ def kill(config: Path, work_dir: Path, moment: int, kind: bytes, delay: float) -
     process = start(config, work_dir)
     while moment:
         event = read_event(0.2)
-        moment -= kind in (event or [b'']) or (kind == b'' and bool(event))
+        moment -= bool(event) and kind in (b'', event[0])
         if not event and os.waitpid(process, os.WNOHANG)[0]:
             return False
     time.sleep(delay)
@@ -169,6 +170,7 @@ def run(task: str, folder: Path, kills: int, trials: int, draw: random.Random) -
         differing = [name for name in expected if not torch.equal(expected[name], found[name])]
         records.append(dict(task=task, killed=moments, tensors=len(expected), differing=differing,
                             same_names=found.keys() == expected.keys(),
+                            resumed=re.findall(r'resumed epoch: \d+, iter: \d+', Path(f'{work_dir}.txt').read_text()),
                             left=[path.name for path in work_dir.glob('*.saving')]))
         print(json.dumps(records[-1]), flush=True)
     return records
