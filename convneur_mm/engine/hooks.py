@@ -1,9 +1,12 @@
 """Hooks of the training and test loops."""
 from __future__ import annotations
 
+import copy
 import os.path as osp
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine import fileio
@@ -28,6 +31,10 @@ from .checkpoint import (
 from .errors import LaunchError
 from .model_wrappers import unwrapped
 from .weights_file import CheckpointError
+from .whole_files import remove_parts, write_files_whole, write_whole
+
+# The checkpoint of a run that SIGTERM ended, in its work dir.
+INTERRUPTED = 'interrupted.pth'
 
 
 @HOOKS.register_module()
@@ -94,21 +101,41 @@ def _check_optimizer(optimizer: Optimizer, state: dict | None, name: str) -> Non
 
 @HOOKS.register_module()
 class SaveThenDeleteHook(CheckpointHook):
-    """MMEngine's ``CheckpointHook``, which deletes an outdated checkpoint only after the new one has been saved.
+    """MMEngine's ``CheckpointHook``, after which a run that ends at any moment has a checkpoint to go on from.
 
-    MMEngine deletes it before: a run that ends in between, with ``max_keep_ckpts=1``, has lost all it had.
+    MMEngine deletes an outdated checkpoint before the new one has been saved: a run that ends in between, with
+    ``max_keep_ckpts=1``, has lost all it had. Here it is deleted afterwards. MMEngine also writes checkpoints, and
+    ``last_checkpoint``, in place; here they are renamed when they are complete, and so are all other files that this
+    process writes through MMEngine from then on.
     """
 
+    def before_train(self, runner: Runner) -> None:
+        """See :meth:`CheckpointHook.before_train`."""
+        write_files_whole()
+        super().before_train(runner)
+
     def _save_checkpoint(self, runner: Runner) -> None:
-        with self._deleting_later():
+        with self._deleting_later(runner):
             super()._save_checkpoint(runner)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        with self._deleting_later():
+        with self._deleting_later(runner):
             super()._save_best_checkpoint(runner, metrics)
 
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        # MMEngine opens last_checkpoint itself, in the Runner's work dir.
+        with TemporaryDirectory() as folder:
+            elsewhere = copy.copy(runner)
+            elsewhere._work_dir = folder
+            super()._save_checkpoint_with_step(elsewhere, step, meta)
+        record_checkpoint(runner, self.last_ckpt)
+        if dist_utils.is_main_process():
+            Path(runner.work_dir, INTERRUPTED).unlink(missing_ok=True)
+
     @contextmanager
-    def _deleting_later(self) -> Iterator[None]:
+    def _deleting_later(self, runner: Runner) -> Iterator[None]:
+        if dist_utils.is_main_process():
+            remove_parts(self.out_dir, runner.work_dir)
         backend = self.file_backend
         self.file_backend = later = _LateRemovals(backend)
         try:
@@ -121,6 +148,12 @@ class SaveThenDeleteHook(CheckpointHook):
         for remove, path in later.removals:
             if path not in current:
                 remove(path)
+
+
+def record_checkpoint(runner: Runner, path: str) -> None:
+    """Names the newest checkpoint in ``last_checkpoint``, by which MMEngine's and our own resuming find it."""
+    if dist_utils.is_main_process():
+        write_whole(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
 
 
 class _LateRemovals:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a run with one line that says what was saved, and how to go on."""
+"""Ctrl-C and SIGTERM end a run with one line that says what was saved, and how to go on.
+
+A training that :class:`.sigterm.SaveAtSigtermHook` watches saves before SIGTERM ends it.
+"""
 from __future__ import annotations
 
 import argparse
@@ -22,6 +25,8 @@ from .resume import saved_checkpoints
 from .weights_file import CheckpointError, UnsafeCheckpointError
 
 NAMES = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
+# Seconds that a data worker goes on after SIGTERM, if that is held back in the main process.
+WORKERS_STAY = 60.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,6 +46,20 @@ class Interrupted(KeyboardInterrupt):
 
     def __str__(self) -> str:
         return f'ended by {NAMES[self.signum]} {self.advice}'
+
+
+class _Sigterm:
+    """What becomes of SIGTERM within :func:`raised_signals`.
+
+    Attributes:
+        held (bool): Whether it is only noted.
+        came (bool): Whether it was.
+    """
+
+    held = came = False
+
+
+sigterm = _Sigterm()
 
 
 def ignore_lost_connections() -> None:
@@ -72,11 +91,18 @@ def raised_signals() -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             # A data worker, which the main process will end, or which has lost it.
-            if signum == signal.SIGTERM:
+            if signum == signal.SIGTERM and not sigterm.held:
                 os._exit(128 + signum)
+            if signum == signal.SIGTERM and not signal.getitimer(signal.ITIMER_REAL)[0]:
+                # Slurm signals all processes of a job, and the main one still needs batches until it has saved.
+                signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signum))
+                signal.setitimer(signal.ITIMER_REAL, WORKERS_STAY)
             return
         # PyTorch raises an error when the signal has ended a data worker too.
         signal.signal(signal.SIGCHLD, ignore)
+        if signum == signal.SIGTERM and sigterm.held:
+            sigterm.came = True
+            return
         signal.signal(signal.SIGALRM, lambda *_: handle(signum, frame))
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         raise Interrupted(signum)
@@ -88,6 +114,7 @@ def raised_signals() -> Iterator[None]:
         no_more_signals()
         raise
     finally:
+        sigterm.held = sigterm.came = False
         for signum, handler in previous.items():
             if signal.getsignal(signum) is handle:
                 signal.signal(signum, handler)
@@ -113,7 +140,7 @@ def leave(interrupted: Interrupted, message: str | None) -> None:
         print(message, file=sys.stderr, flush=True)
     logging.shutdown()
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # data workers stay after SIGTERM
     code = 128 + interrupted.signum
     if torch.distributed.is_initialized():
         # The other processes are gone or going, and the threads that talk to them would abort this one now and then.
@@ -135,10 +162,15 @@ def going_on(runner: Runner, args: argparse.Namespace) -> Iterator[None]:
     trains = hasattr(args, 'resume')
     before = {} if runner._resume else _times(runner.work_dir)
     try:
-        yield
+        with _sigterm_first():
+            yield
     except Interrupted as interrupted:
         no_more_signals()
         runner.visualizer.close()
+        if interrupted.signum == signal.SIGTERM:
+            for hook in runner.hooks:
+                if hasattr(hook, 'save_interrupted'):
+                    hook.save_interrupted(runner)
         if not trains:
             interrupted.advice = f'without results; to test again: {command(args, runner.work_dir)}'
             raise
@@ -151,6 +183,20 @@ def going_on(runner: Runner, args: argparse.Namespace) -> Iterator[None]:
             interrupted.advice = ('before a checkpoint was saved; to start again: '
                                   f'{command(args, runner.work_dir)}')
         raise
+
+
+@contextmanager
+def _sigterm_first() -> Iterator[None]:
+    """Raises what SIGTERM, held back, does to this process; other processes and data workers that it ends are errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not sigterm.came:
+            raise
+        raise Interrupted(signal.SIGTERM) from error
+    finally:
+        sigterm.held = False
 
 
 def _times(work_dir: str) -> dict[str, float]:

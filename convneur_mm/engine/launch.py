@@ -24,11 +24,14 @@ from .class_checks import check_classes
 from .errors import LaunchError
 from .file_checks import check_data_files, check_no_pickled_data
 from .interrupts import Interrupted, leave, raised_signals
+from .loops import RESUMABLE_LOOPS
 from .quiet_console import quiet_prints
 from .settings import apply_settings
 from .weights_file import CheckpointError, CheckpointNotFoundError
 
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+# What watches a run, unless the config has it already, perhaps with settings of its own.
+HOOKS_OF_TOOLS = ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook', 'NonFiniteLossHook', 'SaveAtSigtermHook')
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -132,8 +135,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         check_no_pickled_data(cfg, splits)
     check_classes(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
-    checks = [dict(type=name) for name in ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook')]
-    cfg.custom_hooks = [*hooks, *(check for check in checks if check['type'] not in [hook['type'] for hook in hooks])]
+    given = [hook['type'] for hook in hooks]
+    cfg.custom_hooks = [*hooks, *(dict(type=name) for name in HOOKS_OF_TOOLS if name not in given)]
     notes = []
     if not torch.cuda.is_available() and any([without_sync_bn(cfg.model), cfg.pop('sync_bn', None)]):
         notes.append('BN replaces SyncBN, which needs a GPU: with several processes, each normalises by its own images '
@@ -145,6 +148,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     saving = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
     if saving and saving.get('type') == 'CheckpointHook':
         saving['type'] = 'SaveThenDeleteHook'
+    use_resumable_loop(cfg.get('train_cfg') or {})
     if args.launcher != 'none':
         set_up_processes(cfg)
     if cfg.get('load_from'):
@@ -185,6 +189,14 @@ def read_config(path: str, options: dict) -> Config:
     except StackError as error:
         raise LaunchError(str(error)) from None
     return cfg
+
+
+def use_resumable_loop(train_cfg: dict) -> None:
+    """Replaces a training loop of MMEngine's by ours of the same kind, in place; another one stays."""
+    if 'type' not in train_cfg and 'by_epoch' in train_cfg:
+        train_cfg['type'] = 'EpochBasedTrainLoop' if train_cfg.pop('by_epoch') else 'IterBasedTrainLoop'
+    if train_cfg.get('type') in RESUMABLE_LOOPS:
+        train_cfg['type'] = RESUMABLE_LOOPS[train_cfg['type']]
 
 
 def set_loader_defaults(cfg: Config) -> None:

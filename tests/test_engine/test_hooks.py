@@ -1,5 +1,9 @@
 """Hooks of the tools' runs: checkpoints of other models and classes, and names for pictures."""
+import errno
+import os
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.fileio import LocalBackend
 from mmengine.registry import METRICS, MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 
@@ -35,35 +38,61 @@ val_evaluator = dict(type='RisingScore')
 default_hooks['checkpoint'].update(save_best='score', rule='greater')
 """
 
-    @pytest.fixture
-    def killed_at(self, monkeypatch):
-        """Ends the run when half of a file is written."""
-        def kill(name):
-            put = LocalBackend.put
+    @staticmethod
+    @contextmanager
+    def killed_at(name):
+        """Ends the run when such a file is written, and has not got its name yet."""
+        def replace(part, path, original=os.replace):
+            if Path(path).name == name:
+                shutil.copy(part, 'part')
+                raise Killed
+            original(part, path)
 
-            def half(self, content, path):
-                stop = Path(path).name == name
-                put(self, content[:len(content) // 2] if stop else content, path)
-                if stop:
-                    raise Killed
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, 'replace', replace)
+            yield
 
-            monkeypatch.setattr(LocalBackend, 'put', half)
-        return kill
-
-    def test_a_run_that_ends_while_saving_can_be_resumed(self, run, killed_at):
-        killed_at('epoch_2.pth')
-        with pytest.raises(Killed):
+    def test_a_run_that_ends_while_saving_can_be_resumed(self, run):
+        with self.killed_at('epoch_2.pth'):
             run('train', *self.KEEP)
-        assert read_checkpoint('work/epoch_1.pth')['meta']['epoch'] == 1
+        assert sorted(path.name for path in Path('work').glob('*.pth')) == ['epoch_1.pth']
+        assert Path('work/last_checkpoint').read_text().endswith('work/epoch_1.pth')
+        # As a kill leaves it.
+        Path('part').rename('work/epoch_2.pth.saving')
+        Path('work/last_checkpoint.saving').write_text('work/epoch_2.pth')
         assert latest_checkpoint('work', 'config.py', False).endswith('work/epoch_1.pth')
+        assert run('train', '--resume', *self.KEEP) is None
+        assert not list(Path('work').glob('*.saving'))
+        assert read_checkpoint('work/epoch_2.pth')['meta']['epoch'] == 2
 
-    def test_the_former_best_stays_while_the_new_one_is_saved(self, run, killed_at):
+    def test_the_former_best_stays_while_the_new_one_is_saved(self, run):
         with Path('config.py').open('a') as config:
             config.write(self.BEST)
-        killed_at('best_score_epoch_2.pth')
-        with pytest.raises(Killed):
+        with self.killed_at('best_score_epoch_2.pth'):
             run('train', *self.KEEP)
         assert read_checkpoint('work/best_score_epoch_1.pth')['meta']['epoch'] == 1
+        assert not Path('work/best_score_epoch_2.pth').exists()
+
+    def test_the_record_names_the_former_one_until_it_is_replaced(self, run):
+        assert run('train', '--cfg-options', 'train_cfg.max_epochs=1') is None
+        with self.killed_at('last_checkpoint'):
+            run('train', '--resume')
+        assert Path('work/last_checkpoint').read_text().endswith('work/epoch_1.pth')
+        assert read_checkpoint('work/epoch_2.pth')['meta']['epoch'] == 2
+
+    def test_a_full_disk_ends_the_run_with_one_line(self, run, monkeypatch):
+        def fsync(file, original=os.fsync):
+            if Path('work/epoch_2.pth.saving').exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(file)
+
+        monkeypatch.setattr(os, 'fsync', fsync)
+        assert re.fullmatch(
+            r'\S*work/epoch_2\.pth was not saved \(No space left on device\): it takes 0\.\d MB, and [\d,.]+ MB are '
+            r'free in \S*work; make room, and go on with --resume', run('train', *self.KEEP))
+        assert Path('work/last_checkpoint').read_text().endswith('work/epoch_1.pth')
+        assert read_checkpoint('work/epoch_1.pth')['meta']['epoch'] == 1
+        assert not list(Path('work').glob('*.saving'))
 
     def test_then_they_are_deleted(self, run):
         with Path('config.py').open('a') as config:

@@ -20,6 +20,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from convneur_mm.datasets import make_shapes_imagenet
+from convneur_mm.engine import interrupts
 from convneur_mm.engine.interrupts import Interrupted, command, going_on, ignore, leave, no_more_signals, raised_signals
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,25 @@ class TestRaisedSignals:
             _, status = os.waitpid(worker, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
+    def test_forked_workers_of_a_training_go_on_for_a_while(self, monkeypatch):
+        """The main process needs their batches until it has saved. Slurm may send the signal twice."""
+        monkeypatch.setattr(interrupts, 'WORKERS_STAY', 0.2)
+        begun = time.monotonic()
+        with raised_signals():
+            monkeypatch.setattr(interrupts.sigterm, 'held', True)
+            worker = os.fork()
+            if not worker:
+                try:
+                    for _ in range(2):
+                        send(signal.SIGTERM)
+                        time.sleep(0.15)
+                    time.sleep(30)
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(worker, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+        assert 0.2 <= time.monotonic() - begun < 10
+
     def test_forked_workers_do_not_report_a_lost_main_process(self, capfd, monkeypatch):
         """Multiprocessing hands on a batch in a thread, which reports a connection that is gone."""
         # A process group of another test has set its own, which writes the rank before each line.
@@ -164,7 +184,7 @@ class TestLeave:
         with pytest.raises(SystemExit):
             leave(Interrupted(signal.SIGINT), None)
         worker.join(10)
-        assert worker.exitcode == -signal.SIGTERM
+        assert worker.exitcode == -signal.SIGKILL
 
     def test_at_once_where_there_are_other_processes(self, monkeypatch):
         """gloo's threads would abort this one now and then."""
@@ -317,7 +337,7 @@ class InterruptTestHook(Hook):
 
 @pytest.mark.usefixtures('restored')
 @pytest.mark.parametrize('args, place, said', [
-    (['train'], 'training', 'after work/epoch_1.pth was saved; to go on: tools/x/train.py --resume'),
+    (['train'], 'training', 'after work/interrupted.pth was saved; to go on: tools/x/train.py --resume'),
     (['train'], 'start', 'before a checkpoint was saved; to start again: tools/x/train.py'),
     (['test', 'x.pth'], 'test', 'without results; to test again: tools/x/test.py'),
 ])
@@ -390,13 +410,13 @@ def test_a_training_with_workers_names_its_checkpoint_and_how_to_go_on(folder, t
     assert_one_line(output, rf'ended by Ctrl-C after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
 
 
-@pytest.mark.parametrize('signum, name, send', [(signal.SIGINT, 'Ctrl-C', os.killpg),
-                                                (signal.SIGTERM, 'SIGTERM', os.kill)],
+@pytest.mark.parametrize('signum, name, send, saved', [(signal.SIGINT, 'Ctrl-C', os.killpg, r'epoch_\d+'),
+                                                       (signal.SIGTERM, 'SIGTERM', os.kill, 'interrupted')],
                          ids=['from the terminal', 'to torchrun alone'])
-def test_a_training_of_two_processes(folder, tmp_path, signum, name, send):
+def test_a_training_of_two_processes(folder, tmp_path, signum, name, send, saved):
     """torchrun hands a signal on, which reaches the processes twice from a terminal, and once from Slurm."""
     arguments = [ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', tmp_path / 'work']
     code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder, send)
     assert code == 128 + signum, output
     said = shlex.join([*map(str, arguments), '--resume'])
-    assert_one_line(output, rf'ended by {name} after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
+    assert_one_line(output, rf'ended by {name} after \S*{saved}\.pth was saved; to go on: {re.escape(said)}')

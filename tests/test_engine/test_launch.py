@@ -31,6 +31,7 @@ from convneur_mm.engine.launch import (
     set_loader_defaults,
     set_up_processes,
     slurm_variables,
+    use_resumable_loop,
     why_no_gpu,
     without_sync_bn,
 )
@@ -149,7 +150,7 @@ def load(tmp_path, monkeypatch):
         yield load
 
 
-CHECKS = ['CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook']
+CHECKS = ['CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook', 'NonFiniteLossHook', 'SaveAtSigtermHook']
 
 
 def test_the_arguments_by_default():
@@ -188,10 +189,31 @@ def test_the_hooks_of_the_tools(load):
     # What an earlier run wrote to its work dir.
     again = load('custom_hooks = [dict(type="EMAHook"), dict(type="ClassNamesHook", priority=3), '
                  'dict(type="StartSummaryHook", notes=["old"])]\nmodel = dict(type="M")').custom_hooks
-    assert [hook['type'] for hook in again] == ['EMAHook', 'ClassNamesHook', 'CheckpointKeysHook', 'LabelRangeHook',
-                                                'StartSummaryHook']
+    assert [hook['type'] for hook in again] == ['EMAHook', 'ClassNamesHook', *(
+        name for name in CHECKS if name != 'ClassNamesHook'), 'StartSummaryHook']
     assert again[1]['priority'] == 3
     assert again[-1]['notes'] == []
+
+
+@pytest.mark.parametrize('given, kind', [
+    (dict(by_epoch=True, max_epochs=3), 'ResumableEpochBasedTrainLoop'),
+    (dict(by_epoch=False, max_iters=3), 'ResumableIterBasedTrainLoop'),
+    (dict(type='EpochBasedTrainLoop', max_epochs=3), 'ResumableEpochBasedTrainLoop'),
+    (dict(type='IterBasedTrainLoop', max_iters=3), 'ResumableIterBasedTrainLoop'),
+    # As an earlier run wrote it to its work dir.
+    (dict(type='ResumableIterBasedTrainLoop', max_iters=3), 'ResumableIterBasedTrainLoop'),
+    (dict(type='OtherLoop', max_iters=3), 'OtherLoop'),
+])
+def test_loops_that_can_be_resumed(load, given, kind):
+    length = {name: value for name, value in given.items() if name.startswith('max_')}
+    assert load(f'train_cfg = {given!r}').train_cfg == dict(type=kind, **length)
+
+
+@pytest.mark.parametrize('given', [dict(type='EpochBasedTrainLoop', by_epoch=True), dict(max_epochs=3)])
+def test_mistaken_loops_are_left_for_mmengine_to_name(given):
+    expected = {**given, 'type': 'ResumableEpochBasedTrainLoop'} if 'type' in given else given
+    use_resumable_loop(given)
+    assert given == expected
 
 
 def test_sync_bn_stays_where_there_is_a_gpu(load, monkeypatch):

@@ -1,0 +1,90 @@
+"""Files that are there as a whole or not at all: written under another name, and renamed when they are complete."""
+from __future__ import annotations
+
+import os
+import os.path as osp
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.utils import mkdir_or_exist
+
+from .errors import LaunchError
+
+# Of the name that a file has while it is written. A process that is killed meanwhile leaves it behind.
+SUFFIX = '.saving'
+
+
+class NotSavedError(LaunchError, OSError):
+    """A file cannot be written; the message is one line with its name, its size and the room there is."""
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file in place of one that may be there, which stays as it is until the new one is on the disk.
+
+    Args:
+        path (str | os.PathLike): Of the file. Its folder exists.
+        data (bytes): The content.
+
+    Raises:
+        NotSavedError: If it cannot be written, as the disk is full, say. What had been written is removed.
+    """
+    part = f'{os.fspath(path)}{SUFFIX}'
+    try:
+        with open(part, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(part)
+        if isinstance(error, OSError):
+            raise NotSavedError(_reason(path, len(data), error)) from error
+        raise
+    _sync_folder(osp.dirname(part) or '.')
+
+
+def _reason(path: str | os.PathLike, size: int, error: OSError) -> str:
+    folder = osp.dirname(path) or '.'
+    with suppress(OSError):
+        free = f', and {_megabytes(shutil.disk_usage(folder).free)} are free in {folder}'
+        return f'{path} was not saved ({error.strerror}): it takes {_megabytes(size)}{free}; make room, and go on ' \
+               'with --resume'
+    return f'{path} was not saved ({error.strerror})'
+
+
+def _megabytes(size: int) -> str:
+    return f'{size / 1e6:,.1f} MB'
+
+
+def _sync_folder(folder: str) -> None:
+    """Brings a new name to the disk, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_parts(*folders: str) -> None:
+    """Removes what processes that were killed while they wrote have left in these folders."""
+    for folder in {osp.realpath(folder) for folder in folders}:
+        for path in Path(folder).glob(f'*{SUFFIX}'):
+            path.unlink()
+
+
+class WholeFileBackend(LocalBackend):
+    """MMEngine's way to local files, which writes none in place."""
+
+    def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
+        """Writes ``obj`` with :func:`write_whole`, in a folder that is made if it does not exist."""
+        mkdir_or_exist(osp.dirname(filepath))
+        write_whole(filepath, obj)
+
+
+def write_files_whole() -> None:
+    """From here on, whatever this process writes through MMEngine to local files is written whole."""
+    register_backend('local', WholeFileBackend, prefixes='', force=True)

@@ -1,0 +1,189 @@
+"""SIGTERM during a training: it is saved at the end of the iteration, and goes on as if it had never ended."""
+import argparse
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, METRICS
+from mmengine.runner import Runner
+from noisy_training import assert_goes_on, train_noisily
+
+from convneur_mm.engine.interrupts import Interrupted, going_on, raised_signals, sigterm
+
+
+@HOOKS.register_module()
+class SigtermTestHook(Hook):
+    """Sends this process SIGTERM when a method is called at an iteration."""
+
+    def __init__(self, place, iteration):
+        self.iteration = iteration
+        self.sent = False
+        setattr(self, place, self.send)
+
+    def send(self, runner, *args, **kwargs):
+        if runner.iter >= self.iteration and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+
+@METRICS.register_module()
+class NoScore(BaseMetric):
+    seen = staticmethod(lambda batch: None)
+
+    def process(self, data_batch, data_samples):
+        self.seen(data_batch)
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return dict(score=0)
+
+
+EPOCHS, ITERATIONS = dict(max_epochs=3), dict(max_iters=8)
+VALIDATION = dict(
+    val_dataloader=dict(dataset=dict(type='NoisyData'), batch_size=2,
+                        sampler=dict(type='DefaultSampler', shuffle=False)),
+    val_cfg={}, val_evaluator=dict(type='NoScore'))
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """Trains until a SIGTERM at a place, and says how it ended."""
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM
+    handlers, timer = {signum: signal.getsignal(signum) for signum in signals}, signal.getitimer(signal.ITIMER_REAL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.orig_argv', ['train.py', 'x.py'])
+
+    def interrupted(loop, place, iteration, name='ended', hooks=(), **kwargs):
+        runners = []
+
+        def train(runner):
+            runners.append(runner)
+            args = argparse.Namespace(resume=None, launcher='none', work_dir=None)
+            with going_on(runner, args):
+                original(runner)
+
+        hooks = [dict(type='SaveAtSigtermHook'), dict(type='SigtermTestHook', place=place, iteration=iteration), *hooks]
+        with monkeypatch.context() as patch, pytest.raises(Interrupted) as raised, raised_signals():
+            original = Runner.train
+            patch.setattr(Runner, 'train', train)
+            train_noisily(tmp_path, name, loop, hooks=hooks, **kwargs)
+        assert raised.value.signum == signal.SIGTERM and not sigterm.held
+        assert str(raised.value).startswith('ended by SIGTERM after ')
+        return Path(name, 'last_checkpoint').read_text(), str(raised.value)
+
+    yield interrupted
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+@pytest.fixture
+def train(tmp_path):
+    return partial(train_noisily, tmp_path, hooks=[dict(type='SaveAtSigtermHook')])
+
+
+@pytest.mark.parametrize('place, iteration, done', [
+    ('before_train_iter', 0, 1), ('after_train_iter', 4, 5), ('before_train_iter', 5, 6),
+    # Of the last iteration of an epoch, at whose end there is more to do.
+    ('before_train_iter', 3, 4), ('after_train_epoch', 4, 5)])
+def test_by_epoch(train, interrupted, place, iteration, done):
+    schedule = dict(param_scheduler=[dict(type='ExponentialLR', gamma=0.5)])
+    whole = train('whole', EPOCHS, settings=schedule)
+    saved, said = interrupted(EPOCHS, place, iteration, settings=schedule)
+    assert saved.endswith('ended/interrupted.pth') and 'after ended/interrupted.pth was saved' in said
+    assert torch.load(saved, weights_only=False)['meta']['iter'] == done
+    resumed = train('ended', EPOCHS, resume='ended/interrupted.pth', settings=schedule)
+    assert_goes_on(whole, resumed, done)
+    # Once there is a newer one.
+    assert not os.path.exists(saved)
+    assert Path('ended/last_checkpoint').read_text().endswith('epoch_3.pth')
+
+
+@pytest.mark.parametrize('place, iteration, done, name', [
+    ('before_train_iter', 0, 1, 'interrupted'), ('after_train_iter', 4, 5, 'interrupted'),
+    # A checkpoint is due there.
+    ('before_train_iter', 5, 6, 'iter_6')])
+def test_by_iteration(train, interrupted, place, iteration, done, name):
+    loader = dict(num_workers=1, sampler=dict(type='InfiniteSampler', shuffle=True))
+    saved, _ = interrupted(ITERATIONS, place, iteration, **loader)
+    assert saved.endswith(f'ended/{name}.pth')
+    assert_goes_on(train('whole', ITERATIONS, **loader),
+                   train('ended', ITERATIONS, resume=f'ended/{name}.pth', **loader), done)
+
+
+@pytest.mark.parametrize('place', ['before_val', 'before_val_iter', 'after_val_epoch', 'after_train_epoch'])
+def test_in_a_validation(train, interrupted, place, monkeypatch):
+    """What the training did before is saved, where no checkpoint is due. Meanwhile the model has averaged weights."""
+    settings = dict(default_hooks=dict(checkpoint=dict(type='SaveThenDeleteHook', interval=3)), **VALIDATION)
+    average = dict(type='EMAHook', momentum=0.3)
+    batches = []
+    monkeypatch.setattr(NoScore, 'seen', batches.append)
+    saved, _ = interrupted(EPOCHS, place, 4, settings=settings, hooks=[average])
+    assert saved.endswith('interrupted.pth')
+    assert len(batches) == {'before_val_iter': 1, 'after_val_epoch': 4}.get(place, 0)
+    meta = torch.load(saved, weights_only=False)['meta']
+    assert (meta['epoch'], meta['iter'], 'epoch_progress' in meta) == (1, 4, False)
+    hooks = [dict(type='SaveAtSigtermHook'), average]
+    whole = train('whole', EPOCHS, settings=settings, hooks=hooks)
+    assert_goes_on(whole, train('ended', EPOCHS, resume='ended/interrupted.pth', settings=settings, hooks=hooks), 4)
+    averages = [torch.load(f'{name}/epoch_3.pth', weights_only=False)['state_dict'] for name in ('whole', 'ended')]
+    assert all(map(torch.equal, averages[0].values(), averages[1].values()))
+
+
+def test_gradients_that_add_up_are_awaited(train, interrupted):
+    settings = dict(optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=3))
+    saved, _ = interrupted(ITERATIONS, 'before_train_iter', 3, settings=settings)
+    assert torch.load(saved, weights_only=False)['meta']['iter'] == 6
+    assert_goes_on(train('whole', ITERATIONS, settings=settings),
+                   train('ended', ITERATIONS, resume='ended/iter_6.pth', settings=settings), 6)
+
+
+@HOOKS.register_module()
+class LostWorkerHook(Hook):
+    """Fails between two iterations, or within one, as a training does whose workers or other processes have ended."""
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, place):
+        setattr(self, place, self.fail)
+
+    def fail(self, runner, *args, **kwargs):
+        if runner.iter == 4:
+            raise RuntimeError('lost')
+
+
+@pytest.mark.parametrize('place, interval, saved', [
+    ('before_train_epoch', 1, 'epoch_1'), ('before_train_epoch', 3, 'interrupted'),
+    # In the midst of an iteration nothing can be saved.
+    ('after_train_iter', 1, 'epoch_1')])
+def test_lost_processes_are_those_that_the_signal_ended(interrupted, place, interval, saved):
+    settings = dict(default_hooks=dict(checkpoint=dict(type='SaveThenDeleteHook', interval=interval)))
+    path, _ = interrupted(EPOCHS, 'before_train_epoch', 4, settings=settings,
+                          hooks=[dict(type='LostWorkerHook', place=place)])
+    assert path.endswith(f'/{saved}.pth') and torch.load(path, weights_only=False)['meta']['iter'] == 4
+
+
+def test_other_errors_stay(tmp_path):
+    with pytest.raises(RuntimeError, match='lost'), raised_signals(), going_on(
+            argparse.Namespace(_resume=True), argparse.Namespace()):
+        raise RuntimeError('lost')
+
+
+def test_another_length_of_the_epoch_begins_it_again(train, interrupted):
+    interrupted(EPOCHS, 'before_train_iter', 5)
+    model = train('ended', EPOCHS, resume='ended/interrupted.pth', batch_size=1)
+    assert len(model.seen) == 14
+
+
+def test_other_loops_end_at_once(train, interrupted):
+    """They could not go on within an epoch."""
+    saved, _ = interrupted(EPOCHS, 'before_train_iter', 5, settings=dict(
+        train_cfg=dict(type='EpochBasedTrainLoop', **EPOCHS)))
+    assert saved.endswith('epoch_1.pth')
