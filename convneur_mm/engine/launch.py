@@ -166,8 +166,9 @@ def read_config(path: str, options: dict) -> Config:
         options (dict): Overrides, as :meth:`Config.merge_from_dict` takes them.
 
     Raises:
-        LaunchError: If the package, or one that a base of the config lies in, is not installed or does not import,
-            mmcv lacks the operators a detector needs on this machine's GPU, or a setting cannot be applied.
+        LaunchError: If the config is not valid, the package, or one that a base of the config lies in, is not installed
+            or does not import, mmcv lacks the operators a detector needs on this machine's GPU, or a setting cannot be
+            applied.
     """
     try:
         try:
@@ -178,6 +179,9 @@ def read_config(path: str, options: dict) -> Config:
             if package in SCOPES:
                 require(package)
             raise
+        except (SyntaxError, NameError, KeyError, TypeError, AttributeError, OSError) as error:
+            message = ' '.join(str(error).split())
+            raise LaunchError(f'{path}: the config cannot be read: {type(error).__name__}: {message}') from error
         cfg.merge_from_dict(options)
         apply_settings(cfg)
         if cfg.get('default_scope') == 'mmpretrain':

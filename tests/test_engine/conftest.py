@@ -157,6 +157,8 @@ def trained(tmp_path_factory):
     """The work dir of two epochs: weights, their averages, optimizer, schedulers, and log buffers."""
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'config.py').write_text(CONFIG)
+    for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
+        manager._instance_dict.clear()  # of a run that began in the same second, whose logs it would go on with
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', ['train.py', 'config.py', '--work-dir', 'work'])

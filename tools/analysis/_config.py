@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from mmengine.config import Config, DictAction
 
-from convneur_mm.engine.errors import LaunchError
 from convneur_mm.engine.launch import find_config, read_config
 
 
@@ -25,12 +24,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         LaunchError: If there is no such config, it is no valid one, or a setting or package in it is not there.
     """
-    path = find_config(args.config)
-    try:
-        return read_config(path, args.cfg_options)
-    except (SyntaxError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        message = ' '.join(str(error).split())
-        raise LaunchError(f'{path}: the config cannot be read: {type(error).__name__}: {message}') from error
+    return read_config(find_config(args.config), args.cfg_options)
 
 
 def run(main: Callable[[], None]) -> None:
