@@ -14,7 +14,7 @@ from PIL import Image
 from ..datasets.check.images import label_fault, too_large
 from .errors import LaunchError
 from .file_checks import data_sets, local_path
-from .weights_file import one_line
+from .weights_file import CheckpointError, one_line
 
 CHECK = 'tools/check_dataset.py finds all such faults at once'
 
@@ -125,7 +125,7 @@ def naming_annotations(loader: object) -> Iterator[None]:
     """
     try:
         yield
-    except LaunchError:
+    except (LaunchError, CheckpointError):
         raise
     except Exception as error:  # what odd annotations make the data sets raise can be anything
         dataset = next(data_sets(dict(data_dataloader=loader), 'data'), ('', {}))[1]

@@ -8,13 +8,12 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn as nn
+from managers import forget_runs
 from mmengine import fileio
 from mmengine.config import Config
 from mmengine.infer import BaseInferencer
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel, BaseModule
-from mmengine.registry import DATASETS, MODELS, DefaultScope
-from mmengine.visualization import Visualizer
+from mmengine.registry import DATASETS, MODELS
 from torch.utils.data import DataLoader, Dataset
 
 import convneur_mm
@@ -136,9 +135,7 @@ def run(tmp_path, monkeypatch, capfd):
         module = load_tool(name)
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', config, '--work-dir', 'work', *map(str, args)])
         capfd.readouterr()
-        for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
-            # A run is a process of its own; the loggers of former ones write to what pytest has closed.
-            manager._instance_dict.clear()
+        forget_runs()
         try:
             module.launch.run(module.main)
         except SystemExit as error:
@@ -157,8 +154,7 @@ def trained(tmp_path_factory):
     """The work dir of two epochs: weights, their averages, optimizer, schedulers, and log buffers."""
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'config.py').write_text(CONFIG)
-    for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
-        manager._instance_dict.clear()  # of a run that began in the same second, whose logs it would go on with
+    forget_runs()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', ['train.py', 'config.py', '--work-dir', 'work'])

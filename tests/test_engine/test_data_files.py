@@ -172,7 +172,7 @@ class TestNamingPipeline:
 
     def test_errors_name_file_transform_and_place(self):
         assert re.fullmatch(
-            r'x/a\.png cannot be used: Fails raised RuntimeError: two lines \(\S*test_data_files\.py:\d+\)',
+            r'x/a\.png cannot be used: Fails raised RuntimeError: two lines \(.*test_data_files\.py:\d+\)',
             self.message(Fails(), img_path='x/a.png'))
         assert self.message(Fails(), img_path=None, sample_idx=3).startswith('image 3 cannot be used: Fails ')
 
@@ -261,7 +261,7 @@ def test_errors_come_out_of_workers_as_they_are(existing):
     (dict(dataset=dict(type='RepeatDataset', dataset=dict(data_root='data', ann_file='a.json'))), 'data/a.json'),
     (dict(dataset=dict(data_root='data')), 'data'), (dict(dataset=dict()), 'the data set'), (None, 'the data set')])
 def test_errors_of_annotations_name_the_file(loader, name):
-    with pytest.raises(DataError, match=rf'^{name} cannot be read: KeyError: .x. \(\S+test_data_files\.py:\d+\)$'), \
+    with pytest.raises(DataError, match=rf'^{name} cannot be read: KeyError: .x. \(.+test_data_files\.py:\d+\)$'), \
             naming_annotations(loader):
         raise KeyError('x')
     with pytest.raises(LaunchError, match='^as planned$'), naming_annotations(loader):
@@ -298,4 +298,4 @@ class TestTools:
         cfg.train_dataloader.update(batch_size=6, num_workers=1)
         cfg.dump('config.py')
         assert re.fullmatch(r'\S+/mmseg/images/training/\d+\.jpg cannot be used: FailsAtTheSecond raised ValueError: '
-                            r'of the second \(\S+:\d+\)', run('train'))
+                            r'of the second \(.+:\d+\)', run('train'))

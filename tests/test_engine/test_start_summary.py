@@ -10,13 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from managers import forget_runs
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.optim import OptimWrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import ValLoop
-from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
@@ -124,8 +123,7 @@ def classification(tmp_path_factory, tool):
         patch.chdir(folder)
         patch.setattr(sys, 'argv', ['train.py', 'config.py', '--work-dir', 'work', '--cfg-options',
                                     'load_from=weights.pth', 'train_cfg.max_epochs=1'])
-        for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
-            manager._instance_dict.clear()
+        forget_runs()
         train = tool('train')
         train.launch.run(train.main)
     return *parts(output.getvalue()), log_text(folder / 'work')

@@ -51,7 +51,7 @@ def classifier_counts(**kwargs) -> tuple[float, float]:
 
 
 def test_archs_are_those_of_the_docstring():
-    table = re.findall(r'^ +(m\d) +(\S.*?\S) {2,}(\S.*?\S) {2,}(\d+)$', ConvNeur.__doc__, re.MULTILINE)
+    table = re.findall(r'^ +\| (m\d) +\| (.+?) +\| (.+?) +\| (\d+) +\|$', ConvNeur.__doc__, re.MULTILINE)
     assert {arch: (settings['depths'], settings['channels'], settings['mem_channels'])
             for arch, settings in ConvNeur.arch_settings.items()} == {
         arch: ([int(depth) for depth in depths.split(',')], [int(number) for number in channels.split(',')],

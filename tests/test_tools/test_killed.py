@@ -11,9 +11,9 @@ SCRIPT = Path(__file__).parents[1] / 'helpers' / 'killed_runs.py'
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
-    """Of a training of each task, killed twice: while a checkpoint is written, and at any moment."""
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path_factory.mktemp('killed') / 'runs'], capture_output=True,
-                          text=True)
+    """Of a training of each task, killed while a checkpoint is written."""
+    folder = tmp_path_factory.mktemp('killed') / 'runs'
+    done = subprocess.run([sys.executable, SCRIPT, folder, '--kills', '1'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return {record['task']: record for record in json.loads(done.stdout.splitlines()[-1])}
 
@@ -22,6 +22,6 @@ def records(tmp_path_factory):
 def test_ends_with_the_weights_of_one_that_was_not_killed(records, task):
     """Bit by bit, those of the optimizer too; and nothing is left of files that were not complete."""
     record = records[task]
-    assert len(record['killed']) == 2
+    assert len(record['killed']) == len(record['resumed']) == 1
     assert record['differing'] == [] and record['same_names'] and record['tensors'] > 100
     assert record['left'] == []

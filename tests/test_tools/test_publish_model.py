@@ -9,10 +9,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from managers import forget_runs
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
-from mmengine.visualization import Visualizer
 from safetensors import safe_open
 from tiny_models import CLASSES, CONFIGS, TINY
 
@@ -49,12 +47,6 @@ def tool() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'path', list(sys.path))
         yield load('publish_model')
-
-
-def forget_runs() -> None:
-    """A run is a process of its own otherwise."""
-    for manager in MMLogger, MessageHub, Visualizer, DefaultScope:
-        manager._instance_dict.clear()
 
 
 @pytest.fixture(scope='module')
