@@ -7,6 +7,6 @@ RUN apt-get update && apt-get install --yes --no-install-recommends build-essent
 ARG TORCH_INDEX_URL
 WORKDIR /convneur-mm
 COPY . .
-RUN tools/setup_env.sh && rm -rf /root/.cache
+RUN tools/setup_env.sh && rm -rf ~/.cache
 ENV PATH=/convneur-mm/.venv/bin:$PATH VIRTUAL_ENV=/convneur-mm/.venv
 CMD ["tools/doctor.py"]

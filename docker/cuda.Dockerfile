@@ -8,6 +8,6 @@ ARG TORCH_CUDA_ARCH_LIST="8.0;9.0"
 ENV FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST PYTHON=/usr/bin/python3
 WORKDIR /convneur-mm
 COPY . .
-RUN tools/setup_env.sh && rm -rf /root/.cache
+RUN tools/setup_env.sh && rm -rf ~/.cache
 ENV PATH=/convneur-mm/.venv/bin:$PATH VIRTUAL_ENV=/convneur-mm/.venv PYTHON=/convneur-mm/.venv/bin/python
 CMD ["tools/doctor.py"]
