@@ -1,4 +1,5 @@
 """tools/analysis/benchmark.py: one cell at a tiny size, the order of all of them, resuming, and the tables."""
+import itertools
 import json
 import subprocess
 
@@ -35,7 +36,9 @@ def processes(tool, monkeypatch):
         if mode == 'count':
             content = dict.fromkeys(('inference', 'training'), dict(parameters=2_500_000, macs=1.5e9))
         else:
-            content = dict(times_s=[0.5, 0.25, 0.125 * len(ran)], peak_memory_bytes=2**20 * len(ran))
+            slower = len(ran)  # the machine, from process to process
+            content = dict(times_s=[0.5 * slower, 0.25 * slower, 0.125 * len(ran) * slower],
+                           yardstick_s=[0.125 * slower] * 3, peak_memory_bytes=2**20 * len(ran))
         return subprocess.CompletedProcess(command, 0, f'chatter\n{json.dumps(content)}\n', '')
 
     monkeypatch.setattr(tool.subprocess, 'run', run)
@@ -54,7 +57,8 @@ def test_a_cell_is_measured_in_a_process_of_its_own(tool, tmp_path, capsys):
     tool.main(['--tasks', 'backbone', '--models', MODEL, '--modes', 'inference', '--no-compile', '--rounds', '1',
                '--calls', '2', '--shape', '2,64,64', '--threads', '1', '--out', str(tmp_path)])
     one, = read(tmp_path / 'backbone' / f'{MODEL}-inference-eager.json')['rounds']
-    assert len(one['times_s']) == 2 and all(0 < seconds < one['wall_s'] for seconds in one['times_s'])
+    assert len(one['times_s']) == len(one['yardstick_s']) == 2
+    assert all(0 < seconds < one['wall_s'] for seconds in one['times_s'] + one['yardstick_s'])
     weights = 4_004_880 * 4
     assert weights < one['peak_memory_bytes'] < 20 * weights
     counted, = read(tmp_path / 'backbone' / f'{MODEL}-count.json')['rounds']
@@ -193,10 +197,26 @@ def test_medians_in_the_table(tool, processes, tmp_path, capsys):
     tool.main([*args, '--rounds', '3'])
     capsys.readouterr()
     tool.main([*args, '--table'])
-    # Processes 2, 3 and 4 measure: medians of (0.5, 0.25, 0.25), (.., 0.375) and (.., 0.5), and 2 to 4 MiB.
-    row, = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f'| {MODEL}')]
-    assert [cell.strip() for cell in row.strip('|').split('|')] == [MODEL, '2.5', '2', '375', '3']
+    # Processes 2, 3 and 4 measure: medians of (0.5, 0.25, 0.25), (.., 0.375) and (.., 0.5) on a machine of speed 1,
+    # which was 2, 3 and 4 times as slow, as the yardstick shows; 3 times in the median; 2 to 4 MiB.
+    output = capsys.readouterr().out
+    row, = [line for line in output.splitlines() if line.startswith(f'| {MODEL}')]
+    assert [cell.strip() for cell in row.strip('|').split('|')] == [MODEL, '2.5', '2', '1125', '3']
+    assert 'times 375 ms' in output and 'ResNet-50 for 4 x 224 x 224' in output
     assert len(processes) == 4
+
+
+def test_each_call_lies_between_two_of_the_yardstick(tool, cases, monkeypatch):
+    """A machine that slows down from call to call: the ratios stay."""
+    ticks = itertools.count(1)
+    seconds = {'call': 10, 'yardstick': 1}
+    monkeypatch.setattr(tool.cases, 'make_call', lambda *_, **__: lambda: 'call')
+    monkeypatch.setattr(tool.cases, 'make_yardstick', lambda: lambda: 'yardstick')
+    monkeypatch.setattr(tool.bench, 'timed', lambda call, device: seconds[call()] * next(ticks))
+    one = tool.measure(tool.Cell('backbone', MODEL, 'inference', 'eager'), (1, 32, 32), 3, 60)
+    # yardstick 1, call 2, yardstick 3, call 4, yardstick 5, call 6, yardstick 7
+    assert one['times_s'] == [20, 40, 60] and one['yardstick_s'] == [2, 4, 6]
+    assert tool.relative_time(dict(rounds=[one])) == 10
 
 
 def test_a_failure_is_noted_and_the_others_are_measured(tool, processes, tmp_path, capsys):

@@ -82,6 +82,14 @@ BACKBONES = {
 }
 
 
+YARDSTICK = 'the inference of ResNet-50 for 4 x 224 x 224'
+
+
+def make_yardstick() -> Callable[[], None]:
+    """A call of a few tenths of a second whose time tells how fast the machine is at the moment."""
+    return make_call('backbone', build('backbone', 'ResNet-50', 'inference'), 'inference', (4, 224, 224))
+
+
 def import_packages(task: str) -> None:
     """Imports all that :func:`build` needs, which takes as much memory as a small model."""
     for name in ('mmdet.models', 'mmpretrain.models', *['mmseg.models'] * (task == 'segmentor')):

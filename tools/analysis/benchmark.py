@@ -8,13 +8,15 @@ r"""Time and memory of ConvNeur and of other backbones on a CPU: by themselves, 
     # the tables of what has been measured so far, as Markdown
     tools/analysis/benchmark.py --table
 
-Every cell of the table is a JSON file and is measured in processes of its own, one for each round. A round goes through
-all models of a task before the next one starts, so a machine that slows down slows all of them.
+Every cell of the table is a JSON file and is measured in processes of its own, one for each round. Between its calls
+each process times a yardstick, the same for all, and a cell's time is taken as a multiple of the yardstick's: a machine
+that is slower for a while, as shared ones are, slows both.
 """
 import argparse
 import itertools
 import json
 import math
+import operator
 import os
 import os.path as osp
 import statistics
@@ -47,8 +49,9 @@ params: of everything that works at inference, frozen parameters included, buffe
   {proposals} proposals go through each box head and {detections} boxes through each mask head, in the time too.
 training: forward pass, loss, backward pass and a step of AdamW, float32, nothing frozen; the detector has {objects}
   objects in the image. The backbone alone has random gradients at its four outputs instead of a loss.
-ms: of the whole batch, the median over {rounds} of the median of up to {calls} calls each; compiled: torch.compile,
-  once it has compiled.
+ms: of the whole batch, the median over {rounds} of the median of up to {calls} calls each, every call as a multiple of
+  the yardstick before and after it, times {yardstick:.0f} ms, the median of the yardstick over all processes; the
+  yardstick is {yardstick_name}. compiled: torch.compile, once it has compiled.
 MiB: largest resident set of the process above that after its imports, eager: weights, activations, gradients,
   optimizer, libraries' scratch space, and what malloc keeps."""
 
@@ -155,7 +158,8 @@ def measure(cell: Cell, shape: tuple[int, int, int], calls: int, seconds: float)
     """One round of a cell.
 
     Returns:
-        dict: ``times_s`` (list[float]) of the calls; ``peak_memory_bytes`` (int) of an eager cell, else None.
+        dict: ``times_s`` (list[float]) of the calls; ``yardstick_s`` (list[float]) of the yardstick around each of
+        them; ``peak_memory_bytes`` (int) of an eager cell, else None.
     """
     cases.import_packages(cell.task)
     torch.manual_seed(0)
@@ -163,13 +167,18 @@ def measure(cell: Cell, shape: tuple[int, int, int], calls: int, seconds: float)
     call = cases.make_call(cell.task, cases.build(*cell[:3]), cell.mode, shape, compiled=cell.engine == 'compiled')
     for _ in range(WARMUP):
         call()
-    times = []
+    # The compiler works in this process, too, and takes more than the model; the yardstick comes after the peak.
+    peak = resident_bytes('VmHWM') - baseline if cell.engine == 'eager' else None
+    device = torch.device('cpu')
+    yardstick = cases.make_yardstick()
+    yardstick()
+    times, around = [], [bench.timed(yardstick, device)]
     started = time.monotonic()
     while not times or (len(times) < calls and time.monotonic() - started < seconds):
-        times.append(bench.timed(call, torch.device('cpu')))
-    # The compiler works in this process, too, and takes more than the model.
-    peak = resident_bytes('VmHWM') - baseline if cell.engine == 'eager' else None
-    return dict(times_s=times, peak_memory_bytes=peak)
+        times.append(bench.timed(call, device))
+        around.append(bench.timed(yardstick, device))
+    yardsticks = [statistics.mean(pair) for pair in zip(around, around[1:])]
+    return dict(times_s=times, yardstick_s=yardsticks, peak_memory_bytes=peak)
 
 
 def count(cell: Cell, shape: tuple[int, int, int]) -> dict:
@@ -348,7 +357,8 @@ class Run:
         rounds = sorted({len(content['rounds']) for content in measured}) or [0]
         calls = max((len(one['times_s']) for content in measured for one in content['rounds']), default=0)
         notes = NOTES.format(
-            proposals=1000, detections=100, objects=cases.OBJECTS, calls=calls,
+            yardstick=self.yardstick() * 1000, yardstick_name=cases.YARDSTICK, proposals=1000, detections=100,
+            objects=cases.OBJECTS, calls=calls,
             rounds=f'{rounds[0]} rounds' if len(rounds) == 1 else f'{rounds[0]} to {rounds[-1]} rounds')
         return '\n\n'.join([*parts, '\n'.join([notes, *self.remarks(), *machines])])
 
@@ -361,12 +371,18 @@ class Run:
         for mode in self.args.modes:
             for engine in ENGINES[:1 + compiled]:
                 content = self.contents[Cell(task, model, mode, engine)]
-                cells.append(bench.milliseconds(median_time(content)) if content['rounds'] else self.gap(content))
+                cells.append(bench.milliseconds(relative_time(content) * self.yardstick())
+                             if content['rounds'] else self.gap(content))
         for mode in self.args.modes:
             content = self.contents[Cell(task, model, mode, 'eager')]
             peaks = [one['peak_memory_bytes'] for one in content['rounds']]
             cells.append(f'{statistics.median(peaks) / 2**20:.0f}' if peaks else self.gap(content))
         return [model, *cells]
+
+    def yardstick(self) -> float:
+        """Seconds that the yardstick took, the median over all processes."""
+        return statistics.median([seconds for cell, content in self.contents.items() if cell.mode != COUNT
+                                  for one in content['rounds'] for seconds in one['yardstick_s']] or [math.nan])
 
     @staticmethod
     def gap(content: dict) -> str:
@@ -393,10 +409,11 @@ class Run:
 
 
 def round_medians(content: dict) -> list[float]:
-    return [statistics.median(one['times_s']) for one in content['rounds']]
+    """Of each round, the median of the calls' times as multiples of the yardstick's."""
+    return [statistics.median(map(operator.truediv, one['times_s'], one['yardstick_s'])) for one in content['rounds']]
 
 
-def median_time(content: dict) -> float:
+def relative_time(content: dict) -> float:
     return statistics.median(round_medians(content))
 
 
