@@ -4,11 +4,11 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import torch
+from warm_python import warm_python
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.paths import config_root
@@ -79,7 +79,7 @@ MAKERS = dict(detection=('nuts', own_coco), segmentation=('fields', own_label_ma
 
 def run(folder, tool, *args):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, str(ROOT / 'tools' / tool), *map(str, args)], cwd=folder, env=env, text=True,
+    done = subprocess.run([warm_python(), str(ROOT / 'tools' / tool), *map(str, args)], cwd=folder, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout

@@ -3,7 +3,6 @@ import json
 import os
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from warm_python import warm_python
 
 from convneur_mm.datasets import SHAPE_CLASSES, make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.datasets.shapes import Scene, scene_at, single_scene_at
@@ -363,7 +363,7 @@ def test_imagenet_needs_an_image_of_each_class(tmp_path):
 
 
 def test_the_tool_makes_a_set_and_counts_it(tmp_path):
-    command = [sys.executable, str(TOOL), str(tmp_path / 'set'), '--num-train', '3', '--num-val', '2', '--image-size',
+    command = [warm_python(), str(TOOL), str(tmp_path / 'set'), '--num-train', '3', '--num-val', '2', '--image-size',
                '64']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import pickle
 import signal
 import socket
 import subprocess
-import sys
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
+from warm_python import warm_python
 
 import convneur_mm
 from convneur_mm.datasets import make_shapes_coco
@@ -88,7 +88,7 @@ def test_nested_sync_bn_is_found():
 
 
 def test_the_tool_says_what_is_wrong_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / 'tools' / 'train.py'), 'no_such_config'], cwd=tmp_path, text=True,
+    done = subprocess.run([warm_python(), str(ROOT / 'tools' / 'train.py'), 'no_such_config'], cwd=tmp_path, text=True,
                           capture_output=True)
     assert done.returncode == 2
     # The upstream stack's packages warn of each other when they are imported.

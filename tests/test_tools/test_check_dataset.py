@@ -1,10 +1,10 @@
 """tools/check_dataset.py: its exit codes, its options and what it prints."""
 import runpy
 import subprocess
-import sys
 
 import pytest
 from data_sets import IMAGES, MAKERS, NUM_TRAIN, TOOL, arguments
+from warm_python import warm_python
 
 
 def test_the_tool_takes_a_list(listed, capfd):
@@ -64,7 +64,7 @@ def test_the_tool_refuses_wrong_usage(clean, capfd, words):
 def test_the_tool_runs_by_itself(root):
     """The exit code and the report reach the shell, and the progress does not mix with the report."""
     (root / 'imagenet/train/empty').mkdir()
-    done = subprocess.run([sys.executable, str(TOOL), 'imagenet', *arguments('imagenet', root)], capture_output=True,
+    done = subprocess.run([warm_python(), str(TOOL), 'imagenet', *arguments('imagenet', root)], capture_output=True,
                           text=True)
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith(f'ImageNet data set {root}/imagenet/train: {NUM_TRAIN} images')

@@ -6,12 +6,12 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from warm_python import warm_python
 
 from convneur_mm.datasets import make_shapes_coco
 
@@ -54,7 +54,7 @@ def start(*command, cwd, **env):
     path = os.pathsep.join([str(cwd), *filter(None, [os.environ.get('PYTHONPATH')])])
     return subprocess.Popen([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT,
-                            env={**os.environ, 'PYTHONPATH': path, 'PYTHON': sys.executable, **env})
+                            env={**os.environ, 'PYTHONPATH': path, 'PYTHON': warm_python(), **env})
 
 
 def run(*command, cwd, **env):
@@ -136,7 +136,7 @@ def test_two_processes_test_as_one(trained):
 def test_fewer_classes_than_the_checkpoint_has_are_refused(trained):
     """mmdet would take the head's first labels for the two, whatever they are, and fail on the others."""
     folder, size, _ = trained
-    done = run(sys.executable, ROOT / 'tools' / 'test.py', 'child.py', 'work/epoch_1.pth', '--work-dir', 'subset',
+    done = run(warm_python(), ROOT / 'tools' / 'test.py', 'child.py', 'work/epoch_1.pth', '--work-dir', 'subset',
                '--cfg-options', *size, "test_dataloader.dataset.metainfo.classes=('square','ring')", cwd=folder)
     assert done.returncode != 0
     assert 'model.roi_head.mask_head.num_classes=6, but test_dataloader.dataset.metainfo.classes has 2 ' in done.stdout

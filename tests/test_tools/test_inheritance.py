@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from warm_python import warm_python
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 
@@ -77,7 +78,7 @@ def project(tmp_path_factory, wheel):
 
 
 def python(project, *args, check=True):
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=project, text=True, stdout=subprocess.PIPE,
+    done = subprocess.run([warm_python(), *map(str, args)], cwd=project, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env={**os.environ, 'PYTHONPATH': str(project / 'site')})
     if check:
         assert done.returncode == 0, done.stdout[-4000:]

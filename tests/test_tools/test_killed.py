@@ -1,10 +1,10 @@
 """tools/train.py, killed at random moments and resumed, in the three tasks."""
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_python import warm_python
 
 SCRIPT = Path(__file__).parents[1] / 'helpers' / 'killed_runs.py'
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / 'helpers' / 'killed_runs.py'
 def records(tmp_path_factory):
     """Of a training of each task, killed while a checkpoint is written."""
     folder = tmp_path_factory.mktemp('killed') / 'runs'
-    done = subprocess.run([sys.executable, SCRIPT, folder, '--kills', '1'], capture_output=True, text=True)
+    done = subprocess.run([warm_python(), SCRIPT, folder, '--kills', '1'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return {record['task']: record for record in json.loads(done.stdout.splitlines()[-1])}
 

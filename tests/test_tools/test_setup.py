@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / 'tools' / 'setup'
@@ -180,7 +183,8 @@ def test_a_module_that_lacks_operators_is_not_kept(pip, tmp_path, capsys):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """An environment that is complete, made on a machine without a GPU."""
-    monkeypatch.setitem(setup.STACKS, 'primary', setup.Stack(str(tmp_path / '.venv'), 'primary.txt', 'convneur_mm'))
+    stack = setup.Stack(str(tmp_path / '.venv'), 'primary.txt', 'convneur_mm', lock='primary.lock')
+    monkeypatch.setitem(setup.STACKS, 'primary', stack)
     environment = setup.Environment('primary', {})
     environment.folder.mkdir()
     stamp(environment)
@@ -276,6 +280,42 @@ def test_torch_comes_from_the_named_index_alone(made, monkeypatch):
     assert first[-2:] == ['torch==2.12.1', 'torchvision==0.27.1']
     assert default == second and 'onedl-mmengine==0.10.12' in second
     assert not any(re.search('mmcv|mmdet|mmseg|mmpretrain', word) for word in second)
+    lock = str(ROOT / 'requirements' / 'primary.lock')
+    assert all(words[words.index('-c') + 1] == lock for words in asked)
+
+
+def locked():
+    """The lock's lines by name, which may have one for each of several Pythons."""
+    lines = {}
+    for line in (ROOT / 'requirements' / 'primary.lock').read_text().splitlines():
+        if not line.startswith('#'):
+            requirement = Requirement(line)
+            lines.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return lines
+
+
+def test_the_lock_has_every_requirement_at_a_version_that_will_do():
+    lines = locked()
+    files = [path for name in ('primary.txt', 'tests_primary.txt', 'build.txt') for path in
+             setup.Environment.requirement_files(ROOT / 'requirements' / name)]
+    asked = [Requirement(line.split('#')[0]) for path in files for line in path.read_text().splitlines()
+             if line.split('#')[0].strip() and not line.startswith('-')]
+    assert len(asked) > 30
+    for requirement in asked:
+        found = lines[canonicalize_name(requirement.name)]
+        versions = [version[2:] for line in found for version in map(str, line.specifier)]
+        assert versions and all(requirement.specifier.contains(version) for version in versions), requirement
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / '.venv', reason='another environment than the primary one')
+def test_the_environment_is_the_locked_one():
+    """What is tested is what others get."""
+    installed = {canonicalize_name(each.metadata['Name']): each.version for each in metadata.distributions()}
+    wanted = {name: [str(line.specifier)[2:] for line in lines if not line.marker or line.marker.evaluate()]
+              for name, lines in locked().items()}
+    assert len(wanted.keys() & installed.keys()) > 100
+    assert not {name: (version, wanted[name]) for name, version in installed.items()
+                if name in wanted and [version.split('+')[0]] != wanted[name]}
 
 
 def test_settings_of_another_environment_do_not_reach_pip():

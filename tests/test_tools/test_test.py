@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from warm_python import warm_python
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_imagenet
 from convneur_mm.engine.launch import LaunchError
@@ -43,7 +43,7 @@ default_hooks = dict(checkpoint=dict(interval=1))
 
 def run(*command, cwd):
     # One thread in each process, however many there are: sums in another order would differ in their last digits.
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': warm_python()}
     done = subprocess.run([str(part) for part in command], cwd=cwd, text=True, env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -54,7 +54,7 @@ def run_in_one_and_two_processes(folder, config, checkpoint, suffix=''):
     """Leaves out1, out2, pictures1 and pictures2 in the folder, and returns the metrics of both runs."""
     metrics = []
     tools = ROOT / 'tools'
-    for processes, command in ((1, [sys.executable, tools / 'test.py', config, checkpoint]),
+    for processes, command in ((1, [warm_python(), tools / 'test.py', config, checkpoint]),
                                (2, [tools / 'dist_test.sh', config, checkpoint, 2])):
         run(*command, '--work-dir', f'work{processes}', '--out', f'out{processes}{suffix}', '--show-dir',
             f'pictures{processes}', cwd=folder)
@@ -136,7 +136,7 @@ def classified(tmp_path_factory):
         for i, path in enumerate(sorted(category.iterdir())):
             path.rename(category / f'{i}.jpg')
     (folder / 'child.py').write_text(CLASSIFICATION)
-    run(sys.executable, ROOT / 'tools' / 'train.py', 'child.py', '--work-dir', 'train', cwd=folder)
+    run(warm_python(), ROOT / 'tools' / 'train.py', 'child.py', '--work-dir', 'train', cwd=folder)
     return folder, run_in_one_and_two_processes(folder, 'child.py', 'train/epoch_1.pth', '.pkl')
 
 

@@ -3,7 +3,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from data_sets import IMAGES
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from warm_python import warm_python
 
 from convneur_mm.engine import launch
 from convneur_mm.models import ConvNeur
@@ -110,7 +110,7 @@ def test_segmentation(write, trained, clean, tmp_path):
 
 def test_classification_by_the_command(root):
     """The whole of it: training, test and pictures, each by its tool."""
-    command = [sys.executable, str(TOOLS / 'train_custom.py'), '--task', 'cls', 'imagenet/train', '--epochs', '1']
+    command = [warm_python(), str(TOOLS / 'train_custom.py'), '--task', 'cls', 'imagenet/train', '--epochs', '1']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
