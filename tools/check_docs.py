@@ -41,7 +41,7 @@ TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.
 # Where options of several tools are defined, by the name that such a tool imports.
 SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
                   '_benchmark': 'tools/analysis/_benchmark.py'}
-OTHER_PROGRAMS = ('pip', 'docker', '.venv/bin/python', '.venv/bin/pre-commit')
+OTHER_PROGRAMS = ('pip', 'pip-audit', 'uv', 'docker', '.venv/bin/python', '.venv/bin/pre-commit')
 
 # Of commands, by how they begin, why --run does not run them.
 NOT_RUN = {
@@ -58,6 +58,8 @@ NOT_RUN = {
     'GPUS': 'needs Slurm; tests/test_tools/test_launchers.py stands in for it',
     'pip install': 'would change this environment; tests/test_packaging.py installs the wheel',
     'docker': 'needs Docker',
+    'uv': 'would change the lock; tests/test_tools/test_setup.py compares it with the requirements',
+    'pip-audit': 'asks a service on the network; .github/workflows/audit.yml runs it',
     '.venv/bin/python tests/helpers/killed_runs.py': 'takes minutes; tests/test_tools/test_killed.py runs it',
     '.venv/bin/': 'would change this environment',
     'tools/publish_model.py': 'needs a training; tests/test_tools/test_publish_model.py publishes one',

@@ -2,11 +2,11 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from warm_python import warm_python
 
 from convneur_mm.ops.neural_memory.triton import HAS_TRITON
 
@@ -23,7 +23,7 @@ def tool(monkeypatch):
 @pytest.mark.skipif(not HAS_TRITON, reason='needs Triton 3.3 or newer')
 def test_in_the_interpreter():
     done = subprocess.run(
-        [warm_python(), FOLDER / 'check_gpu.py', '--device', 'cpu', '--tokens', '6', '--repeats', '0'], text=True,
+        [sys.executable, FOLDER / 'check_gpu.py', '--device', 'cpu', '--tokens', '6', '--repeats', '0'], text=True,
         capture_output=True, env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''})
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
