@@ -1,8 +1,9 @@
-"""Boundary metrics: answers worked out by hand, the definitions written out as loops, and a Runner's test loop."""
+"""Boundary metrics: answers worked out by hand, the definitions as loops, MONAI, and a Runner's test loop."""
 import importlib
 import multiprocessing
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from convneur_mm.stack import StackError
 pytestmark = pytest.mark.needs('mmseg')
 
 DISTANCES = ('Hausdorff', 'HD95')
+TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 
 
 def counts(pred, truth, num_classes=2, **options):
@@ -293,6 +295,24 @@ def test_a_picture_against_the_definitions():
     found = counts(pred, truth, 5, tolerance=2, band_width=3)
     np.testing.assert_allclose(found, plain_counts(pred, truth, 5, 255, 2, 3), rtol=1e-14, atol=0)
     assert (found.matched_pred[:4] < found.pred[:4]).all()  # and so something is told apart
+
+
+@pytest.mark.skipif(TORCH < (2, 8), reason='MONAI wants torch 2.8 or later')
+@pytest.mark.filterwarnings('ignore:.*always_return_as_numpy:FutureWarning')
+@pytest.mark.parametrize('seed', range(4))
+def test_distances_and_matches_are_those_of_monai(seed):
+    """In float32, as MONAI's are. Its surface Dice is the share of both boundaries that has a match."""
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    noise = np.random.default_rng(seed).random((2, 41, 58, 4))
+    maps = [cv2.GaussianBlur(each, (0, 0), 4).argmax(-1) for each in noise]
+    images = [torch.nn.functional.one_hot(torch.from_numpy(each), 4).permute(2, 0, 1)[None] for each in maps]
+    found = counts(*maps, 4, tolerance=3)
+    for ours, percentile in ((found.hausdorff, None), (found.hd95, 95)):
+        theirs = compute_hausdorff_distance(*images, include_background=True, percentile=percentile)
+        np.testing.assert_allclose(ours, theirs[0], rtol=1e-6)
+    dice = compute_surface_dice(*images, class_thresholds=[3] * 4, include_background=True)
+    np.testing.assert_allclose((found.matched_pred + found.matched_truth) / (found.pred + found.truth), dice[0],
+                               rtol=1e-6)
 
 
 @settings(deadline=None)
