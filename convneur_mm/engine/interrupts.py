@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import mmap
 import multiprocessing
 import os
 import os.path as osp
@@ -52,11 +53,27 @@ class _Sigterm:
     """What becomes of SIGTERM within :func:`raised_signals`.
 
     Attributes:
-        held (bool): Whether it is only noted.
-        came (bool): Whether it was.
+        came (bool): Whether it was noted.
     """
 
-    held = came = False
+    came = False
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is held back, by a process and all forks that it makes from now on."""
+        self._held = mmap.mmap(-1, 1)
+        self.came = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it is only noted. Data workers see when the main process does so no longer: it has done with them."""
+        return bool(self._held[0])
+
+    @held.setter
+    def held(self, value: bool) -> None:
+        self._held[0] = value
 
 
 sigterm = _Sigterm()
@@ -86,6 +103,7 @@ def raised_signals() -> Iterator[None]:
     Python drops an exception within a destructor or a fork, so it is raised again as long as it is not caught.
     """
     process = os.getpid()
+    sigterm.begin()
     watch_forks()
 
     def handle(signum: int, frame: FrameType | None) -> None:

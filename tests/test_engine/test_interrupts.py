@@ -133,6 +133,39 @@ class TestRaisedSignals:
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
         assert 0.2 <= time.monotonic() - begun < 10
 
+    @pytest.mark.parametrize('how', ['before', 'while it stays'])
+    def test_forked_workers_end_at_once_when_the_training_is_over(self, how):
+        """Python ends them so when it ends itself, and waits for them."""
+        begun = time.monotonic()
+        with raised_signals():
+            interrupts.sigterm.held = True
+            read, write = os.pipe()
+            worker = os.fork()
+            if not worker:
+                try:
+                    if how == 'while it stays':
+                        send(signal.SIGTERM)
+                    os.write(write, b'.')
+                    time.sleep(30)
+                finally:
+                    os._exit(1)
+            os.read(read, 1)
+            interrupts.sigterm.held = False
+            os.kill(worker, signal.SIGTERM)
+            _, status = os.waitpid(worker, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+        assert time.monotonic() - begun < 20
+
+    def test_runs_of_forked_processes_do_not_share_what_is_held_back(self):
+        with raised_signals():
+            process = os.fork()
+            if not process:
+                with raised_signals():
+                    interrupts.sigterm.held = True
+                    os._exit(0)
+            os.waitpid(process, 0)
+            assert not interrupts.sigterm.held
+
     def test_forked_workers_do_not_report_a_lost_main_process(self, capfd, monkeypatch):
         """Multiprocessing hands on a batch in a thread, which reports a connection that is gone."""
         # A process group of another test has set its own, which writes the rank before each line.

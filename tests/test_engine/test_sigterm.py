@@ -1,5 +1,6 @@
 """SIGTERM during a training: it is saved at the end of the iteration, and goes on as if it had never ended."""
 import argparse
+import multiprocessing
 import os
 import signal
 import time
@@ -116,6 +117,17 @@ def test_by_iteration(train, interrupted, place, iteration, done, name):
     assert saved.endswith(f'ended/{name}.pth')
     assert_goes_on(train('whole', ITERATIONS, **loader),
                    train('ended', ITERATIONS, resume=f'ended/{name}.pth', **loader), done)
+
+
+def test_the_data_workers_of_a_training_that_is_over_end_at_once(train):
+    """Python ends those that stay from epoch to epoch by SIGTERM, and waits for them."""
+    before = set(multiprocessing.active_children())
+    with raised_signals():
+        train('whole', EPOCHS, num_workers=1, persistent_workers=True)
+        worker, = set(multiprocessing.active_children()) - before
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize('place', ['before_val', 'before_val_iter', 'after_val_epoch', 'after_train_epoch'])
