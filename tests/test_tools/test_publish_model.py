@@ -17,6 +17,7 @@ from tiny_models import CLASSES, CONFIGS
 from training import train_tiny
 
 from convneur_mm.apis import init_model
+from convneur_mm.engine import safe_loading
 from convneur_mm.engine.checkpoint import checkpoint_weights, load_pretrained
 from convneur_mm.engine.quiet_console import QuietRunner
 from convneur_mm.engine.weights_file import CheckpointError
@@ -46,9 +47,8 @@ def tool() -> ModuleType:
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """A config and a checkpoint of each task, in the work dir of the training."""
-    averaged = dict(custom_hooks=[dict(type='EMAHook', momentum=0.5)])
-    return {task: train_tiny(task, tmp_path_factory.mktemp(task), LENGTH[task], averaged if task == 'classifier' else {})
-            for task in CONFIGS}
+    options = dict(classifier=dict(custom_hooks=[dict(type='EMAHook', momentum=0.5)]))
+    return {task: train_tiny(task, tmp_path_factory.mktemp(task), LENGTH[task], options.get(task)) for task in CONFIGS}
 
 
 @pytest.fixture(scope='module')
@@ -165,10 +165,10 @@ def test_trainings_start_from_it(suffix, published, tmp_path):
         forget_runs()
         cfg = Config.fromfile(files['py'])
         cfg.merge_from_dict(dict(work_dir=str(tmp_path), custom_hooks=[dict(type='CheckpointKeysHook')], **settings))
-        runner = QuietRunner.from_cfg(cfg)
-        # As runner.train() begins.
-        runner._init_model_weights()
-        runner.load_or_resume()
+        with safe_loading():  # as tools/train.py, where runner.train() then begins with these two
+            runner = QuietRunner.from_cfg(cfg)
+            runner._init_model_weights()
+            runner.load_or_resume()
         return {name: torch.equal(value, weights[name]) for name, value in runner.model.state_dict().items()}
 
     assert all(run(load_from=str(files[suffix])).values())
