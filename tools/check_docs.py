@@ -51,7 +51,7 @@ NOT_RUN = {
     'FORCE_CUDA=1': 'needs CUDA',
     'tools/dist_train.sh': 'needs COCO, ADE20K or ImageNet; tests/test_configs and tests/test_tools/test_dist.py train',
     'tools/dist_test.sh': 'needs COCO or ADE20K; tests/test_tools/test_dist.py tests on two processes',
-    'tools/train.py configs': 'needs COCO or ADE20K; tests/test_configs trains every config on generated data',
+    'tools/train.py configs': 'takes minutes or days; tests/test_configs trains every config on generated data',
     'tools/test.py configs': 'needs ADE20K; tests/test_tools/test_test.py tests on generated data',
     'tools/check_dataset.py': 'needs ADE20K; tests/test_tools/test_check_dataset.py checks generated data',
     'NNODES': 'needs several machines; tests/test_tools/test_launchers.py looks at what is started',

@@ -87,11 +87,11 @@ def build_page(answer: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], na
 
     def reply(image: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if image is None:
-            raise gr.Error('Upload a picture first.')
+            raise gr.Error('Upload a picture first.', print_exception=False)
         try:
             return answer(image)
         except ValueError as error:  # such as a picture that is too small
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title=f'ConvNeur: {name}') as page:
         gr.Markdown(f'## ConvNeur: {name}\nUpload a picture: its prediction appears beside it, and below what the '

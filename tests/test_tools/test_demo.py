@@ -7,7 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tiny_models import CLASSES, save_weights, tiny_model
+from tiny_models import CLASSES, save_weights, separated, tiny_model
+
+from convneur_mm.datasets.shapes import single_scene_at
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
@@ -38,27 +40,58 @@ def test_without_gradio_the_command_that_installs_it_is_named(tool, monkeypatch)
         tool.main(['config.py', 'weights.pth'])
 
 
-def test_the_page_answers_an_upload_and_asks_no_other_machine(tool, tmp_path):
+@pytest.fixture
+def browser():
+    """Chromium, if it is there. It is a program of the system's, which pip does not install."""
     pytest.importorskip('gradio', reason="pip install 'gradio>=6'")
     sync_api = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
-    browser_path = shutil.which('chromium')
-    if not browser_path:
+    path = shutil.which('chromium')
+    if not path:
         pytest.skip('no chromium on PATH')
-    cv2.imwrite(str(tmp_path / 'photo.png'), np.full((64, 80, 3), 90, np.uint8))
-    page = tool.build_page(tool.answerer(tiny_model('segmentor'), 0.3, 'title'), 'tiny')
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+# Address, size and place of the picture and of both answers, once the browser has all of them; the rest are symbols.
+PLACES = """() => {
+    const found = [...document.querySelectorAll('img')].filter(i => i.complete && i.src.includes('/file='));
+    return found.length == 3 && found.map(i => [i.src, i.naturalWidth, i.naturalHeight, i.getBoundingClientRect().left,
+                                                i.getBoundingClientRect().right, i.getBoundingClientRect().top]);
+}"""
+
+
+def test_the_page_answers_an_upload_and_asks_no_other_machine(tool, browser, tmp_path, capfd):
+    shown = single_scene_at(0, 'val', 3, 96).image
+    cv2.imwrite(str(tmp_path / 'photo.png'), cv2.resize(shown, (120, 80)))
+    answer = tool.answerer(separated(tiny_model('segmentor')), 0.3, 'title')
+    page = tool.build_page(answer, 'tiny')
     page.launch(server_name=tool.HOST, quiet=True, prevent_thread_lock=True)
-    hosts, big = set(), '[...document.querySelectorAll("img")].some(i => i.complete && i.naturalWidth > 1000)'
+    expected = answer(cv2.imread(str(tmp_path / 'photo.png'))[..., ::-1])
+    hosts = set()
     try:
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=browser_path, args=['--no-sandbox'])
-            tab = browser.new_page(viewport=dict(width=480, height=900))
+        for width in (480, 1280):
+            tab = browser.new_page(viewport=dict(width=width, height=900))
             tab.on('request', lambda request: hosts.add(request.url.split('/')[2]))
             tab.goto(page.local_url)
             tab.wait_for_selector('input[type=file]', state='attached')
+            if width == 480:
+                tab.get_by_role('button', name='Predict').click()
+                tab.wait_for_selector('text=Upload a picture first.')
             tab.set_input_files('input[type=file]', str(tmp_path / 'photo.png'))
-            tab.wait_for_function(big, timeout=120_000)
+            picture, *others = tab.wait_for_function(PLACES, timeout=120_000).json_value()
+            assert picture[1:3] == [120, 80]
+            for (source, *_), image in zip(others, expected):
+                data = np.frombuffer(tab.request.get(source).body(), np.uint8)
+                assert np.array_equal(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1], image)
+            # The prediction beside the picture, the sheet below, and all within the window.
+            (_, _, _, left, _, top), (_, _, _, _, _, lowest) = others
+            assert left >= picture[4] and abs(top - picture[5]) < 40 and lowest > top
+            assert max(place[4] for place in (picture, *others)) <= width
             assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
-            browser.close()
+            tab.close()
     finally:
         page.close()
     assert {host.split(':')[0] for host in hosts if host} == {tool.HOST}
+    assert 'Traceback' not in ''.join(capfd.readouterr())

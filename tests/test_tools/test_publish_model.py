@@ -2,6 +2,7 @@
 import hashlib
 import importlib.util
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -12,25 +13,19 @@ import torch
 from managers import forget_runs
 from mmengine.config import Config
 from safetensors import safe_open
-from tiny_models import CLASSES, CONFIGS, TINY
+from tiny_models import CLASSES, CONFIGS
+from training import train_tiny
 
 from convneur_mm.apis import init_model
-from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
+from convneur_mm.engine import safe_loading
 from convneur_mm.engine.checkpoint import checkpoint_weights, load_pretrained
-from convneur_mm.engine.launch import find_config, read_config
 from convneur_mm.engine.quiet_console import QuietRunner
 from convneur_mm.engine.weights_file import CheckpointError
 from convneur_mm.models import ConvNeur
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 ROOT = Path(__file__).parents[2]
-MAKERS = dict(detector=make_shapes_coco, segmentor=make_shapes_ade20k, classifier=make_shapes_imagenet)
-# Two iterations and a validation.
-LENGTH = dict(
-    detector={'max_epochs': 1, 'default_hooks.checkpoint.interval': 1},
-    segmentor={'max_iters': 2, 'train_cfg.val_interval': 2, 'default_hooks.checkpoint.interval': 2},
-    classifier={'max_epochs': 1, 'train_cfg.val_interval': 1, 'default_hooks.checkpoint.interval': 1,
-                'custom_hooks': [dict(type='EMAHook', momentum=0.5)]})
+LENGTH = dict(detector=1, segmentor=2, classifier=1)
 METRICS = dict(detector='coco/bbox_mAP', segmentor='mIoU', classifier='accuracy/top1')
 LICENCE = 'CC BY-NC 4.0'
 
@@ -52,22 +47,8 @@ def tool() -> ModuleType:
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """A config and a checkpoint of each task, in the work dir of the training."""
-    found = {}
-    for task, name in CONFIGS.items():
-        folder = tmp_path_factory.mktemp(task)
-        MAKERS[task](folder / 'data', num_train=6, num_val=6, image_size=64)
-        options = {**TINY[task], **LENGTH[task], 'data_root': f'{folder}/data/', 'param_scheduler': None}
-        for split in ('train', 'val', 'test'):
-            loader = f'{split}_dataloader'
-            options |= {f'{loader}.batch_size': 2, f'{loader}.num_workers': 0, f'{loader}.persistent_workers': False}
-        forget_runs()
-        cfg = read_config(find_config(name), options)
-        cfg.work_dir = str(folder / 'work')
-        cfg.dump(folder / 'mine.py')
-        QuietRunner.from_cfg(Config.fromfile(folder / 'mine.py')).train()
-        checkpoint, = (folder / 'work').glob('*.pth')
-        found[task] = folder / 'mine.py', checkpoint
-    return found
+    options = dict(classifier=dict(custom_hooks=[dict(type='EMAHook', momentum=0.5)]))
+    return {task: train_tiny(task, tmp_path_factory.mktemp(task), LENGTH[task], options.get(task)) for task in CONFIGS}
 
 
 @pytest.fixture(scope='module')
@@ -144,27 +125,56 @@ def test_what_is_published_loads_everywhere(task, published, trained):
     assert str(trained[task][0].parent) not in files['md'].read_text()
 
 
-def test_it_scores_what_the_checkpoint_scored_and_starts_a_training(published, trained, tmp_path, monkeypatch):
-    files = published['segmentor']
-    results = []
-    for name, config, checkpoint in (('a', *trained['segmentor']), ('b', files['py'], files['pth'])):
+@pytest.mark.parametrize('task', CONFIGS)
+def test_it_scores_and_predicts_what_the_checkpoint_did(task, published, trained, tmp_path, monkeypatch):
+    files = published[task]
+    results, predictions = [], []
+    for name, config, checkpoint in (('run', *trained[task]), ('pth', files['py'], files['pth']),
+                                     ('safetensors', files['py'], files['safetensors'])):
         forget_runs()
-        test = load('test')
-        monkeypatch.setattr(sys, 'argv', ['test.py', str(config), str(checkpoint), '--work-dir', str(tmp_path / name)])
-        test.main()
+        out = tmp_path / name / ('labels' if task == 'segmentor' else 'found.pkl')
+        monkeypatch.setattr(sys, 'argv', ['test.py', str(config), str(checkpoint), '--work-dir', str(tmp_path / name),
+                                          '--out', str(out)])
+        load('test').main()
         path, = (tmp_path / name).glob('*/*.json')
         results.append({key: value for key, value in json.loads(path.read_text()).items() if 'time' not in key})
-    assert results[0] == results[1]
-    assert 'mIoU' in results[0]
+        predictions.append([part.read_bytes() for part in sorted(out.parent.glob(f'{out.name}/*'))]
+                           if task == 'segmentor' else numbers(pickle.loads(out.read_bytes())))
+    assert METRICS[task] in results[0]
+    assert results[0] == results[1] == results[2]
+    assert len(predictions[0]) >= 6
+    assert predictions[0] == predictions[1] == predictions[2]
 
-    forget_runs()
-    cfg = Config.fromfile(files['py'])
-    cfg.update(load_from=str(files['pth']), work_dir=str(tmp_path / 'next'), custom_hooks=[
-        dict(type='CheckpointKeysHook')])
-    runner = QuietRunner.from_cfg(cfg)
-    runner.load_or_resume()
+
+def numbers(found: object) -> list:
+    """Scores, labels, boxes and masks of pickled predictions."""
+    if isinstance(found, dict):
+        return [(key, numbers(value)) for key, value in found.items() if key.startswith('pred') or key in (
+            'scores', 'labels', 'bboxes', 'masks', 'counts')]
+    if isinstance(found, (list, tuple)):
+        return [numbers(value) for value in found]
+    return found.tolist() if isinstance(found, torch.Tensor) else found
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_trainings_start_from_it(suffix, published, tmp_path):
+    files = published['segmentor']
     weights = torch.load(files['pth'], weights_only=True)['state_dict']
-    assert all(torch.equal(value, weights[name]) for name, value in runner.model.state_dict().items())
+
+    def run(**settings):
+        forget_runs()
+        cfg = Config.fromfile(files['py'])
+        cfg.merge_from_dict(dict(work_dir=str(tmp_path), custom_hooks=[dict(type='CheckpointKeysHook')], **settings))
+        with safe_loading():  # as tools/train.py, where runner.train() then begins with these two
+            runner = QuietRunner.from_cfg(cfg)
+            runner._init_model_weights()
+            runner.load_or_resume()
+        return {name: torch.equal(value, weights[name]) for name, value in runner.model.state_dict().items()}
+
+    assert all(run(load_from=str(files[suffix])).values())
+    same = run(**{'model.backbone.init_cfg': dict(type='Pretrained', checkpoint=str(files[suffix]))})
+    assert all(equal for name, equal in same.items() if name.startswith('backbone.'))
+    assert not same['decode_head.conv_seg.weight']
 
 
 def test_the_same_checkpoint_makes_the_same_file_again(publish, published, trained, tmp_path):

@@ -93,7 +93,7 @@ def test_those_that_read_it(listed, tmp_path):
 @pytest.fixture
 def checkout(tool, tmp_path, monkeypatch) -> Path:
     """A copy of the files that may be written to."""
-    for name in (tool.INDEX, tool.METAFILE, tool.DOCS):
+    for name in (tool.INDEX, tool.METAFILE, tool.DOCS, tool.README):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(tool, 'ROOT', tmp_path)
@@ -104,14 +104,17 @@ def test_what_is_out_of_date_is_shown_and_mended(tool, recorded, checkout, capsy
     before = {path: path.read_text() for path in checkout.rglob('*') if path.is_file()}
     (checkout / tool.METAFILE).write_text(before[checkout / tool.METAFILE].replace('81.5', '99.9'))
     docs = checkout / tool.DOCS
-    docs.write_text(docs.read_text().replace('| 81.5 |', '| 99.9 |'))
+    readme = checkout / tool.README
+    for page in (docs, readme):
+        page.write_text(page.read_text().replace('| 81.5 |', '| 99.9 |'))
     (checkout / tool.INDEX).unlink()
     assert tool.main(['--check']) == 1
     out = capsys.readouterr().out
     for line in ('-      Top 1 Accuracy (paper): 99.9', '+      Top 1 Accuracy (paper): 81.5',
                  '+- configs/metafile.yml'):
         assert line in out.splitlines()
-    assert '| 99.9 |' in out
+    for name in (tool.DOCS, tool.README):
+        assert '| 99.9 |' in out.partition(f'--- {name}\n')[2].partition('--- ')[0]
     assert not (checkout / tool.INDEX).exists()
     assert tool.main([]) == 0
     assert {path: path.read_text() for path in checkout.rglob('*') if path.is_file()} == before
@@ -127,11 +130,30 @@ def test_results_of_our_own_stand_beside_the_papers(tool, recorded, checkout, mo
     assert line.endswith('| 75.4 | 75.1 | not yet |')
 
 
-def test_docs_without_a_place_for_the_tables(tool, recorded, checkout):
-    docs = checkout / tool.DOCS
-    docs.write_text(docs.read_text().replace(tool.END, ''))
-    with pytest.raises(ValueError, match='must have the lines .* once each'):
+def test_table_of_the_readme(tool, recorded, checkout, monkeypatch):
+    def rows():
+        text = (checkout / tool.README).read_text().partition(tool.START)[2].partition(tool.END)[0]
+        return [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.strip().splitlines()]
+
+    tool.main([])
+    head, _, *found = rows()
+    assert head[2] == 'FLOPs (G, 224 × 224)'
+    assert found == [['m1', '4.3', '0.71', '75.4', '', ''],
+                     ['m2', '6.1', '1.01', '77.6', '41.2 / 36.4', '39.17 (Semantic FPN)'],
+                     ['m3', '10.6', '1.77', '80.0', '42.4 / 39.0', '41.42 (Semantic FPN)'],
+                     ['m4', '18.1', '3.06', '81.5', '', '45.72 (UperNet)']]
+    # What is not the paper's has no place there.
+    monkeypatch.setitem(tool.REPRODUCED, 'convneur_m1_300e_in1k', (75.1, ))
+    tool.main([])
+    assert rows()[2:] == found
+
+
+@pytest.mark.parametrize('page', ['DOCS', 'README'])
+def test_pages_without_a_place_for_the_tables(page, tool, recorded, checkout):
+    page = checkout / getattr(tool, page)
+    page.write_text(page.read_text().replace(tool.END, ''))
+    with pytest.raises(ValueError, match=f'^{page} must have the lines .* once each'):
         tool.main([])
-    docs.unlink()
-    with pytest.raises(ValueError, match='is not there; this tool is for a checkout'):
+    page.unlink()
+    with pytest.raises(ValueError, match=f'^{page} is not there; this tool is for a checkout'):
         tool.main([])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Writes the lists of models that others read: model-index.yml, configs/metafile.yml and the tables of the docs.
+r"""Writes the lists of models that others read: model-index.yml, configs/metafile.yml, the tables of README and docs.
 
     tools/analysis/zoo.py            # writes them
     tools/analysis/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
@@ -30,7 +30,7 @@ from _flops import Count
 from convneur_mm.paths import config_root
 
 ROOT = config_root().parent
-INDEX, METAFILE, DOCS = 'model-index.yml', 'configs/metafile.yml', 'docs/model_zoo.md'
+INDEX, METAFILE, DOCS, README = 'model-index.yml', 'configs/metafile.yml', 'docs/model_zoo.md', 'README.md'
 START, END = '<!-- written by tools/analysis/zoo.py -->', '<!-- end -->'
 NOT_YET = 'not yet'
 
@@ -149,18 +149,39 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
     return '\n\n'.join(parts)
 
 
+def summary(entries: Sequence[tuple[Model, Count]]) -> str:
+    """The table of README.md: a row for each size, with the paper's results for each task."""
+    height, width = get_flops.SHAPES[IMAGENET.scope]
+    lines = [f'| arch | params (M) | FLOPs (G, {height} × {width}) | ImageNet top-1 (paper) | COCO box / mask AP, '
+             'Cascade Mask R-CNN 1x (paper) | ADE20K mIoU (paper) |', '|---|--:|--:|--:|--:|--:|']
+    counts = {model.config: counted for model, counted in entries}
+    heads = {row.config: f' ({row.head})' for row in baseline_table.TABLE if row.head != 'Cascade Mask R-CNN'}
+    for arch in get_flops.IMAGENET:
+        counted = counts[f'convneur_{arch}_300e_in1k']
+        cells = [arch, f'{counted.parameters / 1e6:.1f}', f'{counted.macs / 1e9:.2f}']
+        for kind in (IMAGENET, COCO, ADE20K):
+            cells.append('; '.join(
+                _values(model.paper_results) + heads.get(model.config, '') for model, _ in entries
+                if model.kind == kind and f'convneur_{arch}_' in model.config and model.paper_results))
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 def _values(values: Sequence[float]) -> str:
     return ' / '.join(map(str, values))
 
 
-def between_marks(text: str, new: str) -> str:
-    """``text`` with ``new`` between the two marks.
+def between_marks(path: Path, new: str) -> str:
+    """The text of a page with ``new`` between the two marks.
 
     Raises:
-        ValueError: If it does not have both, once each and in this order.
+        ValueError: If the page is not there, or does not have both, once each and in this order.
     """
+    if not path.is_file():
+        raise ValueError(f'{path} is not there; this tool is for a checkout, not for an installed wheel')
+    text = path.read_text(encoding='utf-8')
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f'{DOCS} must have the lines {START} and {END} once each, around the tables')
+        raise ValueError(f'{path} must have the lines {START} and {END} once each, around the tables')
     return f'{text.partition(START)[0]}{START}\n\n{new}\n\n{END}{text.partition(END)[2]}'
 
 
@@ -172,15 +193,12 @@ def files(root: Path, counter: Callable[[str], Count]) -> dict[str, str]:
         counter (Callable): Parameters and multiply-accumulates of a config by its name.
 
     Raises:
-        ValueError: If the docs are not there or have no place for the tables.
+        ValueError: If a page is not there or has no place for the tables.
     """
-    docs = root / DOCS
-    if not docs.is_file():
-        raise ValueError(f'{docs} is not there; this tool is for a checkout, not for an installed wheel')
     entries = [(model, counter(model.config)) for model in models()]
     return {INDEX: '# Written by tools/analysis/zoo.py.\n' + _yaml(dict(Import=[METAFILE])),
             METAFILE: metafile(entries),
-            DOCS: between_marks(docs.read_text(encoding='utf-8'), tables(entries))}
+            DOCS: between_marks(root / DOCS, tables(entries)), README: between_marks(root / README, summary(entries))}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -5,6 +5,9 @@ r"""Exports a classifier, a segmentor or the backbone of any config to ONNX, and
     tools/deploy/export_onnx.py configs/convneur_m3_300e_in1k.py CHECKPOINT --out m3.onnx
     # images of every size in batches of every size; the number of chunks follows
     tools/deploy/export_onnx.py configs/upernet_convneur_m3_80k_ade20k.py CHECKPOINT --out m3.onnx --dynamic
+    # compared with the model at sizes of your own
+    tools/deploy/export_onnx.py configs/convneur_m3_300e_in1k.py CHECKPOINT --out m3.onnx --dynamic \
+        --check-shapes 224x224 16x384x384
     # of a detector, too
     tools/deploy/export_onnx.py configs/cascade_rcnn_convneur_m3_1x_coco.py CHECKPOINT --out m3.onnx --part backbone
 
@@ -13,11 +16,13 @@ The graph takes "image", (N, 3, H, W) of float32, RGB from 0 to 255, and normali
 backbone. Needs the packages of requirements/export.txt.
 """
 import argparse
+import copy
 import importlib.util
 import json
 import math
 import os
 import os.path as osp
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,7 +46,8 @@ from convneur_mm.models import NeuralMemory
 
 # Sizes that a dynamic graph is compared at, (N, H, W): small, odd, and as large as a detector's images.
 SIZES = ((1, 64, 64), (1, 224, 224), (2, 333, 517), (1, 512, 1024), (1, 800, 1344))
-MAX_ERROR = 1e-4
+MAX_ERROR = 1e-4  # as a share of the largest value
+MARGIN = 10  # how much farther than PyTorch in float32 a graph may be from float64
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,11 +61,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the images (default: those of the '
         'config; not with --dynamic)')
     add('--batch-size', type=int, default=1, metavar='N', help='images (default: 1; not with --dynamic)')
+    add('--check-shapes', type=shape_of, nargs='+', metavar='[Nx]HxW', help='with --dynamic: compare the file with the '
+        f'model at these sizes (default: {" ".join("x".join(map(str, shape)) for shape in SIZES)})')
     add('--no-check', action='store_true', help='do not compare the file with the model')
     add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='overrides of the config')
     args = parser.parse_args(argv)
     if args.dynamic and (args.shape or args.batch_size != 1):
         parser.error('--shape and --batch-size are of a graph of one size: leave them or --dynamic out')
+    if args.check_shapes and (args.no_check or not args.dynamic):
+        parser.error('--check-shapes goes with --dynamic, and not with --no-check')
     if args.batch_size < 1 or min(args.shape or (32, 32)) < 32:
         parser.error(f'expected --batch-size of at least 1 and --shape of at least 32 x 32, got {args.batch_size} and '
                      f'{args.shape}')
@@ -72,6 +82,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not hasattr(torch.compiler, 'is_exporting'):
         parser.error(f'PyTorch {torch.__version__} cannot export scans: use 2.7 or later')
     return args
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """(N, H, W) of a word of the command line, such as 64x96 or 3x64x96.
+
+    Raises:
+        ArgumentTypeError: If it is none, or one of a graph that would have no pixel at a stride of 32.
+    """
+    found = re.fullmatch(r'(?:([1-9]\d*)x)?(\d+)x(\d+)', text)
+    if not found or min(map(int, found.groups()[1:])) < 32:
+        raise argparse.ArgumentTypeError(f'expected HxW or NxHxW of at least 32 x 32, such as 3x224x224, got {text!r}')
+    number, height, width = found.groups()
+    return int(number or 1), int(height), int(width)
+
+
+class UncheckedGraphError(ValueError):
+    """A graph is not known to compute what the model does."""
 
 
 class Exported(nn.Module):
@@ -106,7 +133,6 @@ class Exported(nn.Module):
             raise ValueError(f'{type(model).__name__} is neither a classifier nor a segmentor: export its backbone '
                              'with --part backbone')
         self.part = part
-        _replace(self.model)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, H, W), RGB from 0 to 255 → as ``names`` says."""
@@ -193,6 +219,9 @@ def traced_shape(model: nn.Module) -> tuple[int, int, int]:
 
 def export(model: Exported, image: Tensor, dynamic: bool) -> 'torch.onnx.ONNXProgram':
     """The graph of ``model``, traced on ``image``."""
+    # A copy, so that the file is compared with the layers that the model was trained with.
+    model = copy.deepcopy(model)
+    _replace(model)
     shapes, options = None, {}
     if dynamic:
         auto = torch.export.Dim.AUTO
@@ -205,22 +234,50 @@ def export(model: Exported, image: Tensor, dynamic: bool) -> 'torch.onnx.ONNXPro
                                  output_names=list(model.names))
 
 
-def check(model: Exported, file: Path, sizes: Sequence[tuple[int, int, int]]) -> bool:
-    """Prints how far onnxruntime is from the model at each of ``sizes`` (N, H, W), and returns whether all are near."""
+def check(model: Exported, file: Path, sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Prints how far onnxruntime is from the model at each of ``sizes`` (N, H, W).
+
+    Over many more chunks than it was trained on, a memory can multiply rounding errors until they are as large as the
+    result. Where the model itself is that far from its own result in float64, nothing can be compared, and that is
+    printed.
+
+    Raises:
+        UncheckedGraphError: If the graph computes something else than the model, or none of the sizes can be compared.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
-    near = True
+    compared = 0
     for size in sizes:
         image = torch.rand(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(0)) * 255
         with torch.no_grad():
             expected = model(image)
         found = [torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()})]
-        errors = [(x - y).abs().max().item() / max(1.0, y.abs().max().item()) if x.shape == y.shape else float('inf')
-                  for x, y in zip(found, expected)]
-        print(f'{size[0]} x {size[1]} x {size[2]}: largest error {max(errors):.1e}', flush=True)
-        near &= max(errors) <= MAX_ERROR
-    return near
+        errors = _errors(found, expected)
+        error, largest = max(errors, key=lambda pair: pair[0] / pair[1])
+        line = f'{" x ".join(map(str, size))}: largest error {error:.1e} at values of up to {largest:.1f}'
+        if all(error <= MAX_ERROR * largest for error, largest in errors):
+            compared += 1
+            print(line, flush=True)
+            continue
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(image.double())
+        of_model = _errors(expected, exact)
+        print(f'{line}; of PyTorch in float32 from float64 {max(error for error, _ in of_model):.1e}', flush=True)
+        if not all(error <= max(MAX_ERROR * largest, MARGIN * rounding) for (error, largest), (rounding, _) in zip(
+                _errors(found, exact), of_model)):
+            raise UncheckedGraphError('the graph computes something else than the model; expected errors of at most '
+                                      f'{MAX_ERROR:g} of the largest value')
+        print('  cannot be compared: at this size the model multiplies rounding errors, in PyTorch too', flush=True)
+    if not compared:
+        raise UncheckedGraphError('no size could be compared, so that nothing shows that the graph is right; take '
+                                  'smaller ones, or leave this out by --no-check')
+
+
+def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Of each output the largest error, infinite for another shape, and the largest value, of at least 1."""
+    return [((x - y).abs().max().item() if x.shape == y.shape else math.inf, max(1.0, y.abs().max().item()))
+            for x, y in zip(found, expected)]
 
 
 def main() -> None:
@@ -239,10 +296,11 @@ def main() -> None:
         program = export(model, image, args.dynamic)
         program.model.metadata_props['classes'] = json.dumps(model.model.dataset_meta.get('classes', ()))
         program.save(str(unchecked))
-        if not args.no_check and not check(model, unchecked, SIZES if args.dynamic else [shape]):
-            sys.exit(_failed(f'the graph computes something else than the model, so {args.out} is not written; '
-                             f'expected errors of at most {MAX_ERROR:g}'))
+        if not args.no_check:
+            check(model, unchecked, (args.check_shapes or SIZES) if args.dynamic else [shape])
         os.replace(unchecked, args.out)
+    except UncheckedGraphError as error:
+        sys.exit(_failed(f'{args.out} is not written: {error}'))
     finally:
         unchecked.unlink(missing_ok=True)
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB{", not checked" * args.no_check}')
