@@ -5,7 +5,8 @@ r"""Checks the commands, snippets and paths in README.md, CONTRIBUTING.md, tests
     tools/check_docs.py --run                 # runs the commands too, on data and weights made for it: ten minutes
     tools/check_docs.py --site site           # builds the site into a folder, with warnings as errors
 
-Commands are lines of ``bash`` blocks: their tools, configs, files and options must be there. Configs in ``python``
+Commands are lines of ``bash`` blocks, and those in ``yaml`` ones: their tools, configs, files and options must be there.
+Configs in ``python``
 blocks are read and their models built, other snippets are run in an empty folder, on random weights. What --run leaves
 out is listed with the reason.
 """
@@ -230,6 +231,25 @@ def check_config(block: Block, folder: Path) -> None:
         MODELS.build(cfg.model.backbone)
 
 
+def check_yaml(block: Block) -> None:
+    """Parses a block, and looks at its commands as at those of ``bash`` blocks.
+
+    Commands are lists of words, or bash, -c and a script, under the key ``command``.
+
+    Raises:
+        DocsError: If a program, file or option is not there.
+    """
+    import yaml
+    nodes = [yaml.safe_load(block.text)]
+    for node in nodes:
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        command = node.get('command') if isinstance(node, dict) else None
+        if command:
+            script = command[2] if command[:2] == ['bash', '-c'] else shlex.join(command)
+            for line in Block(block.page, block.line, 'bash', script).commands():
+                check_command(block, line)
+
+
 def check_program(block: Block, folder: Path, stand_ins: 'StandIns') -> None:
     """Runs a snippet in ``folder``.
 
@@ -417,8 +437,11 @@ def check_block(block: Block, folder: Path, stand_ins: StandIns, run: bool) -> l
                 print(f'{block.page}:{block.line}: left out, as it {reason}: {command}', flush=True)
             elif run:
                 attempt(command, run_command, command, folder, stand_ins)
+    elif block.language == 'yaml':
+        attempt('yaml', check_yaml, block)
     elif block.language not in ('', 'bibtex', 'text'):
-        errors.append(str(block.error(f'nothing checks blocks of {block.language!r}; expected bash, python, text')))
+        errors.append(str(block.error(f'nothing checks blocks of {block.language!r}; expected bash, python, text, '
+                                      'yaml')))
     return errors
 
 

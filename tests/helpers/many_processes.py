@@ -14,7 +14,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shap
 from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.model_wrappers import unwrapped
 from convneur_mm.engine.quiet_console import build_runner
+
+sys.path.append(str(Path(__file__).parents[2] / 'tools'))
+import train
 
 MAKERS = dict(detector=make_shapes_coco, segmentor=make_shapes_ade20k, classifier=make_shapes_imagenet)
 # Images of a step of all processes, and of the validation, which neither 2 nor 4 divides.
@@ -151,26 +155,32 @@ def step(case: Case, folder: Path) -> None:
         runner.train()
 
 
-def run(case: Case, folder: Path) -> None:
-    """Runs a case to its end.
+def train_whole(folder: Path) -> None:
+    """What one process of a training does that tools/train.py begins."""
+    os.chdir(folder)
+    sys.argv = ['train.py', 'config.py', '--work-dir', 'whole', '--launcher', 'pytorch']
+    train.main()
+
+
+def run(name: str, processes: int, function: Callable[[], None]) -> None:
+    """Runs a function in so many processes, with the variables that torchrun gives them.
 
     Raises:
         RuntimeError: If a process fails; it has printed why.
     """
-    (folder / case.name).mkdir(parents=True)
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(case.processes):
-        processes.append(os.fork())
-        if processes[-1]:
+    numbers = []
+    for rank in range(processes):
+        numbers.append(os.fork())
+        if numbers[-1]:
             continue
         code = 1
         try:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.processes),
-                              LOCAL_WORLD_SIZE=str(case.processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-            launch.run(lambda: step(case, folder))
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                              LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            launch.run(function)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -178,14 +188,14 @@ def run(case: Case, folder: Path) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    failed = [rank for rank, process in enumerate(processes) if os.waitpid(process, 0)[1]]
+    failed = [rank for rank, number in enumerate(numbers) if os.waitpid(number, 0)[1]]
     if failed:
-        raise RuntimeError(f'{case.name}: processes {failed} of {case.processes} failed')
+        raise RuntimeError(f'{name}: processes {failed} of {processes} failed')
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', type=Path, help='new folder for data and results')
+    parser.add_argument('folder', type=Path, help='for data and results; a training of a config.py in it is run too')
     parser.add_argument('--cases', nargs='+', choices=[case.name for case in CASES],
                         default=[case.name for case in CASES])
     arguments = parser.parse_args()
@@ -200,6 +210,10 @@ if __name__ == '__main__':
     # The data sets collect garbage, which there would be much to look through for.
     gc.collect()
     gc.freeze()
+    root = arguments.folder.absolute()
     for each in CASES:
         if each.name in arguments.cases:
-            run(each, arguments.folder.absolute())
+            (root / each.name).mkdir()
+            run(each.name, each.processes, partial(step, each, root))
+    if (root / 'config.py').exists():
+        run('config.py', 2, partial(train_whole, root))

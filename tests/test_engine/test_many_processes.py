@@ -1,4 +1,6 @@
-"""A step and a validation in 2 and in 4 processes are those of one process, where the loss allows it."""
+"""Several processes: they compute what one does, one that dies ends the others, and MAX_RESTARTS starts them again."""
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,15 +8,35 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / 'helpers' / 'many_processes.py'
+ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / 'tests' / 'helpers'
+# Two iterations an epoch.
+CONFIG = """
+custom_imports = dict(imports=['noisy_training', 'dying'])
+model = dict(type='NoisyModel')
+train_dataloader = dict(dataset=dict(type='NoisyData'), batch_size=2, sampler=dict(type='DefaultSampler', shuffle=True))
+train_cfg = dict(by_epoch=True, max_epochs=5)
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.01))
+default_hooks = dict(logger=dict(type='LoggerHook', interval=1), checkpoint=dict(type='CheckpointHook', interval=1))
+custom_hooks = [dict(type='DyingHook')]
+randomness = dict(seed=0, deterministic=True)
+"""
 
 
 @pytest.fixture(scope='module')
-def ranks(tmp_path_factory):
-    """What the processes of a case have recorded."""
+def folder(tmp_path_factory):
+    """Of all cases, and of a training that was never restarted."""
     folder = tmp_path_factory.mktemp('many') / 'runs'
-    done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
+    folder.mkdir()
+    (folder / 'config.py').write_text(CONFIG)
+    done = subprocess.run([sys.executable, HELPERS / 'many_processes.py', folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope='module')
+def ranks(folder):
+    """What the processes of a case have recorded."""
     return lambda case, processes: [torch.load(folder / f'{case}_{processes}' / f'rank{rank}.pth', weights_only=False)
                                     for rank in range(processes)]
 
@@ -70,3 +92,47 @@ def test_a_detectors_gradients_are_the_mean_of_the_processes(ranks):
     # As everywhere, 1e-7 is added to the number.
     assert difference(first['gradients'], twins['gradients']) < 1e-8
     assert first['loss'] == pytest.approx(twins['loss'], rel=1e-8)
+
+
+@pytest.fixture(scope='module')
+def restarted(folder):
+    """The output of a training whose second process dies twice."""
+    path = os.pathsep.join([str(HELPERS), *filter(None, [os.environ.get('PYTHONPATH')])])
+    old = folder / 'work'
+    old.mkdir()
+    # Of an earlier run: this one has nothing to do with it.
+    torch.save(dict(state_dict={}, meta=dict(epoch=9, iter=18)), old / 'epoch_9.pth')
+    (old / 'last_checkpoint').write_text(str(old / 'epoch_9.pth'))
+    os.utime(old / 'epoch_9.pth', (1, 1))
+    command = [ROOT / 'tools' / 'dist_train.sh', 'config.py', '2', '--work-dir', 'work']
+    env = dict(PYTHONPATH=path, PYTHON=sys.executable, OMP_NUM_THREADS='1', MAX_RESTARTS='2',
+               DEATHS='killed@1 raised@7')
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def test_a_run_goes_on_after_restarts_as_if_it_had_never_ended(folder, restarted):
+    """Bit by bit. Before the first checkpoint it starts again."""
+    assert re.findall(r'resumed epoch: \d+, iter: \d+', restarted) == ['resumed epoch: 3, iter: 6']
+    whole, found = [torch.load(folder / name / 'epoch_5.pth', weights_only=False) for name in ('whole', 'work')]
+    for part in (lambda saved: saved['state_dict'], lambda saved: saved['optimizer']['state'][0]):
+        assert part(whole).keys() == part(found).keys()
+        for name, value in part(whole).items():
+            assert torch.equal(value, part(found)[name]), name
+
+
+def test_the_console_says_which_process_died_how_and_why(restarted):
+    assert re.findall('^note: process .*$', restarted, re.MULTILINE) == [
+        'note: process 1 has ended (SIGKILL); restart 1 of 2',
+        'note: process 1 has ended (exit code 1); restart 2 of 2']
+    assert restarted.count('ZeroDivisionError: the reason of this death') == 1
+    assert 'raise ZeroDivisionError' in restarted
+
+
+def test_the_others_end_within_a_minute(folder, restarted):
+    """Only then are processes started again."""
+    for start in range(2):
+        death, begun = [float((folder / name).read_text()) for name in (f'death{start}', f'start{start + 1}')]
+        assert 0 < begun - death < 60
