@@ -5,10 +5,9 @@ r"""Checks the commands, snippets and paths in README.md, CONTRIBUTING.md, tests
     tools/check_docs.py --run                 # runs the commands too, on data and weights made for it: ten minutes
     tools/check_docs.py --site site           # builds the site into a folder, with warnings as errors
 
-Commands are lines of ``bash`` blocks, and those in ``yaml`` ones: their tools, configs, files and options must be there.
-Configs in ``python``
-blocks are read and their models built, other snippets are run in an empty folder, on random weights. What --run leaves
-out is listed with the reason.
+Commands are lines of ``bash`` blocks, and those in ``yaml`` ones: their tools, configs, files and options must be
+there. Configs in ``python`` blocks are read and their models built, other snippets are run in an empty folder, on
+random weights. What --run leaves out is listed with the reason.
 """
 import argparse
 import ast

@@ -19,8 +19,8 @@ def begin_of_process() -> float:
 class DyingHook(Hook):
     """Ends the second process, in each start as the variable DEATHS says: in its place 'killed@5' or 'raised@7'.
 
-    The numbers are those of iterations. Files in the current folder hold the times: ``death<start>`` and ``start<start>``,
-    when torchrun had started the first process, as soon as all others were gone.
+    The numbers are those of iterations. Files in the current folder hold the times: ``death<start>``, and
+    ``start<start>``, at which torchrun started the first process, as soon as all before were gone.
     """
 
     def before_run(self, runner):
