@@ -41,7 +41,7 @@ TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.
 # Where options of several tools are defined, by the name that such a tool imports.
 SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
                   '_benchmark': 'tools/analysis/_benchmark.py'}
-OTHER_PROGRAMS = ('pip', 'docker', '.venv/bin/python', '.venv/bin/pre-commit')
+OTHER_PROGRAMS = ('pip', 'docker', 'test', '.venv/bin/python', '.venv/bin/pre-commit')
 
 # Of commands, by how they begin, why --run does not run them.
 NOT_RUN = {
@@ -54,6 +54,7 @@ NOT_RUN = {
     'tools/train.py configs': 'needs COCO or ADE20K; tests/test_configs trains every config on generated data',
     'tools/test.py configs': 'needs ADE20K; tests/test_tools/test_test.py tests on generated data',
     'tools/check_dataset.py': 'needs ADE20K; tests/test_tools/test_check_dataset.py checks generated data',
+    'MAX_RESTARTS': 'needs COCO, ADE20K or ImageNet; tests/test_engine/test_many_processes.py restarts a training',
     'NNODES': 'needs several machines; tests/test_tools/test_launchers.py looks at what is started',
     'GPUS': 'needs Slurm; tests/test_tools/test_launchers.py stands in for it',
     'pip install': 'would change this environment; tests/test_packaging.py installs the wheel',
@@ -71,7 +72,8 @@ NOT_RUN = {
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }
 # Appended by --run, so that minutes are enough.
-SHORTER = {'tools/train_custom.py': ('--epochs', '1'), 'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
+SHORTER = {'tools/analysis/scaling.py configs/convneur_m1_shapes.py --measure': ('--repeats', '1'),
+           'tools/train_custom.py': ('--epochs', '1'), 'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
            'tools/infer.py CONFIG CHECKPOINT street.mp4': ('--device', 'cpu'), 'convneur-mm infer': ('--device', 'cpu')}
 CONFIG = 'semantic_fpn_convneur_m1_shapes'  # what the word CONFIG stands for
 
