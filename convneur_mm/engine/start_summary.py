@@ -252,7 +252,7 @@ def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
         return f'Triton kernels {where}', None
     if weight.device.type != 'cpu':
         return f'PyTorch operators {where}', None
-    sizes = memory.w1.shape[1:]
+    sizes = memory.head_dim, memory.hidden_dim
     reason = None
     if cpu.kernels is None:
         reason = (f'not the C++ kernels, which are faster: {cpu.missing or "they are turned off"}; with a C++ '

@@ -24,8 +24,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from tiny_models import CONFIGS, TINY, separated
+from torch import nn
 
 import convneur_mm
+from convneur_mm.apis import init_model
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.model_wrappers import unwrapped
@@ -53,6 +55,10 @@ TASKS = dict(
               'model.train_cfg.rpn.sampler.num': 10 ** 6,
               'model.train_cfg.rpn_proposal': dict(nms_pre=10 ** 6, max_per_img=10 ** 6),
               'model.train_cfg.rpn_proposal.nms.iou_threshold': 1.0})
+
+
+# As docs/scaling.md has it.
+SHARDED = dict(runner_type='FlexibleRunner', strategy=dict(type='BlockFSDPStrategy'))
 
 
 class Case(NamedTuple):
@@ -117,9 +123,15 @@ def import_everything() -> None:
     for scope in launch.SCOPES:
         for part in ('models', 'datasets', 'engine', 'evaluation', 'visualization'):
             importlib.import_module(f'{scope}.{part}')
+    importlib.import_module('convneur_mm.engine.sharding')
     operators = importlib.import_module('mmcv.ops.nms').ext_module
     nms = operators.nms
     operators.nms = lambda boxes, scores, **settings: nms(boxes.float(), scores.float(), **settings)
+
+
+def doubles(model: nn.Module) -> None:
+    """Gives the backbone float64; preprocessors make float32 of images."""
+    model.backbone.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
 
 
 def step(case: Case, folder: Path) -> None:
@@ -144,8 +156,7 @@ def step(case: Case, folder: Path) -> None:
     with safe_loading():
         runner = build_runner(cfg)
         model = unwrapped(runner.model)
-        # Preprocessors make float32 of images.
-        model.backbone.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+        doubles(model)
         torch.manual_seed(0)
         separated(model)
         # Weights stay as they are when the training begins.
@@ -153,6 +164,34 @@ def step(case: Case, folder: Path) -> None:
         if case.images is None:
             runner.val()
         runner.train()
+
+
+def train_iterations(root: Path, name: str, iterations: int, sharded: bool, resume: str | None = None) -> None:
+    """What one process does of a training whose last iteration is saved: with DistributedDataParallel, or with FSDP.
+
+    By SGD, whose steps are as near to each other as the gradients.
+    """
+    args = launch.make_parser('').parse_args([
+        f'{root}/classifier.py', '--launcher', 'pytorch', '--work-dir', f'{root}/{name}'])
+    args.cfg_options = {
+        **TINY['classifier'], **TASKS['classifier'], 'data_root': f'{root}/classifier/', 'randomness': dict(seed=0),
+        'train_cfg': dict(type='IterBasedTrainLoop', max_iters=iterations, val_begin=9, _delete_=True),
+        'optim_wrapper.clip_grad': dict(max_norm=0.1), 'param_scheduler': None,
+        'optim_wrapper.optimizer': dict(type='SGD', lr=0.5, momentum=0.9, weight_decay=0.05, _delete_=True),
+        'default_hooks.checkpoint': dict(type='CheckpointHook', interval=iterations, by_epoch=False),
+        'train_dataloader.num_workers': 0, 'train_dataloader.persistent_workers': False,
+        'train_dataloader.batch_size': 2, **(SHARDED if sharded else {})}
+    cfg = launch.load_config(args, ('train', 'val'))
+    if resume:
+        cfg.update(load_from=f'{root}/{resume}', resume=True)
+    with safe_loading():
+        runner = build_runner(cfg)
+        runner.train()
+
+
+def load(root: Path, path: str) -> None:
+    """Loads a checkpoint as tools for trained models do, which fails if a weight is missing."""
+    init_model(f'{root}/classifier.py', f'{root}/{path}', 'cpu', TINY['classifier'])
 
 
 def train_whole(folder: Path) -> None:
@@ -215,5 +254,9 @@ if __name__ == '__main__':
         if each.name in arguments.cases:
             (root / each.name).mkdir()
             run(each.name, each.processes, partial(step, each, root))
+    for name, settings in dict(replicated=(2, False), sharded_first=(1, True),
+                               sharded=(2, True, 'sharded_first/iter_1.pth')).items():
+        run(name, 2, partial(train_iterations, root, name, *settings))
+    run('load', 1, partial(load, root, 'sharded/iter_2.pth'))
     if (root / 'config.py').exists():
         run('config.py', 2, partial(train_whole, root))
