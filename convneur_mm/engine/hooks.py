@@ -60,7 +60,9 @@ class CheckpointKeysHook(Hook):
                                    and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
             raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
                                   'it as load_from instead')
-        own, weights = unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint)
+        # Of a model in parts each process has but its own.
+        own = getattr(getattr(runner, 'strategy', None), 'whole_weights', None) or unwrapped(runner.model).state_dict()
+        weights = checkpoint_weights(checkpoint)
         renamed = as_parts(own, weights)
         if renamed:
             runner.logger.info(f'{name} holds the weights of backbone and head by their own names, and is loaded by '

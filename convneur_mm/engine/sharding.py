@@ -28,6 +28,9 @@ class BlockFSDPStrategy(FSDPStrategy):
     Args:
         model_wrapper (dict | None): Further arguments of MMFullyShardedDataParallel. Defaults to None.
         **kwargs: See :class:`mmengine._strategy.DDPStrategy`.
+
+    Attributes:
+        whole_weights (dict[str, Tensor]): What the model's state dict is before it is wrapped, without data.
     """
 
     def __init__(self, *, model_wrapper: dict | None = None, **kwargs: object) -> None:
@@ -52,6 +55,12 @@ class BlockFSDPStrategy(FSDPStrategy):
             scaler = dict(use_fsdp=True) if optim_wrapper.get('type') == 'AmpOptimWrapper' else {}
             optim_wrapper = build_optim_wrapper(model, ConfigDict(optim_wrapper, **scaler))
         return super().prepare(model, optim_wrapper=optim_wrapper, **kwargs)
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """See :meth:`BaseStrategy.build_model`."""
+        model = super().build_model(model)
+        self.whole_weights = {name: value.to('meta') for name, value in model.state_dict().items()}
+        return model
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper, model: nn.Module) -> OptimWrapper:
         """Gives the optimizer the parameters of the wrapped model in place of those that it was built with."""
