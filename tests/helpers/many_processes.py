@@ -27,7 +27,6 @@ from tiny_models import CONFIGS, TINY, separated
 from torch import nn
 
 import convneur_mm
-from convneur_mm.apis import init_model
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.model_wrappers import unwrapped
@@ -55,10 +54,6 @@ TASKS = dict(
               'model.train_cfg.rpn.sampler.num': 10 ** 6,
               'model.train_cfg.rpn_proposal': dict(nms_pre=10 ** 6, max_per_img=10 ** 6),
               'model.train_cfg.rpn_proposal.nms.iou_threshold': 1.0})
-
-
-# As docs/scaling.md has it.
-SHARDED = dict(runner_type='FlexibleRunner', strategy=dict(type='BlockFSDPStrategy'))
 
 
 class Case(NamedTuple):
@@ -123,7 +118,6 @@ def import_everything() -> None:
     for scope in launch.SCOPES:
         for part in ('models', 'datasets', 'engine', 'evaluation', 'visualization'):
             importlib.import_module(f'{scope}.{part}')
-    importlib.import_module('convneur_mm.engine.sharding')
     operators = importlib.import_module('mmcv.ops.nms').ext_module
     nms = operators.nms
     operators.nms = lambda boxes, scores, **settings: nms(boxes.float(), scores.float(), **settings)
@@ -166,34 +160,6 @@ def step(case: Case, folder: Path) -> None:
         runner.train()
 
 
-def train_iterations(root: Path, name: str, iterations: int, sharded: bool, resume: str | None = None) -> None:
-    """What one process does of a training whose last iteration is saved: with DistributedDataParallel, or with FSDP.
-
-    By SGD, whose steps are as near to each other as the gradients.
-    """
-    args = launch.make_parser('').parse_args([
-        f'{root}/classifier.py', '--launcher', 'pytorch', '--work-dir', f'{root}/{name}'])
-    args.cfg_options = {
-        **TINY['classifier'], **TASKS['classifier'], 'data_root': f'{root}/classifier/', 'randomness': dict(seed=0),
-        'train_cfg': dict(type='IterBasedTrainLoop', max_iters=iterations, val_begin=9, _delete_=True),
-        'optim_wrapper.clip_grad': dict(max_norm=0.1), 'param_scheduler': None,
-        'optim_wrapper.optimizer': dict(type='SGD', lr=0.5, momentum=0.9, weight_decay=0.05, _delete_=True),
-        'default_hooks.checkpoint': dict(type='CheckpointHook', interval=iterations, by_epoch=False),
-        'train_dataloader.num_workers': 0, 'train_dataloader.persistent_workers': False,
-        'train_dataloader.batch_size': 2, **(SHARDED if sharded else {})}
-    cfg = launch.load_config(args, ('train', 'val'))
-    if resume:
-        cfg.update(load_from=f'{root}/{resume}', resume=True)
-    with safe_loading():
-        runner = build_runner(cfg)
-        runner.train()
-
-
-def load(root: Path, path: str) -> None:
-    """Loads a checkpoint as tools for trained models do, which fails if a weight is missing."""
-    init_model(f'{root}/classifier.py', f'{root}/{path}', 'cpu', TINY['classifier'])
-
-
 def train_whole(folder: Path) -> None:
     """What one process of a training does that tools/train.py begins."""
     os.chdir(folder)
@@ -232,31 +198,32 @@ def run(name: str, processes: int, function: Callable[[], None]) -> None:
         raise RuntimeError(f'{name}: processes {failed} of {processes} failed')
 
 
+def prepare(folder: Path) -> None:
+    """Makes data and configs, and this process ready to be forked."""
+    torch.set_num_threads(1)
+    import_everything()
+    for task, make in MAKERS.items():
+        make(folder / task, num_train=STEP, num_val=VALIDATED, image_size=64)
+        # Without bases: to find those of mmdet takes a second.
+        Config.fromfile(convneur_mm.config(CONFIGS[task])).dump(folder / f'{task}.py')
+    # Most of the time of so short a run would go into the layout of the config's text.
+    Config.pretty_text = property(repr)
+    # The data sets collect garbage, which there would be much to look through for.
+    gc.collect()
+    gc.freeze()
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='for data and results; a training of a config.py in it is run too')
     parser.add_argument('--cases', nargs='+', choices=[case.name for case in CASES],
                         default=[case.name for case in CASES])
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    import_everything()
-    for task, make in MAKERS.items():
-        make(arguments.folder / task, num_train=STEP, num_val=VALIDATED, image_size=64)
-        # Without bases: to find those of mmdet takes a second.
-        Config.fromfile(convneur_mm.config(CONFIGS[task])).dump(arguments.folder / f'{task}.py')
-    # Most of the time of so short a run would go into the layout of the config's text.
-    Config.pretty_text = property(repr)
-    # The data sets collect garbage, which there would be much to look through for.
-    gc.collect()
-    gc.freeze()
+    prepare(arguments.folder)
     root = arguments.folder.absolute()
     for each in CASES:
         if each.name in arguments.cases:
             (root / each.name).mkdir()
             run(each.name, each.processes, partial(step, each, root))
-    for name, settings in dict(replicated=(2, False), sharded_first=(1, True),
-                               sharded=(2, True, 'sharded_first/iter_1.pth')).items():
-        run(name, 2, partial(train_iterations, root, name, *settings))
-    run('load', 1, partial(load, root, 'sharded/iter_2.pth'))
     if (root / 'config.py').exists():
         run('config.py', 2, partial(train_whole, root))
