@@ -9,6 +9,7 @@ processes=$1
 nodes=${NNODES:-1}
 check_number GPUS "$processes" 1
 check_number NNODES "$nodes" 1
+check_number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0
 [ -z "${PORT:-}" ] || check_number PORT "$PORT" 1 65535
 if [ "$nodes" -gt 1 ]; then
   # With defaults each machine would take itself for the first one and wait for the others.
@@ -26,4 +27,4 @@ else
 fi
 source "$tools/_python.sh"
 exec "$python" "$tools/_torchrun.py" --nnodes="$nodes" --nproc-per-node="$processes" "${rendezvous[@]}" \
-  --monitor-interval=0.1 "$tools/$2" "${@:3}" --launcher pytorch
+  --max-restarts="${MAX_RESTARTS:-0}" --monitor-interval=0.1 "$tools/$2" "${@:3}" --launcher pytorch

@@ -5,9 +5,9 @@ r"""Checks the commands, snippets and paths in README.md, CONTRIBUTING.md, tests
     tools/check_docs.py --run                 # runs the commands too, on data and weights made for it: ten minutes
     tools/check_docs.py --site site           # builds the site into a folder, with warnings as errors
 
-Commands are lines of ``bash`` blocks: their tools, configs, files and options must be there. Configs in ``python``
-blocks are read and their models built, other snippets are run in an empty folder, on random weights. What --run leaves
-out is listed with the reason.
+Commands are lines of ``bash`` blocks, and those in ``yaml`` ones: their tools, configs, files and options must be
+there. Configs in ``python`` blocks are read and their models built, other snippets are run in an empty folder, on
+random weights. What --run leaves out is listed with the reason.
 """
 import argparse
 import ast
@@ -41,7 +41,7 @@ TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.
 # Where options of several tools are defined, by the name that such a tool imports.
 SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
                   '_benchmark': 'tools/analysis/_benchmark.py'}
-OTHER_PROGRAMS = ('pip', 'pip-audit', 'uv', 'docker', '.venv/bin/python', '.venv/bin/pre-commit')
+OTHER_PROGRAMS = ('pip', 'pip-audit', 'uv', 'docker', 'test', '.venv/bin/python', '.venv/bin/pre-commit')
 
 # Of commands, by how they begin, why --run does not run them.
 NOT_RUN = {
@@ -54,6 +54,7 @@ NOT_RUN = {
     'tools/train.py configs': 'takes minutes or days; tests/test_configs trains every config on generated data',
     'tools/test.py configs': 'needs ADE20K; tests/test_tools/test_test.py tests on generated data',
     'tools/check_dataset.py': 'needs ADE20K; tests/test_tools/test_check_dataset.py checks generated data',
+    'MAX_RESTARTS': 'needs COCO, ADE20K or ImageNet; tests/test_engine/test_many_processes.py restarts a training',
     'NNODES': 'needs several machines; tests/test_tools/test_launchers.py looks at what is started',
     'GPUS': 'needs Slurm; tests/test_tools/test_launchers.py stands in for it',
     'pip install': 'would change this environment; tests/test_packaging.py installs the wheel',
@@ -73,7 +74,8 @@ NOT_RUN = {
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }
 # Appended by --run, so that minutes are enough.
-SHORTER = {'tools/train_custom.py': ('--epochs', '1'), 'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
+SHORTER = {'tools/analysis/scaling.py configs/convneur_m1_shapes.py --measure': ('--repeats', '1'),
+           'tools/train_custom.py': ('--epochs', '1'), 'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
            'tools/infer.py CONFIG CHECKPOINT street.mp4': ('--device', 'cpu'), 'convneur-mm infer': ('--device', 'cpu')}
 CONFIG = 'semantic_fpn_convneur_m1_shapes'  # what the word CONFIG stands for
 
@@ -230,6 +232,25 @@ def check_config(block: Block, folder: Path) -> None:
             MODELS.build(cfg.model)
     else:
         MODELS.build(cfg.model.backbone)
+
+
+def check_yaml(block: Block) -> None:
+    """Parses a block, and looks at its commands as at those of ``bash`` blocks.
+
+    Commands are lists of words, or bash, -c and a script, under the key ``command``.
+
+    Raises:
+        DocsError: If a program, file or option is not there.
+    """
+    import yaml
+    nodes = [yaml.safe_load(block.text)]
+    for node in nodes:
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        command = node.get('command') if isinstance(node, dict) else None
+        if command:
+            script = command[2] if command[:2] == ['bash', '-c'] else shlex.join(command)
+            for line in Block(block.page, block.line, 'bash', script).commands():
+                check_command(block, line)
 
 
 def check_program(block: Block, folder: Path, stand_ins: 'StandIns') -> None:
@@ -419,8 +440,11 @@ def check_block(block: Block, folder: Path, stand_ins: StandIns, run: bool) -> l
                 print(f'{block.page}:{block.line}: left out, as it {reason}: {command}', flush=True)
             elif run:
                 attempt(command, run_command, command, folder, stand_ins)
+    elif block.language == 'yaml':
+        attempt('yaml', check_yaml, block)
     elif block.language not in ('', 'bibtex', 'text'):
-        errors.append(str(block.error(f'nothing checks blocks of {block.language!r}; expected bash, python, text')))
+        errors.append(str(block.error(f'nothing checks blocks of {block.language!r}; expected bash, python, text, '
+                                      'yaml')))
     return errors
 
 

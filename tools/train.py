@@ -19,7 +19,7 @@ if __name__ == '__main__':
 from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.interrupts import going_on
 from convneur_mm.engine.quiet_console import build_runner
-from convneur_mm.engine.resume import latest_checkpoint
+from convneur_mm.engine.resume import check_same_checkpoint, checkpoint_after_restart, latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,6 +53,7 @@ def train(args: argparse.Namespace) -> None:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise launch.LaunchError(f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks')
         cfg.auto_scale_lr.enable = True
+    args.resume = checkpoint_after_restart(cfg.work_dir, args.allow_pickle) or args.resume
     if args.resume not in (None, 'auto'):
         cfg.load_from = launch.readable_checkpoint(args.resume, '--resume', args.allow_pickle)
         cfg.resume = True
@@ -60,6 +61,7 @@ def train(args: argparse.Namespace) -> None:
         cfg.load_from = latest_checkpoint(cfg.work_dir, args.config, args.allow_pickle)
         cfg.resume = True
     runner = build_runner(cfg)
+    check_same_checkpoint(cfg.load_from if cfg.get('resume') else None)
     with going_on(runner, args):
         runner.train()
 

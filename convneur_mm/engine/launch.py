@@ -313,6 +313,7 @@ def set_up_processes(cfg: Config) -> None:
     Raises:
         LaunchError: If there are more processes than GPUs on this machine, or not all processes join.
     """
+    use_new_store()
     if torch.cuda.is_available():
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', int(os.environ['LOCAL_RANK']) + 1))
         if processes > torch.cuda.device_count():
@@ -333,6 +334,26 @@ def set_up_processes(cfg: Config) -> None:
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False))
+
+
+def use_new_store() -> None:
+    """Has processes that torchrun has started again find each other in a store of their own, by their variables.
+
+    torchrun keeps a store for all its starts. There, newer versions of PyTorch let a process find the addresses of
+    those before, who are gone.
+    """
+    env = os.environ
+    start = env.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if start == '0' or env.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return
+    store = torch.distributed.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)
+    key = f'convneur_mm/port_of_start_{start}'
+    if env['RANK'] == '0':
+        with socket.socket() as probe:
+            probe.bind(('', 0))
+            store.set(key, str(probe.getsockname()[1]))
+    # The first process, which is where the address is, serves the new store.
+    env.update(MASTER_PORT=store.get(key).decode(), TORCHELASTIC_USE_AGENT_STORE='False')
 
 
 def why_no_gpu() -> str:

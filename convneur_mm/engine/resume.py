@@ -1,10 +1,13 @@
 """Which checkpoint a training goes on from."""
 from __future__ import annotations
 
+import os
 import os.path as osp
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from mmengine.dist import all_gather_object
 from mmengine.logging import MMLogger
 
 from .checkpoint import read_checkpoint
@@ -25,24 +28,65 @@ def latest_checkpoint(work_dir: str, config: str, allow_pickle: bool) -> str:
     Raises:
         LaunchError: If there is none, the newest one needs pickle and that is not allowed, or each one is damaged.
     """
-    error = None
-    for path in saved_checkpoints(work_dir):
-        if osp.isdir(path):
-            return path  # saved in parts by MMEngine's other strategies
-        try:
-            if not (allow_pickle and osp.isfile(path)):
-                read_checkpoint(path, mmap=True)
-            return path
-        except UnsafeCheckpointError as unsafe:
-            raise LaunchError(f'--resume: {unsafe}') from None
-        except CheckpointError as damaged:
-            error = damaged
-            MMLogger.get_current_instance().warning(f'--resume goes on from an older checkpoint: {damaged}')
+    path, error = _newest_intact(saved_checkpoints(work_dir), allow_pickle)
+    if path:
+        return path
     if error:
         raise LaunchError(f'--resume: no checkpoint in {work_dir} is intact: {error}')
     raise LaunchError(f'--resume: no checkpoint in {work_dir}{_others(work_dir, config)}; name the work dir of the '
                       'earlier run with --work-dir, or a file with --resume CHECKPOINT, or leave --resume out for a '
                       'first start')
+
+
+def _newest_intact(paths: list[str], allow_pickle: bool) -> tuple[str | None, CheckpointError | None]:
+    """The first of these checkpoints that is intact, and what is wrong with the last of those before it."""
+    error = None
+    for path in paths:
+        if osp.isdir(path):
+            return path, error  # saved in parts by MMEngine's other strategies
+        try:
+            if not (allow_pickle and osp.isfile(path)):
+                read_checkpoint(path, mmap=True)
+            return path, error
+        except UnsafeCheckpointError as unsafe:
+            raise LaunchError(f'--resume: {unsafe}') from None
+        except CheckpointError as damaged:
+            error = damaged
+            MMLogger.get_current_instance().warning(f'--resume goes on from an older checkpoint: {damaged}')
+    return None, error
+
+
+def checkpoint_after_restart(work_dir: str, allow_pickle: bool, env: Mapping[str, str] = os.environ) -> str | None:
+    """The newest intact checkpoint of this run, if torchrun has started its processes again; else None.
+
+    Args:
+        work_dir (str): Of the run. What an earlier run left there does not count: if this one has saved nothing yet, it
+            starts again as it did at first.
+        allow_pickle (bool): See :func:`latest_checkpoint`.
+        env (Mapping[str, str]): With torchrun's number of the restart, and the time at which tools/_torchrun.py was
+            started. Defaults to :data:`os.environ`.
+
+    Raises:
+        LaunchError: If the newest one needs pickle and that is not allowed.
+    """
+    if not int(env.get('TORCHELASTIC_RESTART_COUNT', 0)) or 'CONVNEUR_LAUNCHED' not in env:
+        return None
+    launched = float(env['CONVNEUR_LAUNCHED'])
+    return _newest_intact([path for path in saved_checkpoints(work_dir)
+                           if osp.exists(path) and osp.getmtime(path) >= launched], allow_pickle)[0]
+
+
+def check_same_checkpoint(filename: str | None) -> None:
+    """Checks that all processes resume from the same checkpoint; all call it at the same time.
+
+    Raises:
+        LaunchError: If they do not, as the work dirs of several nodes may differ.
+    """
+    names = all_gather_object(filename and osp.basename(filename))
+    if len(set(names)) > 1:
+        found = ', '.join(f'process {rank} {name or "none"}' for rank, name in enumerate(names))
+        raise LaunchError(f'the processes found different checkpoints to resume from ({found}): the work dir must be '
+                          'in a file system that all nodes share')
 
 
 def saved_checkpoints(work_dir: str) -> list[str]:

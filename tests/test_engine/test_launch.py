@@ -31,6 +31,7 @@ from convneur_mm.engine.launch import (
     set_loader_defaults,
     set_up_processes,
     slurm_variables,
+    use_new_store,
     use_resumable_loop,
     why_no_gpu,
     without_sync_bn,
@@ -580,3 +581,35 @@ def test_a_gpu_that_cannot_be_used_for_no_known_reason(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, 'is_built', lambda: True)
     monkeypatch.setattr(torch.cuda, 'init', lambda: None)
     assert why_no_gpu() == 'no usable CUDA device: torch.cuda.is_available() is false'
+
+
+class TestANewStore:
+    """Of processes that torchrun has started again, beside the store that it keeps."""
+
+    @pytest.fixture
+    def agent(self):
+        return torch.distributed.TCPStore('127.0.0.1', 0, is_master=True)
+
+    @staticmethod
+    def variables(agent, **settings):
+        """Of a process, after it has asked for a store."""
+        given = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(agent.port), TORCHELASTIC_RESTART_COUNT='1',
+                     TORCHELASTIC_USE_AGENT_STORE='True', RANK='0')
+        with patch.dict(os.environ, {**given, **settings}):
+            use_new_store()
+            return os.environ['MASTER_PORT'], os.environ['TORCHELASTIC_USE_AGENT_STORE']
+
+    def test_is_that_of_the_first_process_and_of_this_start(self, agent):
+        port, shared = self.variables(agent)
+        assert port != str(agent.port) and shared == 'False'
+        assert self.variables(agent, RANK='1') == (port, shared)
+        again, _ = self.variables(agent, TORCHELASTIC_RESTART_COUNT='2')
+        assert self.variables(agent, RANK='1', TORCHELASTIC_RESTART_COUNT='2') == (again, 'False')
+        # What the processes before have left is still for them alone.
+        assert self.variables(agent, RANK='1') == (port, 'False')
+
+    @pytest.mark.parametrize('settings', [dict(TORCHELASTIC_RESTART_COUNT='0'),
+                                          dict(TORCHELASTIC_USE_AGENT_STORE='False')])
+    def test_is_not_needed(self, agent, settings):
+        """At first; and where torchrun gives each start a port of its own."""
+        assert self.variables(agent, **settings)[0] == str(agent.port)

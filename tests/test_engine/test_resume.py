@@ -8,8 +8,14 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 
+from convneur_mm.engine import resume
 from convneur_mm.engine.errors import LaunchError
-from convneur_mm.engine.resume import latest_checkpoint, saved_checkpoints
+from convneur_mm.engine.resume import (
+    check_same_checkpoint,
+    checkpoint_after_restart,
+    latest_checkpoint,
+    saved_checkpoints,
+)
 
 
 class TestResumeAlone:
@@ -148,3 +154,64 @@ class TestWithoutATraining:
         assert message() == f'{found} of the same config'
         self.work_dir('work_dirs/oldest', time=0)
         assert message() == f'{found}, … of the same config'
+
+
+class TestAfterARestart:
+    """Small files in the places of checkpoints, in the order of their times."""
+
+    RESTARTED = dict(TORCHELASTIC_RESTART_COUNT='1', CONVNEUR_LAUNCHED='100.5')
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for time, number in (50, 9), (101, 1), (102, 2):
+            self.save(number, time)
+        Path('work/last_checkpoint').write_text('work/epoch_9.pth')
+
+    @staticmethod
+    def save(number, time, content=None):
+        path = Path(f'work/epoch_{number}.pth')
+        path.parent.mkdir(exist_ok=True)
+        if content is None:
+            torch.save(dict(state_dict={}), path)
+        else:
+            path.write_bytes(content)
+        os.utime(path, (time, time))
+
+    @pytest.mark.parametrize('env', [{}, dict(TORCHELASTIC_RESTART_COUNT='0', CONVNEUR_LAUNCHED='100.5'),
+                                     # By a torchrun of one's own.
+                                     dict(TORCHELASTIC_RESTART_COUNT='1')])
+    def test_a_first_start_has_none(self, env):
+        assert checkpoint_after_restart('work', False, env) is None
+
+    def test_what_an_earlier_run_left_does_not_count(self):
+        assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_2.pth'
+        assert checkpoint_after_restart('work', False, dict(self.RESTARTED, CONVNEUR_LAUNCHED='102.5')) is None
+        assert checkpoint_after_restart('elsewhere', False, self.RESTARTED) is None
+
+    def test_nor_does_a_damaged_one(self):
+        self.save(2, 102, b'cut off')
+        assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_1.pth'
+        self.save(1, 101, b'')
+        assert checkpoint_after_restart('work', False, self.RESTARTED) is None
+
+    def test_a_record_whose_file_is_gone_is_passed_over(self):
+        Path('work/last_checkpoint').write_text('work/epoch_3.pth')
+        assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_2.pth'
+
+
+@pytest.mark.parametrize('own, others', [(None, [None]), ('a/epoch_1.pth', ['epoch_1.pth'])])
+def test_all_processes_have_the_same_checkpoint(own, others, monkeypatch):
+    monkeypatch.setattr(resume, 'all_gather_object', lambda name: [name, *others])
+    check_same_checkpoint(own)
+
+
+@pytest.mark.parametrize('own, others, found', [
+    (None, ['epoch_1.pth'], 'process 0 none, process 1 epoch_1.pth'),
+    ('a/epoch_2.pth', ['epoch_2.pth', 'epoch_1.pth'],
+     'process 0 epoch_2.pth, process 1 epoch_2.pth, process 2 epoch_1.pth')])
+def test_processes_with_different_checkpoints_do_not_train(own, others, found, monkeypatch):
+    """They would train different models together."""
+    monkeypatch.setattr(resume, 'all_gather_object', lambda name: [name, *others])
+    with pytest.raises(LaunchError, match=rf'different checkpoints to resume from \({found}\): the work dir must be'):
+        check_same_checkpoint(own)

@@ -91,10 +91,22 @@ def test_wrong_snippets(page, text, message):
 
 
 def test_other_blocks(page, docs):
-    error, = page('```yaml\na: 1\n```\n')
-    assert error == "page.md:2: nothing checks blocks of 'yaml'; expected bash, python, text"
+    error, = page('```toml\na = 1\n```\n')
+    assert error == "page.md:2: nothing checks blocks of 'toml'; expected bash, python, text, yaml"
     with pytest.raises(docs.DocsError, match=r'page\.md:1: the block has no end'):
         page('```bash\ntools/train.py CONFIG\n')
+
+
+@pytest.mark.parametrize('text, message', [
+    ('a: [1\n', 'page.md:2: yaml: ParserError: '),
+    ('a:\n  - {command: [tools/trane.py, CONFIG]}\n', 'page.md:2: tools/trane.py is not there'),
+    ('command: [bash, -c, "NODES=1 tools/train.py CONFIG"]\n', 'page.md:2: no tool reads the variable NODES'),
+    ('command: [bash, -c, "NNODES=$N tools/train.py CONFIG $resume\\ntools/train.py CONFIG --ampp"]\n',
+     'page.md:2: tools/train.py has no option --ampp'),
+])
+def test_wrong_yaml(page, text, message):
+    error, = page(f'```yaml\n{text}```\n')
+    assert error.startswith(message)
 
 
 def test_commands_are_run(page, capsys):

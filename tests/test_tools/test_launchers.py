@@ -280,6 +280,12 @@ def test_rendezvous(checkout, env, expected):
     assert found == expected
 
 
+def test_restarts(checkout):
+    for env, number in ({}, 0), (dict(MAX_RESTARTS=3), 3):
+        told = printed(run(checkout / 'tools' / 'dist_train.sh', 'config', 1, **env))
+        assert f'--max-restarts={number}' in told['argv']
+
+
 @pytest.mark.parametrize('command, env, message', [
     ('dist_train.sh', {}, 'usage: '),
     ('dist_test.sh config x.pth', {}, 'usage: '),
@@ -295,6 +301,7 @@ def test_rendezvous(checkout, env, expected):
     ('dist_train.sh config 1', dict(NNODES=2, NODE_RANK=2, MASTER_ADDR='a'),
      "error: NODE_RANK must be a number from 0 to 1, got '2'"),
     ('dist_train.sh config 1', dict(NODE_RANK=1), "error: NODE_RANK must be a number from 0 to 0, got '1'"),
+    ('dist_train.sh config 1', dict(MAX_RESTARTS='x'), "error: MAX_RESTARTS must be a number of 0 or more, got 'x'"),
     ('dist_train.sh config 1', dict(PORT='x'), "error: PORT must be a number from 1 to 65535, got 'x'"),
     ('dist_train.sh config 1', dict(PORT=70000), "error: PORT must be a number from 1 to 65535, got '70000'"),
     ('slurm_train.sh p j config w', dict(GPUS='x'), "error: GPUS must be a number of 0 or more, got 'x'"),

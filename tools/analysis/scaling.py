@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+r"""What a step on several processes sends, and how well more of them pay.
+
+    tools/analysis/scaling.py configs/convneur_m3_300e_in1k.py    # bytes of a step
+    tools/analysis/scaling.py CONFIG --step-time 0.35 --bandwidth 12    # efficiency to expect of your GPUs
+    tools/analysis/scaling.py CONFIG --measure    # the same beside CPU processes
+
+Each process has the whole model and images of its own; the gradients are averaged by all-reduce, in buckets, while the
+backward pass goes on. In a ring of n processes each sends 2 (n - 1) / n times the bytes of all gradients.
+
+--measure steps the config's backbone on random images in processes over gloo: the step by itself, with all processes
+at work and nothing sent; the all-reduce by itself; and both as DistributedDataParallel does them. On CPUs gloo takes
+the cores that the backward pass would need, so the prediction is the sum of the first two.
+"""
+import argparse
+import os.path as osp
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import torch
+import torch.distributed as dist
+from _benchmark import format_table, milliseconds, write_json
+from _config import add_config_arguments, load_config, run
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
+
+from convneur_mm.engine.launch import without_sync_bn
+
+# Of DistributedDataParallel, in bytes: of the first bucket, which is ready first, and of the others.
+BUCKETS = (2 ** 20, 25 * 2 ** 20)
+MIB = 2 ** 20
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument('--step-time', type=float, metavar='SECONDS', help='of one GPU by itself, as "time" in its log')
+    parser.add_argument('--bandwidth', type=float, metavar='GB/S', help='at which each process sends: "busbw" of '
+                        'nccl-tests\' all_reduce_perf')
+    parser.add_argument('--measure', action='store_true', help='run CPU processes')
+    parser.add_argument('--processes', nargs='+', type=int, metavar='N',
+                        help='numbers of processes (default: 2 4 8 16 32; with --measure 1 2 4)')
+    parser.add_argument('--batch', type=int, default=4, metavar='N', help='images of a process (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=64, metavar='PIXELS', help='of their sides (default: %(default)s)')
+    parser.add_argument('--threads', type=int, default=1, metavar='N', help='of a process (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=7, metavar='N', help='timed rounds (default: %(default)s)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to FILE')
+    args = parser.parse_args(argv)
+    if (args.step_time is None) != (args.bandwidth is None):
+        parser.error('--step-time and --bandwidth go together')
+    for name in ('step_time', 'bandwidth', 'batch', 'size', 'threads', 'repeats'):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f'--{name.replace("_", "-")} must be more than 0, got {getattr(args, name)}')
+    if min(args.processes or [1]) < 1:
+        parser.error(f'--processes must be 1 or more, got {min(args.processes)}')
+    return args
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """The config's model on the CPU, with random weights.
+
+    Raises:
+        ValueError: If there is none in the config.
+    """
+    cfg = load_config(args)
+    if not cfg.get('model'):
+        raise ValueError(f'{args.config}: expected a model, got none')
+    without_sync_bn(cfg.model)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        return MODELS.build(cfg.model)
+
+
+class Volume(NamedTuple):
+    """What a step sends.
+
+    Attributes:
+        parameters (int): That are trained.
+        nbytes (int): Of their gradients.
+        buckets (list[int]): Bytes of each bucket, in the order in which they become ready.
+    """
+
+    parameters: int
+    nbytes: int
+    buckets: list[int]
+
+
+def volume(model: nn.Module) -> Volume:
+    """Of a model, without SyncBN's statistics, a few numbers for each channel."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    indices, _ = dist._compute_bucket_assignment_by_size(trained[::-1], list(BUCKETS))
+    sizes = [p.numel() * p.element_size() for p in trained[::-1]]
+    buckets = [sum(sizes[i] for i in bucket) for bucket in indices]
+    return Volume(sum(p.numel() for p in trained), sum(sizes), buckets)
+
+
+def sent(nbytes: int, processes: int) -> float:
+    """Bytes that each process sends, and receives, in a ring all-reduce."""
+    return 2 * (processes - 1) / processes * nbytes
+
+
+class Efficiency(NamedTuple):
+    """Images a second and process, as a share of one process by itself.
+
+    Attributes:
+        hidden (float): If the all-reduce runs beside all of the backward pass, two thirds of a step.
+        exposed (float): If it begins after the step.
+    """
+
+    hidden: float
+    exposed: float
+
+
+def efficiency(step_time: float, nbytes: int, bandwidth: float, processes: int) -> Efficiency:
+    """What to expect of a step of ``step_time`` seconds with a network of ``bandwidth`` bytes a second."""
+    seconds = sent(nbytes, processes) / bandwidth
+    return Efficiency(step_time / (step_time / 3 + max(step_time * 2 / 3, seconds)), step_time / (step_time + seconds))
+
+
+# ---- measured
+
+
+class Times(NamedTuple):
+    """Seconds of a step's parts, medians over the rounds.
+
+    Attributes:
+        alone (float): Of the step, with all processes at work and nothing sent.
+        reduce (float): Of the all-reduce of as many bytes.
+        step (float): Of the whole.
+    """
+
+    alone: float
+    reduce: float
+    step: float
+
+    @property
+    def predicted(self) -> float:
+        """What the whole should take."""
+        return self.alone + self.reduce
+
+
+def measure(backbone: nn.Module, processes: int, args: argparse.Namespace) -> Times:
+    """Times of so many processes, in forks of this one, which must not have begun threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_run, (processes, backbone, args, folder), processes, start_method='fork')
+        return Times(*torch.load(f'{folder}/times.pt').median(0).values.tolist())
+
+
+def _run(rank: int, processes: int, backbone: nn.Module, args: argparse.Namespace, folder: str) -> None:
+    dist.init_process_group('gloo', store=dist.FileStore(f'{folder}/store', processes), rank=rank,
+                            world_size=processes)
+    torch.set_num_threads(args.threads)
+    model = DistributedDataParallel(backbone, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    images = torch.rand(args.batch, 3, args.size, args.size)
+    gradients = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        features = model(images)
+        sum(x.square().mean() for x in ([features] if isinstance(features, Tensor) else features)).backward()
+        optimizer.step()
+
+    def alone() -> None:
+        with model.no_sync():
+            step()
+
+    def seconds(call: Callable[[], object]) -> float:
+        dist.barrier()
+        begun = time.perf_counter()
+        call()
+        dist.barrier()
+        return time.perf_counter() - begun
+
+    calls = alone, lambda: dist.all_reduce(gradients), step
+    for _ in range(2):  # DistributedDataParallel makes its buckets anew after the first
+        for call in calls:
+            call()
+    rounds = [[seconds(call) for call in calls] for _ in range(args.repeats)]
+    if rank == 0:
+        torch.save(torch.tensor(rounds, dtype=torch.float64), f'{folder}/times.pt')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def bound(first: Times, times: Times) -> str:
+    """What most of a longer step goes into."""
+    return 'cores' if times.alone - first.alone > times.reduce else 'all-reduce'
+
+
+# ---- printed
+
+
+def print_volume(name: str, of: Volume) -> None:
+    print(f'{name}: {of.parameters / 1e6:.2f} M trained parameters, {of.nbytes / 1e6:.1f} MB of gradients a step in '
+          f'{len(of.buckets)} bucket{"s" * (len(of.buckets) > 1)} ('
+          f'{", ".join(f"{size / MIB:.1f}" for size in of.buckets)} MiB)')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(1)  # so that it can be forked
+    model = build(args)
+    whole = volume(model)
+    result: dict[str, object] = dict(config=args.config, **whole._asdict())
+    print_volume(args.config, whole)
+    if args.step_time:
+        result['expected'] = {n: efficiency(args.step_time, whole.nbytes, args.bandwidth * 1e9, n)._asdict()
+                              for n in args.processes or (2, 4, 8, 16, 32)}
+        print(f'Expected of a step of {args.step_time:g} s at {args.bandwidth:g} GB/s:')
+        print(format_table(
+            ('processes', 'MB sent by each', 'all-reduce ms', 'efficiency', 'if nothing is hidden'),
+            [(str(n), f'{sent(whole.nbytes, n) / 1e6:.1f}',
+              milliseconds(sent(whole.nbytes, n) / args.bandwidth / 1e9), f'{100 * row["hidden"]:.0f} %',
+              f'{100 * row["exposed"]:.0f} %') for n, row in result['expected'].items()]))
+    if args.measure:
+        backbone = model.backbone.train()
+        of_backbone = volume(backbone)
+        print_volume('its backbone', of_backbone)
+        times = {n: measure(backbone, n, args) for n in args.processes or (1, 2, 4)}
+        first = times[min(times)]
+        result['measured'] = {n: dict(row._asdict(), predicted=row.predicted) for n, row in times.items()}
+        print(f'On CPUs: {args.batch} images of {args.size} x {args.size} and {args.threads} '
+              f'thread{"s" * (args.threads > 1)} a process, median of {args.repeats} rounds:')
+        print(format_table(
+            ('processes', 'MB sent by each', 'step alone ms', 'all-reduce ms', 'predicted ms', 'measured ms',
+             'efficiency', 'bound by'),
+            [(str(n), f'{sent(of_backbone.nbytes, n) / 1e6:.1f}', milliseconds(row.alone), milliseconds(row.reduce),
+              milliseconds(row.predicted), milliseconds(row.step), f'{100 * first.step / row.step:.0f} %',
+              bound(first, row) if n > min(times) else '') for n, row in times.items()]))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == '__main__':
+    run(main)
