@@ -144,7 +144,7 @@ class Scaler:
 
     def update(self, new_scale: None) -> None:
         if self.left_out[-1]:
-            self.factor /= 256
+            self.factor /= 16
 
     def state_dict(self) -> dict:
         return dict(scale=self.factor)
@@ -153,7 +153,7 @@ class Scaler:
 @pytest.mark.parametrize('max_skips', [0, 1])
 def test_an_overflow_of_the_scaled_loss_is_the_scalers(train, monkeypatch, max_skips):
     """Of float16: the loss is finite, and neither ends the training nor counts as a batch that was left out."""
-    scaler, weights = Scaler(2.0**128), []
+    scaler, weights = Scaler(2.0**140), []
 
     @HOOKS.register_module(force=True)
     class KeepLayerHook(Hook):
@@ -166,7 +166,7 @@ def test_an_overflow_of_the_scaled_loss_is_the_scalers(train, monkeypatch, max_s
     model = train([], max_skips=max_skips, hooks=[dict(type='KeepLayerHook')], settings=dict(
         optim_wrapper=dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='SGD', lr=0.01))))
     assert len(scaler.left_out) == 8
-    assert scaler.left_out[0] and not scaler.left_out[-1]
+    assert all(scaler.left_out[:3]) and not scaler.left_out[-1]
     moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
     assert moved == [not left_out for left_out in scaler.left_out[1:]]
     assert all(value.isfinite().all() for value in model.state_dict().values())

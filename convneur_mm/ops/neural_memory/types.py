@@ -30,7 +30,8 @@ class MemoryOptions(NamedTuple):
     Attributes:
         chunk_size (int): Tokens per chunk, L. The last chunk may be shorter. Defaults to 196.
         inner_step (float): Factor of the step θ. 0 never writes. Defaults to 1.0.
-        max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
+        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. One far above the norms that there
+            are is none: under the sequential rule a memory may then grow without end. Defaults to 1.0.
         update_rule (str): 'sequential' takes the gradient of Eq. 3 at M_{t-1}; 'parallel' takes those of all chunks
             at M_0. Defaults to 'sequential'.
         retrieve (str): 'previous' reads as Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
