@@ -73,7 +73,9 @@ NOT_RUN = {
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }
 # Appended by --run, so that minutes are enough.
-SHORTER = {'tools/train_custom.py': ('--epochs', '1'), 'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
+SHORTER = {'tools/analysis/precision.py': ('--iterations', '2', '--window', '1'),
+           'tools/analysis/gradient_tails.py': ('--samples', '2'), 'tools/train_custom.py': ('--epochs', '1'),
+           'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
            'tools/infer.py CONFIG CHECKPOINT street.mp4': ('--device', 'cpu'), 'convneur-mm infer': ('--device', 'cpu')}
 CONFIG = 'semantic_fpn_convneur_m1_shapes'  # what the word CONFIG stands for
 

@@ -257,7 +257,9 @@ def test_finite_under_stress(backend, rule, dtype):
         gradients = torch.autograd.grad([y, *state], [tokens, *leaves], [torch.full_like(z, 1e4) for z in (y, *state)])
         case = chunk_size, step, norm, retrieve
         assert all(z.isfinite().all() for z in (y, *state, *gradients)), case
-        assert min(gradient.abs().max() for gradient in gradients[1:]) > 0, case
+        # The generators' sigmoids are exactly 0 or 1 at such errors, and have no gradient.
+        of_weights = LayerWeights(*gradients[1:])
+        assert all(z.any() for z in (of_weights.query, of_weights.proj, of_weights.w1, of_weights.w2)), case
 
 
 class DeviceOnly(TorchDispatchMode):
