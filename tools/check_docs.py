@@ -75,7 +75,9 @@ NOT_RUN = {
 }
 # Appended by --run, so that minutes are enough.
 SHORTER = {'tools/analysis/scaling.py configs/convneur_m1_shapes.py --measure': ('--repeats', '1'),
-           'tools/train_custom.py': ('--epochs', '1'), 'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
+           'tools/analysis/precision.py': ('--iterations', '2', '--window', '1'),
+           'tools/analysis/gradient_tails.py': ('--samples', '2'), 'tools/train_custom.py': ('--epochs', '1'),
+           'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
            'tools/infer.py CONFIG CHECKPOINT street.mp4': ('--device', 'cpu'), 'convneur-mm infer': ('--device', 'cpu')}
 CONFIG = 'semantic_fpn_convneur_m1_shapes'  # what the word CONFIG stands for
 

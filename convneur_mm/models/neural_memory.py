@@ -29,7 +29,7 @@ class NeuralMemory(BaseModule):
             Defaults to 'sequential'.
         retrieve (str): 'previous' (Eq. 2, causal over chunks) or 'final' (every token reads M_T).
             Defaults to 'previous'.
-        max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
+        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. Defaults to 1.0.
         backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory.neural_memory`. Defaults to 'auto'.
         num_chunks (int | None): Chunks per image, which instead decide L = ⌈N / num_chunks⌉ of an image of N tokens: so
             one setting serves all image sizes. Defaults to None.

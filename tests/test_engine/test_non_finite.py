@@ -48,11 +48,12 @@ def train(tmp_path, monkeypatch):
     """Samples in order, 0 to 6, two a batch; an epoch has four batches."""
     monkeypatch.chdir(tmp_path)
 
-    def train(samples, max_skips=0, hooks=(), resume=None, loop=None, **model):
+    def train(samples, max_skips=0, hooks=(), resume=None, loop=None, settings=None, **model):
         return train_noisily(
             tmp_path, 'work', loop or dict(max_epochs=2), resume=resume,
             hooks=[*hooks, dict(type='NonFiniteLossHook', max_skips=max_skips)],
-            settings=dict(model=dict(type='BrokenModel', samples=samples, **model), log_level='WARNING'),
+            settings=dict(model=dict(type='BrokenModel', samples=samples, **model), log_level='WARNING',
+                          **(settings or {})),
             sampler=dict(type='DefaultSampler', shuffle=False))
 
     return train
@@ -121,6 +122,55 @@ class TestLeftOut:
         monkeypatch.setattr('convneur_mm.engine.non_finite.all_reduce', lambda value, op: value.zero_())
         with pytest.raises(LaunchError, match='^the loss of another process is not finite at iteration 2, after 1 bat'):
             train([], max_skips=1)
+
+
+class Scaler:
+    """A GradScaler's part in a step, on a CPU: leaves out an update whose gradients overflow, and lowers its scale."""
+
+    def __init__(self, init_scale: float) -> None:
+        self.factor = init_scale
+        self.left_out: list[bool] = []
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.factor
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group['params']]
+        self.left_out.append(not all(grad.isfinite().all() for grad in grads))
+        if not self.left_out[-1]:
+            for grad in grads:
+                grad /= self.factor
+            optimizer.step()
+
+    def update(self, new_scale: None) -> None:
+        if self.left_out[-1]:
+            self.factor /= 16
+
+    def state_dict(self) -> dict:
+        return dict(scale=self.factor)
+
+
+@pytest.mark.parametrize('max_skips', [0, 1])
+def test_an_overflow_of_the_scaled_loss_is_the_scalers(train, monkeypatch, max_skips):
+    """Of float16: the loss is finite, and neither ends the training nor counts as a batch that was left out."""
+    scaler, weights = Scaler(2.0**140), []
+
+    @HOOKS.register_module(force=True)
+    class KeepLayerHook(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            weights.append(runner.model.layer.weight.detach().clone())
+
+    amp = 'mmengine.optim.optimizer.amp_optimizer_wrapper'
+    monkeypatch.setattr(f'{amp}.is_cuda_available', lambda: True)
+    monkeypatch.setattr(f'{amp}.GradScaler', lambda **kwargs: scaler)
+    model = train([], max_skips=max_skips, hooks=[dict(type='KeepLayerHook')], settings=dict(
+        optim_wrapper=dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='SGD', lr=0.01))))
+    assert len(scaler.left_out) == 8
+    assert all(scaler.left_out[:3]) and not scaler.left_out[-1]
+    moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
+    assert moved == [not left_out for left_out in scaler.left_out[1:]]
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert 'skipped_batches' not in read_checkpoint('work/epoch_2.pth')['message_hub']['runtime_info']
 
 
 def test_images_are_named():

@@ -241,6 +241,27 @@ def test_images_are_summed_in_float32(monkeypatch, segment_tokens):
         assert (found - expected).norm() < 4e-4 * expected.norm(), name
 
 
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('rule', UPDATE_RULES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_finite_under_stress(backend, rule, dtype):
+    """Tokens of scale 2e3, values of 4e3 and gradients of 1e4; of autocast, what is not rounded is as large."""
+    x, weights = make_inputs()
+    weights = weights._replace(value=1e3 * weights.value)
+    for chunk_size, step, norm, retrieve in product((3, 21, 30), (1e-12, 1.0), (1e-6, 100.0), RETRIEVALS):
+        tokens, *leaves = as_leaves(1e3 * x, *weights, dtype=torch.float32)
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y, state = call(tokens, LayerWeights(*leaves), backend, chunk_size=chunk_size, inner_step=step,
+                            max_write_norm=norm, update_rule=rule, retrieve=retrieve)
+        assert y.dtype == dtype
+        gradients = torch.autograd.grad([y, *state], [tokens, *leaves], [torch.full_like(z, 1e4) for z in (y, *state)])
+        case = chunk_size, step, norm, retrieve
+        assert all(z.isfinite().all() for z in (y, *state, *gradients)), case
+        # The generators' sigmoids are exactly 0 or 1 at such errors, and have no gradient.
+        of_weights = LayerWeights(*gradients[1:])
+        assert all(z.any() for z in (of_weights.query, of_weights.proj, of_weights.w1, of_weights.w2)), case
+
+
 class DeviceOnly(TorchDispatchMode):
     """Refuses what a device would wait for: tensors of the host, its numbers, and sizes that depend on its numbers."""
 

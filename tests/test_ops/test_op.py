@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, cpu, neural_memory, written_tokens
 from convneur_mm.ops.neural_memory import op as op_module
+from convneur_mm.ops.neural_memory.types import MIN_WRITE_NORM
 
 pytestmark = pytest.mark.usefixtures('both_codes')
 
@@ -72,12 +73,12 @@ def write_norms(inputs, tokens: int, inner_step: float = 1.0) -> Tensor:
     return (state.p1.square().sum((-2, -1)) + state.p2.square().sum((-2, -1))).sqrt().detach()
 
 
-def with_gradients(inputs, **kwargs):
+def with_gradients(inputs, loss_scale: float = 1.0, **kwargs):
     """Outputs, state and the gradients of a random projection of both."""
     y, state = call(inputs, **kwargs)
     outputs = [y, *(state or ())]
     g = torch.Generator().manual_seed(1)
-    loss = sum((o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o)).sum() for o in outputs)
+    loss = loss_scale * sum((o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o)).sum() for o in outputs)
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
     return outputs, [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, gradients)]
 
@@ -305,6 +306,35 @@ def test_finite_at_extremes(tokens, fraction, inner_step, seed, scale, rule, ret
     assert all(x.isfinite().all() for x in outputs + gradients)
 
 
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('max_write_norm', [MIN_WRITE_NORM, 1.0, 100.0])
+@pytest.mark.parametrize('rule', RULES)
+def test_finite_under_stress(backend, max_write_norm, rule):
+    """Values of scale 3e3 and gradients of scale 1e4, at the ends of what the other options may be."""
+    inputs = make_inputs(batch=1, tokens=24, scale=1e3, dtype=torch.float32)
+    for chunk_size, inner_step, retrieve in product((1, 7, 24, 30), (1e-12, 1.0), RETRIEVALS):
+        if backend == 'reference' and chunk_size == 1 and retrieve == 'final':
+            continue  # is slow, and the writes are those of 'previous'
+        outputs, gradients = with_gradients(
+            inputs, loss_scale=1e4, chunk_size=chunk_size, inner_step=inner_step, max_write_norm=max_write_norm,
+            update_rule=rule, retrieve=retrieve, return_state=True, backend=backend)
+        case = chunk_size, inner_step, retrieve
+        assert all(x.isfinite().all() for x in outputs), case
+        assert all(x.isfinite().all() for x in gradients), case
+        assert gradients[2].norm() > 0 or retrieve == 'previous', case
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_smallest_bound_is_exact(rule):
+    """Of float32, whose powers of a much smaller bound would be zero or infinite."""
+    options = dict(chunk_size=16, max_write_norm=MIN_WRITE_NORM, update_rule=rule, return_state=True)
+    inputs = make_inputs(tokens=50)
+    _, expected = with_gradients(inputs, backend='reference', **options)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    _, found = with_gradients(single, **options)
+    assert_equal([x.double() for x in found], expected, tolerance=1e-3)
+
+
 def test_write_is_bounded():
     """With no decay and no momentum, one chunk moves each head's memory by less than max_write_norm."""
     inputs = make_inputs(tokens=64, scale=1e3)
@@ -345,7 +375,8 @@ def test_written_tokens(tokens, chunk_size, expected):
     (dict(chunk_size=2.5), 'chunk_size must be an integer of at least 1, got 2.5'),
     (dict(inner_step=-1), r'inner_step must be a number in \[0, 1\], got -1'),
     (dict(inner_step=float('nan')), r'inner_step must be a number in \[0, 1\], got nan'),
-    (dict(max_write_norm=0), 'max_write_norm must be a positive finite number, got 0'),
+    (dict(max_write_norm=1e-7), 'max_write_norm must be a finite number of at least 1e-06, got 1e-07'),
+    (dict(max_write_norm=float('inf')), 'max_write_norm must be a finite number .*, got inf'),
     (dict(update_rule='serial'), "update_rule must be one of .*got 'serial'"),
     (dict(retrieve='next'), "retrieve must be one of .*got 'next'"),
     (dict(backend='cuda'), "backend must be one of .*got 'cuda'"),

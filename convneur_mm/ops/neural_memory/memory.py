@@ -23,6 +23,7 @@ from .types import (
     MemoryOptions,
     MemoryState,
     MemoryWeights,
+    check_inner_dtype,
     is_compiling,
     no_autocast,
     pack,
@@ -108,11 +109,12 @@ def run(tokens: Sequence[Tensor], weights: LayerWeights | MemoryWeights, state: 
 
 
 def kernels_for(backend: str, tokens: Tensor, rows: Tensor, options: MemoryOptions) -> ModuleType:
-    """The set of kernels for tokens (B, h, d, N).
+    """The set of kernels for tokens (B, h, d, N) and a memory of ``rows``.
 
     Raises:
-        ValueError: If they cannot go where the backend's name wants them to.
+        ValueError: If they cannot go where the backend's name wants them to, or are in half precision.
     """
+    check_inner_dtype(tokens=tokens, memory=rows)
     if backend == 'triton':
         reason = triton.refuses(tokens, rows, options)
         if reason:

@@ -16,6 +16,7 @@ from .types import (
     MemoryState,
     MemoryWeights,
     UpdateGenerators,
+    check_inner_dtype,
     no_autocast,
 )
 
@@ -50,6 +51,7 @@ def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, weights: MemoryWeig
         if state is None:
             m1, m2 = (w.expand(len(q), *w.shape) for w in (w1, w2))
             state = MemoryState(m1, m2, torch.zeros_like(m1), torch.zeros_like(m2))
+        check_inner_dtype(**state._asdict())
         return _read_and_write(q, k, v, w1, w2, UpdateGenerators(*generators), state, options)
 
 

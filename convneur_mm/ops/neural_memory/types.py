@@ -17,6 +17,9 @@ is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 # 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
 NORMALIZE_EPS = 1e-2
 
+# float32 holds the powers of a bound that its gradient needs, and those of writes beside it, from here on.
+MIN_WRITE_NORM = 1e-6
+
 UPDATE_RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
 
@@ -27,7 +30,8 @@ class MemoryOptions(NamedTuple):
     Attributes:
         chunk_size (int): Tokens per chunk, L. The last chunk may be shorter. Defaults to 196.
         inner_step (float): Factor of the step θ. 0 never writes. Defaults to 1.0.
-        max_write_norm (float): Bound of the norm of one head's write. Defaults to 1.0.
+        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. One far above the norms that there
+            are is none: under the sequential rule a memory may then grow without end. Defaults to 1.0.
         update_rule (str): 'sequential' takes the gradient of Eq. 3 at M_{t-1}; 'parallel' takes those of all chunks
             at M_0. Defaults to 'sequential'.
         retrieve (str): 'previous' reads as Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
@@ -51,8 +55,9 @@ class MemoryOptions(NamedTuple):
             raise ValueError(f'chunk_size must be an integer of at least 1, got {self.chunk_size!r}')
         if not (isinstance(self.inner_step, (int, float)) and 0 <= self.inner_step <= 1):
             raise ValueError(f'inner_step must be a number in [0, 1], got {self.inner_step!r}')
-        if not (isinstance(self.max_write_norm, (int, float)) and 0 < self.max_write_norm < math.inf):
-            raise ValueError(f'max_write_norm must be a positive finite number, got {self.max_write_norm!r}')
+        if not (isinstance(self.max_write_norm, (int, float)) and MIN_WRITE_NORM <= self.max_write_norm < math.inf):
+            raise ValueError(f'max_write_norm must be a finite number of at least {MIN_WRITE_NORM}, got '
+                             f'{self.max_write_norm!r}')
         check_choice('update_rule', self.update_rule, UPDATE_RULES)
         check_choice('retrieve', self.retrieve, RETRIEVALS)
         return self
@@ -185,6 +190,17 @@ def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous',
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Keeps autocast out, which does not know the meta device, where shapes and FLOPs are counted without memory."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def check_inner_dtype(**tensors: Tensor) -> None:
+    """Raises a ValueError that names the first tensor whose dtype is none of the inner loop's.
+
+    The inner loop adds up to thousands of small writes, which half precision would round away, and squares what it adds
+    up, which overflows in float16. So it runs in float32, or float64, whatever autocast does around it.
+    """
+    for name, x in tensors.items():
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f'the inner loop of a memory runs in float32 or float64, got {name} in {x.dtype}')
 
 
 def pack(w1: Tensor, w2: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""tools/analysis/precision.py: both trainings are the same but for the precision."""
+import math
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def tool(analysis_tool):
+    return analysis_tool('precision')
+
+
+def test_table(tool, capsys, monkeypatch):
+    """Of short trainings: the losses of bfloat16 are close to those of float32, and not the same."""
+    kept, train, tasks = {}, tool.losses_of, ['detection', 'classification']
+
+    def losses_of(cfg, precision, work_dir):
+        kept[cfg.default_scope, precision] = train(cfg, precision, work_dir)
+        return kept[cfg.default_scope, precision]
+
+    monkeypatch.setattr(tool, 'losses_of', losses_of)
+    tool.main(['--iterations', '2', '--window', '1', '--tasks', *tasks])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+    assert [row[:2] for row in rows] == [[task, '0'] for task in tasks]
+    assert all(row[5] == '0' for row in rows)
+    for scope in ('mmdet', 'mmpretrain'):
+        exact, rounded = kept[scope, 'float32'], kept[scope, 'bfloat16']
+        assert len(exact) == len(rounded) == 2
+        assert exact != rounded
+        assert exact == pytest.approx(rounded, rel=0.02)
+
+
+def test_a_detectors_heads_get_float32(tool):
+    class Model:
+        def extract_feat(self, inputs):
+            self.product = inputs @ inputs
+            return self.product,
+
+    model = Model()
+    tool.lower_features(model)
+    feature, = model.extract_feat(torch.eye(2))
+    assert model.product.dtype == torch.bfloat16
+    assert feature.dtype == torch.float32
+    assert (torch.eye(2) @ torch.eye(2)).dtype == torch.float32, 'autocast has ended'
+
+
+def test_rows(tool):
+    losses = dict(float32=[9.0, 2.0, 2.0], bfloat16=[9.0, 2.0, 2.2])
+    assert tool.row('detection', 1, losses, 2) == ('detection', '1', '2.0000', '2.1000', '+5.00 %', '0')
+    losses['bfloat16'][0] = math.nan
+    assert tool.row('detection', 1, losses, 2)[-1] == '1'
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--iterations', '1'], '--iterations must be at least 2, got 1'),
+    (['--window', '0'], '--window must be at least 1, got 0'),
+    (['--seeds', '0'], '--seeds must be at least 1, got 0'),
+    (['--iterations', '9', '--window', '10'], '--window must be at most --iterations, which is 9, got 10'),
+])
+def test_arguments_that_cannot_be(tool, capsys, args, message):
+    with pytest.raises(SystemExit):
+        tool.parse_args(args)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,189 @@
+#!/usr/bin/env python
+"""How far gradients of a memory of many chunks scatter at initialisation, by rule and setting.
+
+    tools/analysis/gradient_tails.py
+    tools/analysis/gradient_tails.py --settings 196/1 num_chunks=16 --rules sequential,previous --samples 100
+
+A sample is a picture of generated shapes of 448 x 588, weights drawn anew, and the gradient of a per-pixel cross-
+entropy behind a random linear head. The model is stage 1 of ConvNeur-m1, of 16,464 tokens: 84 chunks of 196. All
+settings see the same samples. First come norms of the gradient of all of the memory's weights: the median of the
+samples, what 99 % are below, the largest over the median, and the kurtosis, 3 of a normal distribution. The next
+columns are the largest over the median of some of its weights, of the rest of the backbone's, and of the tokens: what
+comes back to the memory's input, a norm for each chunk of each sample. Of those, the share above x falls as x^-index:
+below an index of 2 their variance, and below 1 their mean, grows without end as samples get more.
+"""
+import argparse
+import functools
+import math
+import os.path as osp
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+if __name__ == '__main__':
+    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    from _environment import prepare
+    prepare()
+
+import _benchmark as bench
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _config import run
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from convneur_mm.datasets import SHAPE_CLASSES
+from convneur_mm.datasets.shapes import scene_at
+from convneur_mm.models import ConvNeur
+from convneur_mm.ops.neural_memory import RETRIEVALS, UPDATE_RULES
+
+ARCH = dict(depths=[1], channels=[40], mem_channels=80)
+HEIGHT, WIDTH = 448, 588
+RULES = {f'{rule},{retrieve}': dict(update_rule=rule, retrieve=retrieve)
+         for rule in UPDATE_RULES for retrieve in RETRIEVALS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of the memory, and the bias of its decay at initialisation if it is another one."""
+
+    memory_cfg: dict
+    decay_bias: float | None = None
+
+
+SETTINGS = {
+    '196/1': Setting(dict(chunk_size=196, inner_step=1.0)),
+    '196/0.1': Setting(dict(chunk_size=196, inner_step=0.1)),
+    '196/0.01': Setting(dict(chunk_size=196, inner_step=0.01)),
+    'num_chunks=16': Setting(dict(num_chunks=16, inner_step=1.0)),
+    'num_chunks=4': Setting(dict(num_chunks=4, inner_step=1.0)),
+    '4096/0.001': Setting(dict(chunk_size=4096, inner_step=1e-3)),
+    'max_write_norm=0.1': Setting(dict(chunk_size=196, inner_step=1.0, max_write_norm=0.1)),
+    'decay bias -2': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=-2.0),
+    'decay bias 0': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=0.0),
+}
+# Parameters of the memory, by the beginnings of their names.
+MEMORY_GROUPS = {'M_0': ('w1', 'w2'), 'generators': ('generators.', ), 'key, value': ('key.', 'value.'),
+                 'query, proj': ('query.', 'proj.')}
+REST = 'rest of the backbone'
+
+
+@dataclass
+class Norms:
+    """Of the gradients of a setting: a number for each sample, or of ``chunks`` for each chunk of each sample."""
+
+    memory: list[float] = field(default_factory=list)
+    groups: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*MEMORY_GROUPS, REST)})
+    chunks: list[float] = field(default_factory=list)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, known in (('settings', SETTINGS), ('rules', RULES)):
+        parser.add_argument(f'--{name}', nargs='+', choices=list(known), default=list(known),
+                            metavar=name.upper()[:-1], help=f'some of: {"; ".join(known)} (default: all)')
+    parser.add_argument('--samples', type=int, default=30, metavar='N', help='of each (default: %(default)s)')
+    parser.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
+    args = parser.parse_args(argv)
+    for name, least in (('samples', 2), ('threads', 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f'--{name} must be at least {least}, got {value}')
+    return args
+
+
+@functools.lru_cache(maxsize=64)  # all settings see the same
+def sample(seed: int) -> tuple[Tensor, Tensor]:
+    """A picture (1, 3, H, W), normalised by its own mean and deviation, and the class of each token, (1, H/4, W/4)."""
+    scene = scene_at(seed, 'train', 0, max(HEIGHT, WIDTH))
+    labels = np.zeros(scene.image.shape[:2], np.int64)
+    for instance in scene.instances:
+        labels[instance.mask] = instance.label + 1
+    image = torch.from_numpy(scene.image[:HEIGHT, :WIDTH].copy()).permute(2, 0, 1).float()
+    image = (image - image.mean()) / image.std()
+    return image[None], torch.from_numpy(labels[2:HEIGHT:4, 2:WIDTH:4].copy())[None]
+
+
+def build(setting: Setting, rule: str, seed: int) -> tuple[ConvNeur, nn.Conv2d]:
+    """Backbone and head; their weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    backbone = ConvNeur(ARCH, out_indices=(0, ), memory_cfg={**setting.memory_cfg, **RULES[rule]})
+    backbone.init_weights()
+    head = nn.Conv2d(ARCH['channels'][0], len(SHAPE_CLASSES) + 1, 1)
+    if setting.decay_bias is not None:
+        memory = backbone.stages[0][0].global_branch.memory
+        memory.generators[2].bias.data[2 * memory.channels:] = setting.decay_bias
+    return backbone, head
+
+
+def add_norms(norms: Norms, setting: Setting, rule: str, seed: int) -> None:
+    """Adds those of one sample."""
+    image, labels = sample(seed)
+    backbone, head = build(setting, rule, seed)
+    memory = backbone.stages[0][0].global_branch.memory
+    tokens: list[Tensor] = []
+    memory.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
+    loss = F.cross_entropy(head(backbone(image)[0]), labels)
+    grad_tokens, *grads = torch.autograd.grad(loss, [tokens[0], *backbone.parameters()])
+    by_parameter = dict(zip(backbone.parameters(), grads))
+    of_memory = {name: by_parameter.pop(p) for name, p in memory.named_parameters()}
+    norms.memory.append(norm(of_memory.values()))
+    norms.groups[REST].append(norm(by_parameter.values()))
+    for group, prefixes in MEMORY_GROUPS.items():
+        norms.groups[group].append(norm([grad for name, grad in of_memory.items() if name.startswith(prefixes)]))
+    chunk_size = memory.tokens_per_chunk(grad_tokens.size(1))
+    norms.chunks.extend(norm([chunk]) for chunk in grad_tokens.split(chunk_size, dim=1))
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """Of all tensors together."""
+    return math.sqrt(sum(x.double().square().sum().item() for x in tensors))
+
+
+def tail_index(values: Sequence[float], share: float = 0.05) -> float:
+    """Hill's estimate of how fast the share of values above x falls as x grows, x^-index, from the largest of them."""
+    ordered = np.sort(np.asarray(values, float))[::-1]
+    number = max(2, round(share * len(ordered)))
+    mean = float(np.mean(np.log(ordered[:number - 1] / ordered[number - 1])))
+    return math.inf if mean == 0 else 1 / mean
+
+
+def kurtosis(values: Sequence[float]) -> float:
+    """The fourth moment over the square of the second, about the mean; 3 of a normal distribution."""
+    deviations = np.asarray(values, float) - np.mean(values)
+    return float(np.mean(deviations**4) / max(np.mean(deviations**2)**2, 1e-300))
+
+
+def row(name: str, rule: str, norms: Norms) -> tuple[str, ...]:
+    """Of the table."""
+
+    def ratio(values: Sequence[float]) -> str:
+        return f'{np.max(values) / max(np.median(values), 1e-300):.3g}'
+
+    memory = norms.memory
+    return (name, rule.replace(',', ', '), f'{np.median(memory):.3g}', f'{np.quantile(memory, 0.99):.3g}',
+            ratio(memory), f'{kurtosis(memory):.1f}', *(ratio(values) for values in norms.groups.values()),
+            ratio(norms.chunks), f'{tail_index(norms.chunks):.1f}')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
+    rows = []
+    for name in args.settings:
+        for rule in args.rules:
+            norms = Norms()
+            for seed in range(args.samples):
+                add_norms(norms, SETTINGS[name], rule, seed)
+            rows.append(row(name, rule, norms))
+            print(*rows[-1], file=sys.stderr, flush=True)
+    header = ('setting', 'rule', 'median', '99 %', 'max / median', 'kurtosis', *MEMORY_GROUPS, REST, 'tokens',
+              'tail index')
+    print(bench.format_table(header, rows))
+
+
+if __name__ == '__main__':
+    run(main)
