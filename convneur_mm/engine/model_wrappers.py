@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -11,9 +10,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
-
-
-def own_weights(runner: Runner) -> dict[str, Tensor]:
-    """The state dict of a runner's model; where each process has but a part of it, the whole without data."""
-    whole = getattr(getattr(runner, 'strategy', None), 'whole_weights', None)
-    return whole or unwrapped(runner.model).state_dict()

@@ -52,9 +52,7 @@ class SaveAtSigtermHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Begins to hold the signal back."""
-        # A FlexibleRunner saves no other place than the end of an epoch or iteration.
-        self._active = isinstance(runner, Runner) and isinstance(
-            runner.train_loop, (ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop))
+        self._active = isinstance(runner.train_loop, (ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop))
         self._done, self._inside = runner.iter, False
         write_files_whole()
         if runner.world_size > 1 and self._active:

@@ -21,7 +21,7 @@ from ..models.global_memory import GlobalMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
 from .checkpoint import checkpoint_weights, compare_weights
-from .model_wrappers import own_weights, unwrapped
+from .model_wrappers import unwrapped
 from .optim import BFloat16OptimWrapper
 from .quiet_console import ON_CONSOLE, end_of_start
 
@@ -45,7 +45,7 @@ class StartSummaryHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
-        own = own_weights(runner)
+        own = unwrapped(runner.model).state_dict()
         missing, reshaped, unused = compare_weights(own, checkpoint_weights(checkpoint))
         self._loaded = f'{len(own) - len(missing) - len(reshaped)} of {len(own)}'
         for names, short, what in (
@@ -252,7 +252,7 @@ def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
         return f'Triton kernels {where}', None
     if weight.device.type != 'cpu':
         return f'PyTorch operators {where}', None
-    sizes = memory.head_dim, memory.hidden_dim
+    sizes = memory.w1.shape[1:]
     reason = None
     if cpu.kernels is None:
         reason = (f'not the C++ kernels, which are faster: {cpu.missing or "they are turned off"}; with a C++ '

@@ -76,4 +76,4 @@ def test_the_table_beside_processes(tmp_path):
         assert times['predicted'] == pytest.approx(times['alone'] + times['reduce']) and min(times.values()) > 0
     # Nothing is sent to nobody.
     assert found['measured']['1']['reduce'] < 0.1 * found['measured']['2']['reduce']
-    assert len(re.findall(r'^2 +\|', done.stdout, re.MULTILINE)) == 2 and 'bound by' in done.stdout
+    assert len(re.findall(r'^\| 2 +\|', done.stdout, re.MULTILINE)) == 2 and 'bound by' in done.stdout
