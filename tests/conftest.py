@@ -97,6 +97,14 @@ def loggers_of_before():
         loggers[name] = logger
 
 
+@pytest.fixture(autouse=True)
+def algorithms_of_before():
+    """A deterministic run is so for the whole process, where interpolation then takes other operators."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(scope='session')
 def wheel(tmp_path_factory) -> Path:
     """The package's wheel, built once for all tests that look into it or install it."""
