@@ -85,24 +85,24 @@ def need(name: str) -> None:
         pytest.fail(f'{reason}: tools/setup_env.sh', pytrace=False)
 
 
-@pytest.fixture(autouse=True)
-def loggers_of_before():
-    """MMEngine's loggers outlive a run: the next test would write to those of this one, at its level."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """The process after a test, with the module's fixtures that it was the first to need, is as it was before.
+
+    MMEngine's loggers outlive a run: the next test would write to those of this one, at its level. And a deterministic
+    run is so for the whole process, where interpolation then takes other operators.
+    """
     loggers = MMLogger._instance_dict
     before = {name: (logger, logger.level) for name, logger in loggers.items()}
-    yield
-    loggers.clear()
-    for name, (logger, level) in before.items():
-        logger.setLevel(level)
-        loggers[name] = logger
-
-
-@pytest.fixture(autouse=True)
-def algorithms_of_before():
-    """A deterministic run is so for the whole process, where interpolation then takes other operators."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        return (yield)
+    finally:
+        loggers.clear()
+        for name, (logger, level) in before.items():
+            loggers[name] = logger  # first: a level set outside leaves what is noted of which messages are written
+            logger.setLevel(level)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope='session')
