@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the environment if needed, then lints and runs every test, with the coverage of the package.
+# Makes the environment if needed, then lints and runs every test.
 #
 #   tools/run_tests.sh [--stack primary|openmmlab|core] [arguments of pytest]
 #
 # The stacks are those of tools/setup_env.sh; core runs the tests that need torch, torchvision and mmengine alone.
-# Without arguments of pytest the run fails where less than 92 % of the package is covered; with any, coverage is
-# measured only if --cov is one of them. tests/README.md has more.
+# With --cov as the only argument of pytest the run fails where less than 95 % of the package is covered. It takes half
+# as long again, as Python up to 3.11 then runs all code, and PyTorch's too, by its slow path. tests/README.md has more.
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME  # of another environment
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,8 +23,8 @@ cd "$root"
 "$venv/bin/ruff" check .
 if [ "$venv" = "$root/.venv-core" ]; then
   set -- tests/test_models tests/test_ops tests/test_stack.py "$@"
-elif [ $# = 0 ]; then
-  set -- --cov --cov-fail-under=92
+elif [ "$*" = --cov ]; then
+  set -- --cov --cov-fail-under=95
 fi
 # A process for each core, up to four: most of a test's time goes into what a single thread does.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
