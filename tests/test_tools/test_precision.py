@@ -20,7 +20,7 @@ def test_table(tool, capsys, monkeypatch):
 
     monkeypatch.setattr(tool, 'losses_of', losses_of)
     tool.main(['--iterations', '2', '--window', '1', '--tasks', *tasks])
-    lines = capsys.readouterr().out.splitlines()[2:]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')][2:]
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
     assert [row[:2] for row in rows] == [[task, '0'] for task in tasks]
     assert all(row[5] == '0' for row in rows)
