@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from mmengine.logging import MMLogger
+from managers import runs_of_before
 
 from convneur_mm.ops.neural_memory import cpu
 
@@ -89,20 +89,15 @@ def need(name: str) -> None:
 def pytest_runtest_protocol():
     """The process after a test, with the module's fixtures that it was the first to need, is as it was before.
 
-    MMEngine's loggers outlive a run: the next test would write to those of this one, at its level. And a deterministic
-    run is so for the whole process, where interpolation then takes other operators.
+    Otherwise the next run would write to a logger of this one, at its level, and to its folder. And a deterministic run
+    is so for the whole process, where interpolation then takes other operators.
     """
-    loggers = MMLogger._instance_dict
-    before = {name: (logger, logger.level) for name, logger in loggers.items()}
     deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        return (yield)
-    finally:
-        loggers.clear()
-        for name, (logger, level) in before.items():
-            loggers[name] = logger  # first: a level set outside leaves what is noted of which messages are written
-            logger.setLevel(level)
-        torch.use_deterministic_algorithms(deterministic)
+    with runs_of_before():
+        try:
+            return (yield)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope='session')

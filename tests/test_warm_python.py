@@ -66,7 +66,9 @@ def test_a_process_ends_as_a_new_one_would(code):
 
 
 def test_a_signal_reaches_the_process():
-    code = 'import signal, time\nsignal.signal(15, lambda *_: exit(9)); print("ready", flush=True); time.sleep(60)'
+    # Python would not see a signal that comes right before a long sleep begins.
+    code = 'import signal, time\nsignal.signal(15, lambda *_: exit(9)); print("ready", flush=True)\n' \
+        'for _ in range(600): time.sleep(0.1)'
     with subprocess.Popen([warm_python(), '-c', code], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)

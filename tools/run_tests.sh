@@ -26,8 +26,6 @@ if [ "$venv" = "$root/.venv-core" ]; then
 elif [ "$*" = --cov ]; then
   set -- --cov --cov-fail-under=95
 fi
-# Most of a test's time goes into what a single thread does, and a third of it into waiting for processes and for the
-# disk: a process more than there are cores, up to four.
+# A process for each core, up to four: most of a test's time goes into what a single thread does.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-cores=$(getconf _NPROCESSORS_ONLN)
-"$venv/bin/python" -m pytest -n $((cores < 3 ? cores + 1 : 4)) --dist loadfile --no-loadscope-reorder "$@"
+"$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -55,6 +55,8 @@ def call(address: str, arguments: list[str]) -> None:
     if not understood(arguments):
         os.execv(sys.executable, [sys.executable, *arguments])
     import json
+    import select
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until it is known where to send them
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
     text = json.dumps(dict(arguments=arguments, cwd=os.getcwd(), env=dict(os.environ),
@@ -65,6 +67,10 @@ def call(address: str, arguments: list[str]) -> None:
     pid, = struct.unpack('!i', receive(connection, 4))
     for number in FORWARDED:
         signal.signal(number, lambda number, frame: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    # Python would not see a signal that comes right before it begins to wait.
+    while not select.select([connection], [], [], 0.2)[0]:
+        pass
     status, = struct.unpack('!i', receive(connection, 4))
     if status < 0:
         signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
