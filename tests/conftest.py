@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 from managers import runs_of_before
 
+from convneur_mm.engine.written_config import lay_out_once
 from convneur_mm.ops.neural_memory import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,8 @@ settings.load_profile('fixed')
 def pytest_configure(config):
     # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start and send it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Short runs in this process would spend half of their time on it.
+    lay_out_once()
     # pytest-randomly shuffles the tests; its own seeds would give them other numbers in each run.
     config.option.randomly_reset_seed = False
     config.addinivalue_line('markers', "needs(name, ...): packages a test needs beside the core; 'kernels' for those "

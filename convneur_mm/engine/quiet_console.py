@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from .data_files import name_faulty_files, naming_annotations
+from .written_config import lay_out_once
 
 # What MMEngine logs before the first step, beside records of several lines, and the summary says in fewer words.
 REPLACED = ('paramwise_options -- ', 'Distributed training is not used, all SyncBatchNorm', 'Checkpoints will be saved',
@@ -92,6 +93,7 @@ def end_of_start(logger: logging.Logger) -> None:
 
 def build_runner(cfg: Config) -> Runner:
     """The Runner of a config: a :class:`QuietRunner`, or whatever its ``runner_type`` names, which logs as it does."""
+    lay_out_once()
     return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
 
 

@@ -1,11 +1,28 @@
-"""Configs as MMEngine writes them into checkpoints and work dirs, read without running them."""
+"""Configs as MMEngine writes them into checkpoints and work dirs: quickly, and read without running them."""
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 
 # Of a model's config: what its weights start from and how it is trained and tested, not what it computes.
 NOT_COMPARED = ('init_cfg', 'pretrained', 'train_cfg', 'test_cfg', 'data_preprocessor')
+
+
+@cache
+def lay_out_once() -> None:
+    """From now on, ``Config.pretty_text`` lays out equal settings once: a run asks five times for that of its own."""
+    from yapf.yapflib import yapf_api  # MMEngine imports it as late
+
+    format_code, found = yapf_api.FormatCode, {}
+
+    def format_once(text: str, **options: object) -> tuple[str, bool]:
+        key = text, repr(options)
+        if key not in found:
+            found[key] = format_code(text, **options)
+        return found[key]
+
+    yapf_api.FormatCode = format_once
 
 
 def written_settings(text: str) -> dict:

@@ -1,9 +1,10 @@
 """Configs as they are written: what is read of them without running them, and what is compared."""
 import pytest
 from mmengine.config import Config
+from yapf.yapflib import yapf_api
 
 from convneur_mm import config
-from convneur_mm.engine.written_config import model_differences, started_from, written_settings
+from convneur_mm.engine.written_config import lay_out_once, model_differences, started_from, written_settings
 
 
 def as_lists(value):
@@ -19,6 +20,22 @@ def test_shipped_configs_are_read_as_if_they_were_run(name):
     found = written_settings(cfg.pretty_text)
     assert found['model'] == as_lists(cfg.to_dict()['model'])
     assert found['optim_wrapper'] == as_lists(cfg.to_dict()['optim_wrapper'])
+
+
+def test_equal_settings_are_laid_out_once(monkeypatch):
+    """And as before; other ones for themselves."""
+    cfg = Config(dict(a=[*range(99)], b='x'))
+    laid_out, original = [], lay_out_once.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setattr(yapf_api, 'FormatCode', lambda text, **options: laid_out.append(text) or (text, options))
+        original()
+        assert yapf_api.FormatCode('x', style_config=dict(a=1)) == ('x', dict(style_config=dict(a=1)))
+        assert yapf_api.FormatCode('x', style_config=dict(a=2)) == ('x', dict(style_config=dict(a=2)))
+        texts = [cfg.pretty_text, cfg.pretty_text]
+        cfg.b = 'y'
+        texts.append(cfg.pretty_text)
+        assert texts[0] == texts[1] != texts[2]
+        assert laid_out == ['x', 'x', texts[0], texts[2]]
 
 
 def test_nothing_is_run(tmp_path):
