@@ -102,6 +102,20 @@ def test_categories_without_boxes_are_refused_unless_left_out(boxes, tmp_path):
         prepare('det', boxes, tmp_path / 'out', ['disk', 'blob'])
 
 
+def test_the_last_word_of_a_path_tells_the_split(root, tmp_path):
+    shutil.move(root / 'coco', root / 'own' / 'training pictures')
+    data = prepare('det', root / 'own', tmp_path / 'out')
+    assert (data.train.count, data.val.count) == (12, 6)
+
+
+def test_anchors_are_not_fitted_to_crowds(root, tmp_path):
+    whole = prepare('det', root / 'coco', tmp_path / 'out')
+    change(root / 'coco/annotations/instances_train.json', lambda content: content['annotations'][0].update(
+        iscrowd=1, segmentation=dict(size=[64, 64], counts=[0, 64 * 64])))
+    data = prepare('det', root / 'coco', tmp_path / 'out')
+    assert data.boxes.tolist() == whole.boxes[1:].tolist()
+
+
 def test_boxes_alone(boxes, tmp_path):
     change(boxes / 'export.json', lambda content: [each.pop('segmentation') for each in content['annotations']])
     assert not prepare('det', boxes, tmp_path / 'out').has_masks
@@ -229,6 +243,18 @@ def test_class_folders_are_split_by_class(root, tmp_path):
         labels = [int(line.rsplit(' ', 1)[1]) for line in lines(part.ann_file)]
         assert tuple(labels.count(label) for label in range(3)) == counts
     assert not set(lines(data.train.ann_file)) & set(lines(data.val.ann_file))
+
+
+def test_the_only_picture_of_a_class_folder_is_trained_on(root, tmp_path):
+    folder = root / 'imagenet/train'
+    for path in sorted((folder / 'star').iterdir())[1:]:
+        path.unlink()
+    for i in range(4):
+        shutil.copy(next((folder / 'ring').iterdir()), folder / 'ring' / f'more {i}.jpg')
+    data = prepare('cls', folder, tmp_path / 'out')
+    star = f' {data.classes.index("star")}'
+    assert sum(line.endswith(star) for line in lines(data.train.ann_file)) == 1
+    assert data.val.count and not any(line.endswith(star) for line in lines(data.val.ann_file))
 
 
 def test_one_class_alone(root, tmp_path):

@@ -97,6 +97,31 @@ def test_the_numbers_are_those_of_the_forward_pass(with_cp, make_runner):
         assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
+def test_of_a_backbone_that_runs_twice_the_first_run_is_logged(make_runner):
+    runner = make_runner('', interval=1, iterations=1)
+    model, seen = runner.model, {}
+    extract, branch = model.extract_feat, model.backbone.stages[0][-1].global_branch
+    model.extract_feat = lambda images, *args, **kwargs: [
+        extract(x, *args, **kwargs) for x in (images, 2 * images.flip(2))][0]
+    branch.register_forward_hook(lambda module, args, output: seen.setdefault('gate', []).append(
+        output.detach().sigmoid().mean().item()))
+    branch.memory.register_forward_pre_hook(lambda module, args: seen.setdefault('surprise', []).append(
+        trace(module, *args).surprise.mean().item()))
+    runner.train()
+    line, = logged(runner)
+    for name, key in (('gate', 'gate/stage1/mean'), ('surprise', 'memory/stage1/surprise')):
+        first, second = seen[name]
+        assert line[key] == pytest.approx(first, rel=1e-5)
+        assert second != pytest.approx(first, rel=1e-5)
+
+
+def test_only_the_first_process_looks(make_runner, monkeypatch):
+    monkeypatch.setattr(Runner, 'rank', property(lambda self: 1))
+    runner = make_runner('', interval=1, iterations=1)
+    runner.train()
+    assert not logged(runner)
+
+
 @pytest.mark.parametrize('backbone, names', [
     (dict(fusion='add'), MEMORIES),
     (dict(global_branch='cbam', memory_cfg=None), GATES),
