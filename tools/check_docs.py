@@ -393,11 +393,11 @@ def check(pages: Sequence[str], run: bool) -> list[str]:
     errors = []
     with tempfile.TemporaryDirectory() as name:
         stand_ins = StandIns(Path(name))
-        folder = Path(name, 'work')
-        folder.mkdir()
-        for link in ('tools', 'configs', 'requirements'):
-            (folder / link).symlink_to(ROOT / link)
         for page in pages:
+            folder = Path(name, page.replace('/', '-'))  # nobody follows two pages in one
+            folder.mkdir()
+            for link in ('tools', 'configs', 'requirements'):
+                (folder / link).symlink_to(ROOT / link)
             try:
                 check_paths(page)
             except DocsError as error:
