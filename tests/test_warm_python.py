@@ -17,7 +17,7 @@ print(sys.argv, sys.flags.dont_write_bytecode or sys.dont_write_bytecode, sys.st
 print([path for path in sys.path if 'warm' not in path], __name__, __main__.__dict__.get('__file__'))
 print(sorted(item for item in os.environ.items() if item[0] != 'PWD'))  # the shell sets it
 print(signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT))
-print([name for name in sys.modules if name.split('.')[0] in ('mmengine', 'mmcv', 'mmdet', 'convneur_mm')])
+print([name for name in sys.modules if name.split('.')[0] == 'convneur_mm'])
 """
 
 

@@ -29,7 +29,7 @@ from .checkpoint import (
     compare_weights,
 )
 from .errors import LaunchError
-from .model_wrappers import unwrapped
+from .model_wrappers import own_weights
 from .weights_file import CheckpointError
 from .whole_files import remove_parts, write_files_whole, write_whole
 
@@ -60,7 +60,7 @@ class CheckpointKeysHook(Hook):
                                    and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
             raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
                                   'it as load_from instead')
-        own, weights = unwrapped(runner.model).state_dict(), checkpoint_weights(checkpoint)
+        own, weights = own_weights(runner), checkpoint_weights(checkpoint)
         renamed = as_parts(own, weights)
         if renamed:
             runner.logger.info(f'{name} holds the weights of backbone and head by their own names, and is loaded by '

@@ -21,6 +21,8 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from .interrupts import sigterm
+
 # MMEngine's loops, and those that the tools use instead.
 RESUMABLE_LOOPS = dict(EpochBasedTrainLoop='ResumableEpochBasedTrainLoop',
                        IterBasedTrainLoop='ResumableIterBasedTrainLoop')
@@ -137,9 +139,10 @@ def seeded_loader(runner: Runner, dataloader: dict) -> DataLoader:
 
 
 def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
-    """Begins a data worker, and has SIGTERM do what it does in the main process.
+    """Begins a data worker, and has SIGTERM do what it does in the main process, if that holds it back.
 
-    PyTorch lets it end the worker, without which a training that saves at SIGTERM cannot come to the end of its step.
+    PyTorch lets it end the worker, without which a training that saves at SIGTERM cannot come to the end of its step. A
+    training that does not save at SIGTERM ends its workers so.
 
     Args:
         begin (Callable | None): What else the data loader has its workers do at first.
@@ -148,7 +151,7 @@ def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
     if begin is not None:
         begin(number)
     handler = signal.getsignal(signal.SIGTERM)
-    if callable(handler):
+    if sigterm.held and callable(handler):
         signal.signal(signal.SIGTERM, handler)
 
 

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from torch import nn
+from mmengine.runner import Runner
+from torch import Tensor, nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -10,3 +11,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def own_weights(runner: Runner) -> dict[str, Tensor]:
+    """Parameters and buffers of a runner's model; where each process has but a part of it, the whole without data."""
+    whole = getattr(getattr(runner, 'strategy', None), 'whole_weights', None)
+    return whole or unwrapped(runner.model).state_dict(keep_vars=True)

@@ -52,7 +52,9 @@ class SaveAtSigtermHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Begins to hold the signal back."""
-        self._active = isinstance(runner.train_loop, (ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop))
+        # A FlexibleRunner saves no other place than the end of an epoch or iteration.
+        self._active = isinstance(runner, Runner) and isinstance(
+            runner.train_loop, (ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop))
         self._done, self._inside = runner.iter, False
         write_files_whole()
         if runner.world_size > 1 and self._active:

@@ -6,7 +6,7 @@ import math
 import os.path as osp
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
@@ -21,7 +21,7 @@ from ..models.global_memory import GlobalMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
 from .checkpoint import checkpoint_weights, compare_weights
-from .model_wrappers import unwrapped
+from .model_wrappers import own_weights, unwrapped
 from .optim import BFloat16OptimWrapper
 from .quiet_console import ON_CONSOLE, end_of_start
 
@@ -45,7 +45,7 @@ class StartSummaryHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
-        own = unwrapped(runner.model).state_dict()
+        own = own_weights(runner)
         missing, reshaped, unused = compare_weights(own, checkpoint_weights(checkpoint))
         self._loaded = f'{len(own) - len(missing) - len(reshaped)} of {len(own)}'
         for names, short, what in (
@@ -88,7 +88,7 @@ class StartSummaryHook(Hook):
     def _log_summary(self, runner: Runner, mode: str, loader: DataLoader) -> None:
         model = unwrapped(runner.model)
         lines = [
-            ('model', _model(model)),
+            ('model', _model(model, own_weights(runner).values())),
             *_memory(model),
             *_weights(runner, model, self._loaded),
             ('data', _data(runner, mode)),
@@ -193,14 +193,15 @@ def _log(logger: logging.Logger, title: str, lines: Sequence[tuple[str, str]]) -
     logger.info(f'{title}\n{text}', extra=ON_CONSOLE)
 
 
-def _model(model: nn.Module) -> str:
+def _model(model: nn.Module, weights: Iterable[Tensor]) -> str:
     names = [f'ConvNeur-{module.arch}' if isinstance(module.arch, str) else
              f'ConvNeur (depths {module.depths}, channels {module.channels})'
              for module in model.modules() if isinstance(module, ConvNeur)]
     names = names or [_other_backbone(module) for name, module in model.named_modules()
                       if 'backbone' in name.split('.')[-1:] and 'backbone' not in name.split('.')[:-1]]
+    parameters = {id(weight): weight for weight in weights if isinstance(weight, nn.Parameter)}.values()
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (
-        model.parameters(), [p for p in model.parameters() if p.requires_grad]))
+        parameters, [p for p in parameters if p.requires_grad]))
     return (f'{type(model).__name__}{" with " * bool(names)}{" and ".join(names)}; {total:.2f} M parameters, '
             f'{trained:.2f} M of them trainable')
 
@@ -252,7 +253,7 @@ def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
         return f'Triton kernels {where}', None
     if weight.device.type != 'cpu':
         return f'PyTorch operators {where}', None
-    sizes = memory.w1.shape[1:]
+    sizes = memory.head_dim, memory.hidden_dim
     reason = None
     if cpu.kernels is None:
         reason = (f'not the C++ kernels, which are faster: {cpu.missing or "they are turned off"}; with a C++ '

@@ -67,6 +67,7 @@ class NeuralMemory(BaseModule):
         self.num_chunks = num_chunks
         self.inner_step = inner_step
         self.head_dim = head_dim
+        self.hidden_dim = hidden_dim
         self.num_heads = channels // head_dim
         self.update_rule = update_rule
         self.retrieve = retrieve

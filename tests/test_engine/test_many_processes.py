@@ -2,11 +2,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / 'tests' / 'helpers'
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('many') / 'runs'
     folder.mkdir()
     (folder / 'config.py').write_text(CONFIG)
-    done = subprocess.run([sys.executable, HELPERS / 'many_processes.py', folder], capture_output=True, text=True)
+    done = subprocess.run([warm_python(), HELPERS / 'many_processes.py', folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -105,7 +105,7 @@ def restarted(folder):
     (old / 'last_checkpoint').write_text(str(old / 'epoch_9.pth'))
     os.utime(old / 'epoch_9.pth', (1, 1))
     command = [ROOT / 'tools' / 'dist_train.sh', 'config.py', '2', '--work-dir', 'work']
-    env = dict(PYTHONPATH=path, PYTHON=sys.executable, OMP_NUM_THREADS='1', MAX_RESTARTS='2',
+    env = dict(PYTHONPATH=path, PYTHON=warm_python(), OMP_NUM_THREADS='1', MAX_RESTARTS='2',
                DEATHS='killed@1 raised@7')
     done = subprocess.run(command, cwd=folder, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)

@@ -119,6 +119,16 @@ def test_commands_are_run(page, capsys):
     assert 'exit code 2: ' in error and 'model.none' in error
 
 
+def test_each_page_has_a_folder(docs, page, monkeypatch):
+    """As two pages may have the same command, whose results must not be there yet."""
+    folders = []
+    monkeypatch.setattr(docs, 'run_command', lambda command, folder, stand_ins: folders.append(folder))
+    assert page('```bash\nconvneur-mm --help\nconvneur-mm doctor\n```\n', run=True) == []
+    (docs.ROOT / 'other.md').write_text('```bash\nconvneur-mm --help\n```\n')
+    assert docs.check(['page.md', 'other.md'], run=True) == []
+    assert folders[2] == folders[3] != folders[4]
+
+
 def test_site(docs, tmp_path):
     """Without a warning, with all pages."""
     pytest.importorskip('mkdocs', reason='pip install -r requirements/docs.txt')

@@ -2,11 +2,11 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch import nn
+from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_wrong_arguments(tool, args, message, capsys):
 
 def test_the_table_beside_processes(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / 'tools' / 'analysis' / 'scaling.py', 'convneur_m1_shapes', '--step-time', '0.1',
+        [warm_python(), ROOT / 'tools' / 'analysis' / 'scaling.py', 'convneur_m1_shapes', '--step-time', '0.1',
          '--bandwidth', '0.1', '--processes', '1', '2', '--measure', '--size', '32', '--batch', '1', '--repeats', '2',
          '--json', tmp_path / 'scaling.json'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
