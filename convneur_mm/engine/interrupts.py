@@ -108,12 +108,13 @@ def raised_signals() -> Iterator[None]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
-            # A data worker, which the main process will end, or which has lost it.
+            # A data worker, which the main process will end, or which has lost it. Another exit code than 0 would have
+            # PyTorch raise an error in a main process that ends its workers as it exits.
             if signum == signal.SIGTERM and not sigterm.held:
-                os._exit(128 + signum)
+                os._exit(0)
             if signum == signal.SIGTERM and not signal.getitimer(signal.ITIMER_REAL)[0]:
                 # Slurm signals all processes of a job, and the main one still needs batches until it has saved.
-                signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signum))
+                signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
                 signal.setitimer(signal.ITIMER_REAL, WORKERS_STAY)
             return
         # PyTorch raises an error when the signal has ended a data worker too.

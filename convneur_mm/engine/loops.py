@@ -21,8 +21,6 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from .interrupts import sigterm
-
 # MMEngine's loops, and those that the tools use instead.
 RESUMABLE_LOOPS = dict(EpochBasedTrainLoop='ResumableEpochBasedTrainLoop',
                        IterBasedTrainLoop='ResumableIterBasedTrainLoop')
@@ -139,10 +137,9 @@ def seeded_loader(runner: Runner, dataloader: dict) -> DataLoader:
 
 
 def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
-    """Begins a data worker, and has SIGTERM do what it does in the main process, if that holds it back.
+    """Begins a data worker, and has SIGTERM do what it does in the main process.
 
-    PyTorch lets it end the worker, without which a training that saves at SIGTERM cannot come to the end of its step. A
-    training that does not save at SIGTERM ends its workers so.
+    PyTorch lets it end the worker, without which a training that saves at SIGTERM cannot come to the end of its step.
 
     Args:
         begin (Callable | None): What else the data loader has its workers do at first.
@@ -151,7 +148,7 @@ def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
     if begin is not None:
         begin(number)
     handler = signal.getsignal(signal.SIGTERM)
-    if sigterm.held and callable(handler):
+    if callable(handler):
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -167,7 +164,14 @@ class _Resumable:
         sampler = self.dataloader.batch_sampler.sampler
         if getattr(sampler, 'seed', None) == self._seed:
             sampler.seed = self.runner.seed
-        return super().run()
+        model = super().run()
+        # Data workers stay as long as there is an iterator, and a runner is in reference cycles: when these are
+        # collected PyTorch would wait up to five seconds for each.
+        self.dataloader_iterator = None
+        for loop in (self, self.runner.val_loop):
+            if isinstance(getattr(loop, 'dataloader', None), DataLoader):
+                loop.dataloader._iterator = None
+        return model
 
     def run_iter(self, *args: Any) -> None:
         """Runs one iteration."""

@@ -35,6 +35,14 @@ class SigtermTestHook(Hook):
             time.sleep(0)
 
 
+@HOOKS.register_module()
+class FailTestHook(Hook):
+    """Ends a training by an error."""
+
+    def after_train_epoch(self, runner):
+        raise KeyError('the reason')
+
+
 @METRICS.register_module()
 class NoScore(BaseMetric):
     seen = staticmethod(lambda batch: None)
@@ -85,7 +93,13 @@ def interrupted(tmp_path, monkeypatch):
                 raised_signals():
             original = Runner.train
             patch.setattr(Runner, 'train', train)
-            train_noisily(tmp_path, name, loop, hooks=hooks, **kwargs)
+            workers = set(multiprocessing.active_children())
+            try:
+                train_noisily(tmp_path, name, loop, hooks=hooks, **kwargs)
+            finally:
+                for worker in set(multiprocessing.active_children()) - workers:  # as Python's end would
+                    worker.kill()
+                    worker.join()
         assert raised.value.signum == signal.SIGTERM and not sigterm.held
         assert str(raised.value).startswith('ended by SIGTERM after ')
         return Path(name, 'last_checkpoint').read_text(), str(raised.value)
@@ -127,18 +141,27 @@ def test_by_iteration(train, interrupted, place, iteration, done, name):
                    train('ended', ITERATIONS, resume=f'ended/{name}.pth', **loader), done)
 
 
-def test_the_data_workers_of_a_training_that_is_over_end_at_once(train):
-    """Python ends those that stay from epoch to epoch by SIGTERM, and waits for them."""
+@pytest.mark.parametrize('settings', [EPOCHS, ITERATIONS])
+def test_data_workers_end_with_the_training(train, settings):
+    """With an iterator that would keep them."""
     before = set(multiprocessing.active_children())
-    with raised_signals():
-        train('whole', EPOCHS, num_workers=1, persistent_workers=True)
-        worker, = set(multiprocessing.active_children()) - before
-        # PyTorch, which knows of the loader here as it does not at Python's end, would raise an error meanwhile.
-        previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        worker.terminate()
-        worker.join(20)
-        signal.signal(signal.SIGCHLD, previous)
-        assert worker.exitcode == 128 + signal.SIGTERM
+    begun = time.monotonic()
+    train('whole', settings, num_workers=1, persistent_workers=True)
+    assert set(multiprocessing.active_children()) == before
+    assert time.monotonic() - begun < 4.5, 'PyTorch has waited for them'
+
+
+def test_data_workers_of_a_training_that_failed_end_without_an_error(train):
+    """Python ends them by SIGTERM as it ends, and waits for them."""
+    before = set(multiprocessing.active_children())
+    with raised_signals(), pytest.raises(KeyError) as failure:
+        train('failed', EPOCHS, num_workers=1, persistent_workers=True,
+              hooks=[dict(type='SaveAtSigtermHook'), dict(type='FailTestHook')])
+    worker, = set(multiprocessing.active_children()) - before
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+    del failure
 
 
 @pytest.mark.parametrize('place', ['before_val', 'before_val_iter', 'after_val_epoch', 'after_train_epoch'])
