@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Changes the package in one place at a time, and lists the changes that no test notices.
 
-    tools/run_mutations.py                                     models, engine, data set checks and the stack's check
+    tools/run_mutations.py                                     ops, models, engine, checks of data and of the stack
     tools/run_mutations.py convneur_mm/stack.py                one file, or a folder
     tools/run_mutations.py --survivors convneur_mm/stack.py    after new tests: what survived, again
+    tools/run_mutations.py --sample 300                        of all changes 300, drawn at random
 
 Needs requirements/mutation.txt. The changes (mutants) are cosmic-ray's, and so is the file that keeps the results: an
 interrupted run goes on where it was. tests/README.md says which changes are made, and which tests are run.
@@ -17,6 +18,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import sys
@@ -46,9 +48,15 @@ from parso.python.tree import Keyword
 from parso.tree import NodeOrLeaf
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = ('convneur_mm/models', 'convneur_mm/engine', 'convneur_mm/datasets/check', 'convneur_mm/stack.py')
+PATHS = ('convneur_mm/ops', 'convneur_mm/models', 'convneur_mm/engine', 'convneur_mm/datasets/check',
+         'convneur_mm/stack.py')
 # Tests of a module beside those of the same name: tests/test_X/test_Y.py for convneur_mm/X/Y.py.
 MORE_TESTS = {
+    **{f'convneur_mm/ops/neural_memory/{name}.py': [f'tests/test_ops/test_{test}.py' for test in tests]
+       for name, tests in dict(
+           contract=('memory', 'op'), cpu=('cpu', ), exported=('exported', ), layer=('layer', 'memory'),
+           memory=('memory', 'layer'), op=('op', ), pytorch=('pytorch', 'memory'), reference=('memory', 'pytorch'),
+           triton=('triton', ), triton_kernels=('triton', ), types=('memory', 'op')).items()},
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
     'convneur_mm/datasets/check/folders.py': ['tests/test_datasets/test_check/test_images.py'],
 }
@@ -369,11 +377,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help='where results are kept (default: work_dirs/mutations.sqlite)')
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N',
                         help='processes at a time (default: one for each core)')
+    parser.add_argument('--sample', type=int, metavar='N', help='run on N changes of all, the same ones each time')
     parser.add_argument('--survivors', action='store_true', help='run again on what survived')
     parser.add_argument('--report', action='store_true', help='only print what is known')
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f'--jobs must be 1 or more, got {args.jobs}')
+    if args.sample is not None and args.sample < 1:
+        parser.error(f'--sample must be 1 or more, got {args.sample}')
     return args
 
 
@@ -407,10 +418,13 @@ def run_all(modules: Sequence[str], args: argparse.Namespace, database: WorkDB) 
                 copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
                 folder.mkdir(exist_ok=True)
                 copy(ROOT / name, folder / name)
+        chosen = [mutant for path in modules for mutant in mutants_of(path)]
+        if args.sample is not None:
+            chosen = random.Random(0).sample(chosen, min(args.sample, len(chosen)))
         for path in modules:
             results = dict(database.results)
-            mutants = [mutant for mutant in mutants_of(path) if mutant.key not in results or (
-                args.survivors and results[mutant.key].test_outcome == TestOutcome.SURVIVED)]
+            mutants = [mutant for mutant in chosen if mutant.path == path and (mutant.key not in results or (
+                args.survivors and results[mutant.key].test_outcome == TestOutcome.SURVIVED))]
             if not mutants:
                 continue
             module = Module(path, tests_of(path))

@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 from mmengine.config import Config
+from mmengine.hooks import LoggerHook
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -81,6 +82,13 @@ class QuietRunner(Runner):
         """See :meth:`Runner.load_checkpoint`."""
         with quiet_prints(MISMATCH):
             return super().load_checkpoint(*args, **kwargs)
+
+    def test(self) -> dict:
+        """See :meth:`Runner.test`; the first process alone writes the file of metrics, which MMEngine lets all do."""
+        for hook in self.hooks:
+            if isinstance(hook, LoggerHook) and self.rank:
+                hook.after_test_epoch = lambda *args, **kwargs: None
+        return super().test()
 
 
 def end_of_start(logger: logging.Logger) -> None:

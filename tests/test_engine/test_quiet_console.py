@@ -3,6 +3,7 @@ import logging
 import sys
 import uuid
 
+import noisy_training  # noqa: F401  its model and data
 import pytest
 import torch
 from mmengine.config import Config
@@ -97,3 +98,15 @@ def test_standard_output_stays_one(capsys):
         assert sys.stdout.encoding == stream.encoding
     assert sys.stdout is stream
     assert capsys.readouterr().out == '\n\nshown'
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_one_process_writes_the_metrics_of_a_test(rank, tmp_path):
+    """All of them at once would leave a mixture of the times of each."""
+    runner = build_runner(Config(dict(
+        model=dict(type='NoisyModel'), work_dir=str(tmp_path), experiment_name=uuid.uuid4().hex, test_cfg={},
+        test_dataloader=dict(dataset=dict(type='NoisyData'), sampler=dict(type='DefaultSampler', shuffle=False)),
+        test_evaluator=dict(type='DumpResults', out_file_path=str(tmp_path / 'results.pkl')))))
+    runner._rank = rank
+    runner.test()
+    assert [path.suffix for path in tmp_path.rglob('*.json')] == ['.json'] * (rank == 0)
