@@ -57,6 +57,8 @@ MORE_TESTS = {
            contract=('memory', 'op'), cpu=('cpu', ), exported=('exported', ), layer=('layer', 'memory'),
            memory=('memory', 'layer'), op=('op', ), pytorch=('pytorch', 'memory'), reference=('memory', 'pytorch'),
            triton=('triton', ), triton_kernels=('triton', ), types=('memory', 'op')).items()},
+    'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
+    'convneur_mm/models/base.py': ['tests/test_models/test_convneur.py', 'tests/test_models/test_overlock.py'],
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
     'convneur_mm/datasets/check/folders.py': ['tests/test_datasets/test_check/test_images.py'],
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,10 +84,6 @@ def training(task: str, folder: Path, iterations: int) -> dict:
     runner = Runner.from_cfg(cfg)
     runner.train()
     main, workers = zip(*ResidentHook.seen)
-    del runner
-    for child in multiprocessing.active_children():  # as Python does at its end
-        child.terminate()
-        child.join(20)
     return dict(run=f'{task}, {iterations} iterations', main=main, workers=workers, growth=growth(main),
                 growth_of_workers=growth(workers), left=len(psutil.Process().children()))
 
