@@ -106,7 +106,9 @@ class NeuralMemory(BaseModule):
 
     def tokens_per_chunk(self, num_tokens: int) -> int:
         """L for an image of ``num_tokens`` tokens."""
-        return self.chunk_size if self.num_chunks is None else max(1, -(-num_tokens // self.num_chunks))
+        # Nothing negative is divided: ONNX rounds that towards zero.
+        return self.chunk_size if self.num_chunks is None else max(
+            1, (num_tokens + self.num_chunks - 1) // self.num_chunks)
 
     def forward(self, x: Tensor, state: MemoryState | None = None,
                 return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:

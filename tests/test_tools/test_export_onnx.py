@@ -174,6 +174,33 @@ class TestCheck:
         assert tool._errors([x], [torch.ones(3)]) == [(float('inf'), 1.0)]
 
 
+class Tokens(nn.Module):
+    """A memory by itself, whose writes change much of what is read."""
+
+    names = 'tokens',
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.memory = separated(NeuralMemory(16, **options))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.memory(image.flatten(2).mT)
+
+
+@pytest.mark.parametrize('options', [dict(num_chunks=3), dict(chunk_size=20, retrieve='final')])
+def test_chunks_follow_the_image(tool, tmp_path, options):
+    """Also where their length does: rounded to one token less, there would be a fourth one."""
+    model, file = Tokens(**options).eval(), tmp_path / 'model.onnx'
+    tool.export(model, torch.randn(3, 16, 8, 12), dynamic=True).save(file)
+    session = onnxruntime.InferenceSession(str(file))
+    for size in ((1, 5, 8), (2, 7, 7), (3, 10, 25)):  # 40, 49 and 250 tokens: the last of three chunks is shorter
+        image = torch.randn(size[0], 16, *size[1:])
+        with torch.no_grad():
+            expected = model(image)
+        found = torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize('options', [
     dict(chunk_size=36), dict(chunk_size=196), dict(chunk_size=4096), dict(num_chunks=16)])
 def test_traced_with_several_chunks_of_several_tokens_everywhere(tool, options):

@@ -51,7 +51,9 @@ class MemoryOptions(NamedTuple):
         Raises:
             ValueError: That names the first option outside its range.
         """
-        if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+        # A SymInt is that of a graph for all sizes, whose number of chunks is fixed.
+        known = isinstance(self.chunk_size, (int, torch.SymInt)) and not isinstance(self.chunk_size, bool)
+        if not known or self.chunk_size < 1:
             raise ValueError(f'chunk_size must be an integer of at least 1, got {self.chunk_size!r}')
         if not (isinstance(self.inner_step, (int, float)) and 0 <= self.inner_step <= 1):
             raise ValueError(f'inner_step must be a number in [0, 1], got {self.inner_step!r}')
