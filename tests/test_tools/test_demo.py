@@ -34,6 +34,18 @@ def test_the_answer_is_the_prediction_and_the_sheet(tool, tmp_path):
     assert (sheet == [255, 0, 0]).all(-1).sum() > 10_000
 
 
+def test_what_is_drawn_and_written(tool, monkeypatch):
+    """Detections from a score on, in the picture's own colours, and the size of the picture."""
+    titles, draw = [], tool.draw_sheet
+    monkeypatch.setattr(tool, 'draw_sheet', lambda *args: titles.append(args[-1]) or draw(*args))
+    image = np.zeros((64, 80, 3), np.uint8)
+    image[..., 0] = 255
+    model = separated(tiny_model('detector'))
+    (drawn, _), (plain, _) = [tool.answerer(model, score, 'title')(image) for score in (0.0, 1.0)]
+    assert (plain == image).all() and (drawn != image).any()
+    assert titles == ['title\nuploaded picture, 80 x 64 pixels (width x height)'] * 2
+
+
 def test_without_gradio_the_command_that_installs_it_is_named(tool, monkeypatch):
     monkeypatch.setattr(tool.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(tool.launch.LaunchError, match=f"{sys.executable} -m pip install 'gradio>=6'"):
