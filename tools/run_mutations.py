@@ -52,11 +52,12 @@ PATHS = ('convneur_mm/ops', 'convneur_mm/models', 'convneur_mm/engine', 'convneu
          'convneur_mm/stack.py')
 # Tests of a module beside those of the same name: tests/test_X/test_Y.py for convneur_mm/X/Y.py.
 MORE_TESTS = {
-    **{f'convneur_mm/ops/neural_memory/{name}.py': [f'tests/test_ops/test_{test}.py' for test in tests]
-       for name, tests in dict(
-           contract=('memory', 'op'), cpu=('cpu', ), exported=('exported', ), layer=('layer', 'memory'),
-           memory=('memory', 'layer'), op=('op', ), pytorch=('pytorch', 'memory'), reference=('memory', 'pytorch'),
-           triton=('triton', ), triton_kernels=('triton', ), types=('memory', 'op')).items()},
+    **{f'convneur_mm/ops/neural_memory/{name}.py': ['tests/test_models/test_neural_memory.py', *(
+        f'tests/test_ops/test_{test}.py' for test in tests)] for name, tests in dict(
+            contract=('memory', 'op'), cpu=('cpu', ), exported=('exported', ), layer=('layer', 'memory', 'exported'),
+            memory=('memory', 'layer', 'op'), op=('op', ), pytorch=('pytorch', 'memory', 'op'),
+            reference=('memory', 'pytorch', 'op'), triton=('triton', ), triton_kernels=('triton', ),
+            types=('memory', 'op')).items()},
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
     'convneur_mm/models/base.py': ['tests/test_models/test_convneur.py', 'tests/test_models/test_overlock.py'],
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
