@@ -62,6 +62,8 @@ NOT_RUN = {
     'uv': 'would change the lock; tests/test_tools/test_setup.py compares it with the requirements',
     'pip-audit': 'asks a service on the network; .github/workflows/audit.yml runs it',
     '.venv/bin/python tests/helpers/killed_runs.py': 'takes minutes; tests/test_tools/test_killed.py runs it',
+    'PYTHONPATH=tests/helpers .venv/bin/python tests/helpers/long_runs.py':
+        'takes half an hour; tests/test_tools/test_long_runs.py runs it on less',
     '.venv/bin/': 'would change this environment',
     'tools/publish_model.py': 'needs a training; tests/test_tools/test_publish_model.py publishes one',
     'tools/test.py NAME': 'needs what is published; tests/test_tools/test_publish_model.py tests it',
