@@ -58,6 +58,8 @@ MORE_TESTS = {
             memory=('memory', 'layer', 'op'), op=('op', ), pytorch=('pytorch', 'memory', 'op'),
             reference=('memory', 'pytorch', 'op'), triton=('triton', ), triton_kernels=('triton', ),
             types=('memory', 'op')).items()},
+    'convneur_mm/engine/loops.py': ['tests/test_engine/test_sigterm.py'],
+    'convneur_mm/engine/model_wrappers.py': ['tests/test_engine/test_start_summary.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
     'convneur_mm/models/base.py': ['tests/test_models/test_convneur.py', 'tests/test_models/test_overlock.py'],
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
