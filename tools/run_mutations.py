@@ -382,7 +382,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help='where results are kept (default: work_dirs/mutations.sqlite)')
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N',
                         help='processes at a time (default: one for each core)')
-    parser.add_argument('--sample', type=int, metavar='N', help='run on N changes of all, the same ones each time')
+    parser.add_argument('--sample', type=int, metavar='N',
+                        help='run on N changes drawn from those of all paths, the same each time')
     parser.add_argument('--survivors', action='store_true', help='run again on what survived')
     parser.add_argument('--report', action='store_true', help='only print what is known')
     args = parser.parse_args(argv)

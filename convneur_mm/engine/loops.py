@@ -165,9 +165,8 @@ class _Resumable:
         if getattr(sampler, 'seed', None) == self._seed:
             sampler.seed = self.runner.seed
         model = super().run()
-        # Data workers stay as long as there is an iterator, and a runner is in reference cycles: when these are
-        # collected PyTorch would wait up to five seconds for each.
-        self.dataloader_iterator = None
+        # Persistent data workers stay as long as there is an iterator, and a runner is in reference cycles: when these
+        # are collected PyTorch would wait up to five seconds for each.
         for loop in (self, self.runner.val_loop):
             if isinstance(getattr(loop, 'dataloader', None), DataLoader):
                 loop.dataloader._iterator = None
@@ -238,7 +237,9 @@ class ResumableIterBasedTrainLoop(_Resumable, IterBasedTrainLoop):
         """Runs the training from the iteration that was resumed."""
         self.dataloader.batch_sampler.begin(self.runner.seed, self.runner.rank, self._iter, self._iter, endless=True)
         self.dataloader_iterator = _LaterBatches(self.dataloader, self._iter)
-        return super().run()
+        model = super().run()
+        self.dataloader_iterator = None  # its workers end
+        return model
 
 
 class _LaterBatches:

@@ -486,6 +486,8 @@ class TestFacts:
         assert summary_of(model) == (
             'ModuleList with ConvNeur (depths [1, 1, 1, 1], channels [8, 16, 24, 32]) and ConvNeur-m1; '
             f'{counts[0]:.2f} M parameters, {counts[1]:.2f} M of them trainable')
+        # Weights that two modules share are counted once.
+        assert f'; {counts[0]:.2f} M parameters' in summary_of(nn.ModuleList([model, model[0]]))
 
     def test_model_of_another_backbone(self):
         """With what it is called and how large it is; the inner one of a backbone that wraps another is no second."""
