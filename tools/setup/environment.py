@@ -39,27 +39,27 @@ class Stack:
     Attributes:
         folder (str): Of its environment, below the checkout.
         requirements (str): File in ``requirements/``.
+        lock (str): File in ``requirements/`` with the versions of all packages, also of those that no requirement
+            names.
         modules (str): What must import in the end.
         mmcv (bool): Whether mmcv is part of it, which is compiled.
         tests (str): File in ``requirements/`` with what its tests need beside it.
-        lock (str): File in ``requirements/`` with the versions of all packages, also of those that no requirement
-            names; '' for none.
     """
 
     folder: str
     requirements: str
+    lock: str
     modules: str
     mmcv: bool = True
     tests: str = 'tests.txt'
-    lock: str = ''
 
 
 STACKS = {
-    'primary': Stack('.venv', 'primary.txt', 'convneur_mm, mmcv.ops, mmdet.models, mmseg.models, mmpretrain.models',
-                     tests='tests_primary.txt', lock='primary.lock'),
-    'openmmlab': Stack('.venv-openmmlab', 'openmmlab.txt',
+    'primary': Stack('.venv', 'primary.txt', 'primary.lock',
+                     'convneur_mm, mmcv.ops, mmdet.models, mmseg.models, mmpretrain.models', tests='tests_primary.txt'),
+    'openmmlab': Stack('.venv-openmmlab', 'openmmlab.txt', 'openmmlab.lock',
                        'convneur_mm, mmcv.ops, mmdet.models, mmseg.models, mmpretrain.models'),
-    'core': Stack('.venv-core', 'core.txt', 'convneur_mm.models', mmcv=False, lock='primary.lock'),
+    'core': Stack('.venv-core', 'core.txt', 'primary.lock', 'convneur_mm.models', mmcv=False),
 }
 
 
@@ -98,7 +98,7 @@ class Environment:
         self.python = self.folder / 'bin' / 'python'
         self.requirements = ROOT / 'requirements' / self.stack.requirements
         self.tests = ROOT / 'requirements' / self.stack.tests
-        self.locks = [ROOT / 'requirements' / self.stack.lock] if self.stack.lock else []
+        self.lock = ROOT / 'requirements' / self.stack.lock
         # Says that the folder is ours and, once all is done, what it was made from.
         self.stamp = self.folder / '.convneur_mm.json'
         self.index = env.get('TORCH_INDEX_URL', '')
@@ -109,7 +109,7 @@ class Environment:
 
     def inputs(self) -> str:
         """A digest of all that decides what is installed: files, Python's version, and where the checkout is."""
-        files = [*self.requirement_files(self.requirements), *self.requirement_files(self.tests), *self.locks,
+        files = [*self.requirement_files(self.requirements), *self.requirement_files(self.tests), self.lock,
                  ROOT / 'requirements' / 'build.txt', ROOT / 'setup.py',
                  *sorted((ROOT / 'convneur_mm/ops/neural_memory/csrc').iterdir()),
                  *sorted(Path(__file__).parent.glob('*.py'))]
@@ -251,7 +251,7 @@ class Environment:
     def install_mmcv(self) -> str:
         requirement = next(pin for name, pin in self.pins().items() if name.endswith('mmcv'))
         return mmcv_wheel.install(self.python, requirement, self.torch(), self.cache, self.env,
-                                  lambda: self.run_python('import mmcv.ops'), self.locks)
+                                  self.lock, lambda: self.run_python('import mmcv.ops'))
 
     def install_rest(self) -> str:
         self.pip('rest', '--no-build-isolation', '-r', self.requirements, '-r', self.tests)
@@ -285,8 +285,7 @@ class Environment:
         return self.folder / 'setup' / f'{name}.log'
 
     def pip(self, name: str, *args: str | Path) -> None:
-        locks = [word for lock in self.locks for word in ('-c', lock)]
-        run([self.python, '-m', 'pip', 'install', *locks, *args], self.log(name), self.env, pip_progress)
+        run([self.python, '-m', 'pip', 'install', '-c', self.lock, *args], self.log(name), self.env, pip_progress)
 
     def run_python(self, code: str) -> str:
         """Runs code in the environment, away from this folder; returns the last line of what went wrong, or ''."""

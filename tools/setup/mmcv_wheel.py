@@ -147,7 +147,7 @@ def find_wheel(folder: Path, requirement: str) -> Path | None:
 
 
 def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapping[str, str],
-            problem: Callable[[], str], locks: Sequence[Path] = ()) -> str:
+            constraints: Path, problem: Callable[[], str]) -> str:
     """Installs mmcv into an environment that has PyTorch and MMEngine, compiling it unless that was done before.
 
     Args:
@@ -157,9 +157,9 @@ def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapp
         cache (Path): Keeps compiled wheels, in a folder for each :func:`wheel_key`: pip's own cache does not know the
             version of PyTorch.
         env (Mapping[str, str]): Environment of the commands.
+        constraints (Path): File with the versions of the packages that mmcv depends on.
         problem (Callable[[], str]): Says what keeps the environment's mmcv from importing with all of its operators;
             '' if nothing does. Asked after installing.
-        locks (Sequence[Path]): Files with the versions of the packages that mmcv depends on.
 
     Returns:
         str: How it was done, for a person.
@@ -175,8 +175,8 @@ def install(python: Path, requirement: str, torch: Torch, cache: Path, env: Mapp
 
     def install_wheel(wheel: Path) -> None:
         run([*pip, 'install', '--force-reinstall', '--no-deps', wheel], folder / 'install.log', env)
-        run([*pip, 'install', requirement, *[word for path in locks for word in ('-c', path)]],
-            folder / 'install.log', env)  # the packages it depends on
+        # The packages it depends on.
+        run([*pip, 'install', '-c', constraints, requirement], folder / 'install.log', env)
 
     with lock(folder / '.lock', f'mmcv for {key}'):
         wheel = find_wheel(folder, requirement)
