@@ -1,4 +1,4 @@
-"""CI does the same wherever it runs: what .ci/run does; and what is known of the packages is looked up in both locks."""
+"""CI does the same wherever it runs, and looks for known weaknesses in the packages of both stacks."""
 import os
 import subprocess
 from pathlib import Path
@@ -11,14 +11,12 @@ ROOT = Path(__file__).parents[1]
 def test_known_weaknesses_are_left_out_and_others_are_not(tmp_path):
     workflow = yaml.safe_load((ROOT / '.github' / 'workflows' / 'audit.yml').read_text())
     job = workflow['jobs']['audit']
-    script = job['steps'][-1]['run']
-    for line in script.replace('${{ matrix.stack }}', 'primary').splitlines():
-        assert line in (ROOT / 'docs' / 'dependencies.md').read_text()
+    command = job['steps'][-1]['run']
     tool = tmp_path / 'pip-audit'
     tool.write_text('#!/bin/sh\necho "$@"\n')
     tool.chmod(0o755)
     for stack in job['strategy']['matrix']['stack']:
-        words = subprocess.run(['bash', '-e', '-c', script.replace('${{ matrix.stack }}', stack)], cwd=ROOT, check=True,
+        words = subprocess.run(command.replace('${{ matrix.stack }}', stack), shell=True, cwd=ROOT, check=True,
                                env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True,
                                text=True).stdout.split()
         assert (ROOT / words[words.index('-r') + 1]).is_file() and stack in words[words.index('-r') + 1]
