@@ -58,6 +58,7 @@ MORE_TESTS = {
             memory=('memory', 'layer', 'op'), op=('op', ), pytorch=('pytorch', 'memory', 'op'),
             reference=('memory', 'pytorch', 'op'), triton=('triton', ), triton_kernels=('triton', ),
             types=('memory', 'op')).items()},
+    'convneur_mm/engine/interrupts.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/loops.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/model_wrappers.py': ['tests/test_engine/test_start_summary.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],

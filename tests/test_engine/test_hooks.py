@@ -94,6 +94,16 @@ default_hooks['checkpoint'].update(save_best='score', rule='greater')
         assert read_checkpoint('work/epoch_1.pth')['meta']['epoch'] == 1
         assert not list(Path('work').glob('*.saving'))
 
+    def test_a_folder_is_kept_until_the_end_too(self, tmp_path):
+        """As a strategy leaves it that saves the parts of each process."""
+        removed = []
+        later = hooks._LateRemovals(SimpleNamespace(rmtree=removed.append, remove=None, isdir=lambda path: True))
+        later.rmtree('epoch_1')
+        assert not removed and later.isdir('epoch_1')
+        for remove, path in later.removals:
+            remove(path)
+        assert removed == ['epoch_1']
+
     def test_then_they_are_deleted(self, run):
         with Path('config.py').open('a') as config:
             config.write(self.BEST)

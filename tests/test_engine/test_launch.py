@@ -432,8 +432,9 @@ def test_slurm_keeps_the_users_address_and_port(monkeypatch, tmp_path):
         slurm_variables(SLURM)
 
 
-def test_slurm_without_a_node_is_named(scontrol):
-    scontrol.write_text('#!/bin/sh\necho no such thing >&2\nexit 1\n')
+@pytest.mark.parametrize('code', [0, 1])
+def test_slurm_without_a_node_is_named(scontrol, code):
+    scontrol.write_text(f'#!/bin/sh\necho no such thing >&2\nexit {code}\n')
     with pytest.raises(LaunchError, match=r'scontrol does not name .* \(no such thing\): set MASTER_ADDR'):
         slurm_variables(SLURM)
 

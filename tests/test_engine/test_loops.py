@@ -53,6 +53,7 @@ class TestBatches:
 
     def test_from_any_iteration_on(self):
         sampler = SeededBatchSampler(DefaultSampler(range(7), shuffle=False), 3)
+        assert [batch.key for batch in sampler] == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
         sampler.begin(5, 1, 20, skipped=1)
         assert [(batch.indices, batch.key) for batch in sampler] == [([3, 4, 5], (5, 1, 20)), ([6], (5, 1, 21))]
         sampler.begin(5, 1, 20)

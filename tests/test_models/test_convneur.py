@@ -541,6 +541,7 @@ class TestPretrained:
         path = self.save(tmp_path, {prefix + name: value for name, value in source.state_dict().items()})
         model = ConvNeur(TINY, init_cfg=[
             dict(type=pretrained_type, checkpoint=path), CONSTANT, dict(type='Constant', layer='LayerNorm2d', val=0.5)])
+        assert model.pretrained['type'] == 'Pretrained'  # as the start's summary looks for it
         model.init_weights()
         for name, value in source.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
