@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.hooks import LoggerHook
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
@@ -83,13 +84,6 @@ class QuietRunner(Runner):
         with quiet_prints(MISMATCH):
             return super().load_checkpoint(*args, **kwargs)
 
-    def test(self) -> dict:
-        """See :meth:`Runner.test`; the first process alone writes the file of metrics, which MMEngine lets all do."""
-        for hook in self.hooks:
-            if isinstance(hook, LoggerHook) and self.rank:
-                hook.after_test_epoch = lambda *args, **kwargs: None
-        return super().test()
-
 
 def end_of_start(logger: logging.Logger) -> None:
     """From here on the console shows all that ``logger`` logs, but for the pointless warnings."""
@@ -100,9 +94,16 @@ def end_of_start(logger: logging.Logger) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The Runner of a config: a :class:`QuietRunner`, or whatever its ``runner_type`` names, which logs as it does."""
+    """The Runner of a config: a :class:`QuietRunner`, or whatever its ``runner_type`` names, which logs as it does.
+
+    The first process alone writes the file of a test's metrics, which MMEngine lets all do, one in the other's text.
+    """
     lay_out_once()
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
+    for hook in runner.hooks:
+        if isinstance(hook, LoggerHook) and get_rank():
+            hook.after_test_epoch = lambda *args, **kwargs: None
+    return runner
 
 
 class _WithoutLines:

@@ -101,12 +101,14 @@ def test_standard_output_stays_one(capsys):
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_one_process_writes_the_metrics_of_a_test(rank, tmp_path):
+@pytest.mark.parametrize('runner_type', [{}, dict(runner_type='FlexibleRunner', env_cfg={})],
+                         ids=['ours', 'FlexibleRunner'])
+def test_one_process_writes_the_metrics_of_a_test(rank, runner_type, tmp_path, monkeypatch):
     """All of them at once would leave a mixture of the times of each."""
+    monkeypatch.setattr('convneur_mm.engine.quiet_console.get_rank', lambda: rank)
     runner = build_runner(Config(dict(
         model=dict(type='NoisyModel'), work_dir=str(tmp_path), experiment_name=uuid.uuid4().hex, test_cfg={},
         test_dataloader=dict(dataset=dict(type='NoisyData'), sampler=dict(type='DefaultSampler', shuffle=False)),
-        test_evaluator=dict(type='DumpResults', out_file_path=str(tmp_path / 'results.pkl')))))
-    runner._rank = rank
+        test_evaluator=dict(type='DumpResults', out_file_path=str(tmp_path / 'results.pkl')), **runner_type)))
     runner.test()
     assert [path.suffix for path in tmp_path.rglob('*.json')] == ['.json'] * (rank == 0)
