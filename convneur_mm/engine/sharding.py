@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from mmengine._strategy.fsdp import FSDP, FSDPStrategy
@@ -11,10 +12,15 @@ from mmengine.dist import is_distributed
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import STRATEGIES
 from torch import Tensor, nn
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from ..models.blocks import ConvNeurBlock
 from .errors import LaunchError
+
+
+def runs_here() -> bool:
+    """Whether FSDP has GPUs, or can do without: in PyTorch 2.1 the stand-in for a CPU's stream takes no arguments."""
+    return torch.cuda.is_available() or torch.cpu.Stream.__init__ is not object.__init__
 
 
 @STRATEGIES.register_module()
@@ -39,7 +45,8 @@ class BlockFSDPStrategy(FSDPStrategy):
     def __init__(self, *, model_wrapper: dict | None = None, **kwargs: object) -> None:
         on_gpu = torch.cuda.is_available()
         wrapper = dict(
-            type='MMFullyShardedDataParallel', use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({ConvNeurBlock}),
+            type='MMFullyShardedDataParallel', use_orig_params=True,
+            auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={ConvNeurBlock}),
             device_id=int(os.environ['LOCAL_RANK']) if on_gpu else 'cpu')
         # On a CPU nothing is to be brought there, and PyTorch would free what it still needs.
         whole = dict(rank0_only=True, offload_to_cpu=on_gpu)
@@ -54,11 +61,14 @@ class BlockFSDPStrategy(FSDPStrategy):
         """See :meth:`SingleDeviceStrategy.prepare`; the optimizer is built before the model is wrapped.
 
         Raises:
-            LaunchError: If something is to be trained by one process alone.
+            LaunchError: If something is to be trained by one process alone, or by CPUs with a PyTorch that cannot.
         """
         if optim_wrapper is not None and not is_distributed():
             raise LaunchError('strategy BlockFSDPStrategy has nothing to divide in one process; train with several '
                               '(tools/dist_train.sh CONFIG NUMBER), or without strategy and runner_type')
+        if is_distributed() and not runs_here():
+            raise LaunchError(f'strategy BlockFSDPStrategy: PyTorch {torch.__version__} divides a model among GPUs '
+                              'alone, and none is visible; leave out strategy and runner_type')
         if isinstance(optim_wrapper, dict):
             model = self.build_model(model)
             # Whose processes must agree on whether a step is left out.

@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_model
 from warm_python import warm_python
 
+from convneur_mm.engine import sharding
 from convneur_mm.engine.errors import LaunchError
 from convneur_mm.engine.sharding import BlockFSDPStrategy
 
@@ -18,6 +19,8 @@ SCRIPT = Path(__file__).parents[1] / 'helpers' / 'sharded_training.py'
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """Of two iterations with weight decay and clipped gradients, the second one resumed; one process has loaded it."""
+    if not sharding.runs_here():
+        pytest.skip(f'PyTorch {torch.__version__} divides a model among GPUs alone')
     folder = tmp_path_factory.mktemp('sharded')
     done = subprocess.run([warm_python(), SCRIPT, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -52,3 +55,11 @@ def test_one_process_has_the_whole_model_and_trains_nothing(tmp_path):
     assert strategy.prepare(model) is model
     with pytest.raises(LaunchError, match='has nothing to divide in one process; train with several'):
         BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(model, optim_wrapper=dict(optimizer=dict(type='SGD', lr=1.)))
+
+
+def test_a_pytorch_that_wants_gpus_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, 'is_distributed', lambda: True)
+    monkeypatch.setattr(torch.cpu, 'Stream', type('Stream', (), {}))
+    with pytest.raises(LaunchError, match=r'PyTorch \S+ divides a model among GPUs alone, and none is visible; leave '
+                                          'out'):
+        BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(tiny_model('classifier'))
