@@ -61,6 +61,7 @@ MORE_TESTS = {
     'convneur_mm/engine/interrupts.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/loops.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/model_wrappers.py': ['tests/test_engine/test_start_summary.py'],
+    'convneur_mm/engine/start_summary.py': ['tests/test_engine/test_quiet_console.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
     'convneur_mm/models/base.py': ['tests/test_models/test_convneur.py', 'tests/test_models/test_overlock.py'],
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
@@ -293,6 +294,8 @@ def stop(run: Run) -> None:
 def run_mutants(module: Module, mutants: Sequence[Mutant], folders: Sequence[Path], database: WorkDB) -> None:
     """Runs the tests on each mutant, a process in each folder at a time, and keeps the results."""
     source = (ROOT / module.path).read_text()
+    if not {mutant.key for mutant in mutants} <= {mutant.key for mutant in mutants_of(module.path)}:
+        raise SystemExit(f'run_mutations: error: {module.path} was edited meanwhile; the same command goes on')
     waiting, idle, runs = list(reversed(mutants)), list(folders), []
     try:
         while waiting or runs:

@@ -313,7 +313,8 @@ def written_for(settings, **changes):
 
     def data_set(side):
         pipeline = [dict(type='Resize', scale=settings['image_size']), dict(type='RandomCrop', scale=(64, 48)),
-                    dict(type='Resize', size=(64, 48))]
+                    dict(type='Resize', size=(64, 48)), dict(type='CenterCrop', crop_size=(48, 64)),
+                    dict(type='RandomCrop', crop_size=settings['image_size'][::-1])]
         meta = {key: settings[key] for key in ('classes', 'palette') if settings[key]}
         return dict(
             metainfo=meta, data_root=settings['data_root'], ann_file=settings[f'{side}_ann'],
