@@ -113,6 +113,12 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def nan_in_new_tensors():
+    """As PyTorch fills the memory it hands out in its deterministic mode, from 2.2 on."""
+    torch.use_deterministic_algorithms(True)
+
+
 @pytest.fixture(params=['cpp', 'pytorch'], scope='module')
 def both_codes(request):
     """Runs a module's tests with the compiled kernels, and then with what serves other devices and sizes."""

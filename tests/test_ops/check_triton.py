@@ -21,6 +21,12 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NAMES = ('q', 'k', 'v', 'w1', 'w2', *UpdateGenerators._fields, *(f'state.{name}' for name in MemoryState._fields))
 
 
+@pytest.fixture(autouse=True)
+def nan_in_new_tensors():
+    """As PyTorch fills the memory it hands out in its deterministic mode, which on CUDA refuses cuBLAS' products."""
+    torch.use_deterministic_algorithms(DEVICE == 'cpu')
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Few tokens take several tiles, and several programs share a chunk."""

@@ -42,6 +42,7 @@ def tensors(form: str) -> list[torch.Tensor]:
 
 
 @needs_operators
+@pytest.mark.usefixtures('nan_in_new_tensors')
 @pytest.mark.parametrize('form, options', [
     ('layer', MemoryOptions(20)), ('layer', MemoryOptions(40)),
     ('memory', MemoryOptions(20, update_rule='parallel', retrieve='final', return_state=True))], ids=str)

@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, cpu, neural_memory, written_tokens
+from convneur_mm.ops.neural_memory import (
+    MemoryOptions,
+    MemoryState,
+    UpdateGenerators,
+    cpu,
+    neural_memory,
+    written_tokens,
+)
 from convneur_mm.ops.neural_memory import op as op_module
+from convneur_mm.ops.neural_memory.memory import kernels_for
 from convneur_mm.ops.neural_memory.types import MIN_WRITE_NORM
 
 pytestmark = pytest.mark.usefixtures('both_codes')
@@ -134,6 +142,23 @@ def test_chunked_equals_reference(code, rule, retrieve, return_state, tokens, ch
     assert len(found) == (5 if return_state else 1)
     assert_equal(found, expected)
     assert_equal(found_gradients, expected_gradients)
+
+
+@pytest.mark.usefixtures('nan_in_new_tensors')
+@pytest.mark.parametrize('rule, retrieve', product(RULES, RETRIEVALS))
+@pytest.mark.parametrize('tokens, chunk_size', [(50, 16), (5, 16)])
+def test_nothing_is_read_before_it_is_written(rule, retrieve, tokens, chunk_size):
+    options = dict(chunk_size=chunk_size, update_rule=rule, retrieve=retrieve, return_state=True, backend='chunked')
+    for dtype in torch.float32, torch.float64:
+        outputs, gradients = with_gradients(make_inputs(tokens=tokens, dtype=dtype), **options)
+        assert all(x.isfinite().all() for x in (*outputs, *gradients))
+        # Nor does what is kept for the backward hold any of it: two runs of the operator would differ.
+        q, k, v, w1, w2, *weights = (x.detach() for x in make_inputs(tokens=tokens, dtype=dtype))
+        rows = torch.cat((w1.mT, w2), dim=1).expand(2, -1, -1, -1)
+        memory = MemoryOptions(chunk_size, update_rule=rule)
+        written = kernels_for('chunked', q.mT, rows, memory).write_all(
+            k.mT, v.mT, rows[0], UpdateGenerators(*weights), rows, torch.zeros_like(rows), memory)
+        assert all(x.isfinite().all() for x in written) and not written.states[-1, 0].any()
 
 
 @settings(max_examples=60, deadline=None)
