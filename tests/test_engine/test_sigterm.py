@@ -7,15 +7,18 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import Runner
 from noisy_training import assert_goes_on, train_noisily
 
+from convneur_mm.engine import whole_files
 from convneur_mm.engine.interrupts import Interrupted, going_on, raised_signals, sigterm
 
 
@@ -198,23 +201,68 @@ class LostWorkerHook(Hook):
 
     priority = 'VERY_LOW'
 
-    def __init__(self, place):
+    def __init__(self, place, iteration):
+        self.iteration = iteration
         setattr(self, place, self.fail)
 
     def fail(self, runner, *args, **kwargs):
-        if runner.iter == 4:
+        if runner.iter == self.iteration:
             raise RuntimeError('lost')
 
 
-@pytest.mark.parametrize('place, interval, saved', [
-    ('before_train_epoch', 1, 'epoch_1'), ('before_train_epoch', 3, 'interrupted'),
+@pytest.mark.parametrize('sent, lost, iteration, interval, saved, done', [
+    ('before_train_epoch', 'before_train_epoch', 4, 1, 'epoch_1', 4),
+    ('before_train_epoch', 'before_train_epoch', 4, 3, 'interrupted', 4),
+    ('before_train_epoch', 'before_train_epoch', 0, 1, 'interrupted', 0),
     # In the midst of an iteration nothing can be saved.
-    ('after_train_iter', 1, 'epoch_1')])
-def test_lost_processes_are_those_that_the_signal_ended(interrupted, place, interval, saved):
+    ('before_train_iter', 'after_train_iter', 5, 1, 'epoch_1', 4)])
+def test_lost_processes_are_those_that_the_signal_ended(interrupted, sent, lost, iteration, interval, saved, done):
     settings = dict(default_hooks=dict(checkpoint=dict(type='SaveThenDeleteHook', interval=interval)))
-    path, _ = interrupted(EPOCHS, 'before_train_epoch', 4, settings=settings,
-                          hooks=[dict(type='LostWorkerHook', place=place)])
-    assert path.endswith(f'/{saved}.pth') and torch.load(path, weights_only=False)['meta']['iter'] == 4
+    path, _ = interrupted(EPOCHS, sent, iteration, settings=settings,
+                          hooks=[dict(type='LostWorkerHook', place=lost, iteration=iteration)])
+    assert path.endswith(f'/{saved}.pth') and torch.load(path, weights_only=False)['meta']['iter'] == done
+
+
+class Group:
+    """Stands for two processes, the other of which gets SIGTERM before an iteration; they agree by reductions."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+        self.reductions = self.barriers = 0
+
+    def all_reduce(self, tensor, op, group, async_op=False):
+        assert op == torch.distributed.ReduceOp.MAX and group is self
+        self.reductions += 1
+        came = self.reductions > self.iteration
+        # The answer is there when it is waited for.
+        return SimpleNamespace(wait=lambda: tensor.fill_(came)) if async_op else None
+
+    def barrier(self, group):
+        assert group is self
+        self.barriers += 1
+
+
+def test_all_processes_save_what_one_got_the_signal_for(tmp_path, monkeypatch):
+    group, asked = Group(5), []
+    monkeypatch.setattr(Runner, 'world_size', 2)
+    monkeypatch.setattr(torch.distributed, 'new_group', lambda **kwargs: asked.append(kwargs) or group)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', group.all_reduce)
+    monkeypatch.setattr(torch.distributed, 'barrier', group.barrier)
+    with signals_of_before(), raised_signals(), pytest.raises(Interrupted):
+        train_noisily(tmp_path, 'ended', EPOCHS, hooks=[dict(type='SaveAtSigtermHook')])
+    # Of its own, as the model's may have other operations under way, and on the CPU, where the answer is.
+    assert asked == [dict(backend='gloo')] and group.barriers == 1
+    assert torch.load(tmp_path / 'ended' / 'interrupted.pth', weights_only=False)['meta']['iter'] == 6
+
+
+def test_is_written_whole_whatever_hook_saves_the_others(interrupted, monkeypatch):
+    written = []
+    register_backend('local', LocalBackend, prefixes='', force=True)
+    monkeypatch.setattr(whole_files, 'write_whole', lambda path, data, original=whole_files.write_whole: (
+        written.append(Path(path).name), original(path, data)))
+    interrupted(EPOCHS, 'before_train_iter', 1, settings=dict(
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1))))
+    assert 'interrupted.pth' in written
 
 
 def test_other_errors_stay(tmp_path):
@@ -225,8 +273,10 @@ def test_other_errors_stay(tmp_path):
 
 def test_another_length_of_the_epoch_begins_it_again(train, interrupted):
     interrupted(EPOCHS, 'before_train_iter', 5)
-    model = train('ended', EPOCHS, resume='ended/interrupted.pth', batch_size=1)
+    model = train('ended', EPOCHS, resume='ended/interrupted.pth', batch_size=1, settings=dict(log_level='WARNING'))
     assert len(model.seen) == 14
+    assert any('the epoch is begun again: the checkpoint was saved after 2 of 4 batches, and it has 7 now' in
+               path.read_text() for path in Path('ended').rglob('*.log'))
 
 
 def test_other_loops_end_at_once(train, interrupted):

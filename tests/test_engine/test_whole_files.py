@@ -6,9 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 
 from convneur_mm.engine import whole_files
-from convneur_mm.engine.whole_files import NotSavedError, WholeFileBackend, remove_parts, write_whole
+from convneur_mm.engine.whole_files import (
+    NotSavedError,
+    WholeFileBackend,
+    remove_parts,
+    write_files_whole,
+    write_whole,
+)
 
 
 def test_replaces_a_file(tmp_path):
@@ -26,19 +33,22 @@ def test_a_name_without_a_folder(tmp_path, monkeypatch):
 
 def test_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Else a machine that loses its power may keep the name and not the content."""
-    calls = []
+    calls, open_before = [], os.listdir('/proc/self/fd')
 
-    def watch(name, original):
-        def call(*args):
-            calls.append((name, (tmp_path / 'x.pth').exists()))
-            original(*args)
+    def fsync(file, original=os.fsync):
+        path = Path(os.readlink(f'/proc/self/fd/{file}'))
+        calls.append(('fsync', path.name, path.read_bytes() if path.is_file() else (path / 'x.pth').exists()))
+        original(file)
 
-        monkeypatch.setattr(os, name, call)
+    def replace(part, path, original=os.replace):
+        calls.append(('replace',))
+        original(part, path)
 
-    watch('fsync', os.fsync)
-    watch('replace', os.replace)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
     write_whole(tmp_path / 'x.pth', b'new')
-    assert calls == [('fsync', False), ('replace', False), ('fsync', True)]
+    assert calls == [('fsync', 'x.pth.saving', b'new'), ('replace',), ('fsync', tmp_path.name, True)]
+    assert os.listdir('/proc/self/fd') == open_before
 
 
 @pytest.mark.parametrize('place', ['fsync', 'replace'])
@@ -100,3 +110,12 @@ def test_the_backend_makes_folders(tmp_path):
     WholeFileBackend().put(b'new', tmp_path / 'a/b/x.pth')
     assert os.listdir(tmp_path / 'a/b') == ['x.pth']
     assert WholeFileBackend().get(tmp_path / 'a/b/x.pth') == b'new'
+
+
+def test_mmengine_writes_through_it():
+    """Whatever backend was registered before."""
+    register_backend('local', LocalBackend, prefixes='', force=True)
+    assert type(get_file_backend('x.pth')) is LocalBackend
+    write_files_whole()
+    assert type(get_file_backend('x.pth')) is type(get_file_backend(backend_args=dict(backend='local'))) is \
+        WholeFileBackend
