@@ -63,6 +63,8 @@ MORE_TESTS = {
     'convneur_mm/engine/model_wrappers.py': ['tests/test_engine/test_start_summary.py'],
     'convneur_mm/engine/start_summary.py': ['tests/test_engine/test_quiet_console.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
+    **{f'convneur_mm/models/{name}.py': [f'tests/test_models/test_{test}.py'] for name, test in dict(
+        blocks='stream', overlock_blocks='overlock', overlock_head='overlock').items()},
     'convneur_mm/models/base.py': ['tests/test_models/test_convneur.py', 'tests/test_models/test_overlock.py'],
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
     'convneur_mm/datasets/check/folders.py': ['tests/test_datasets/test_check/test_images.py'],

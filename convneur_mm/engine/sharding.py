@@ -45,7 +45,6 @@ class BlockFSDPStrategy(FSDPStrategy):
     def __init__(self, *, model_wrapper: dict | None = None, **kwargs: object) -> None:
         on_gpu = torch.cuda.is_available()
         wrapper = dict(
-            type='MMFullyShardedDataParallel', use_orig_params=True,
             auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={ConvNeurBlock}),
             device_id=int(os.environ['LOCAL_RANK']) if on_gpu else 'cpu')
         # On a CPU nothing is to be brought there, and PyTorch would free what it still needs.

@@ -179,14 +179,15 @@ class TestAfterARestart:
         os.utime(path, (time, time))
 
     @pytest.mark.parametrize('env', [{}, dict(TORCHELASTIC_RESTART_COUNT='0', CONVNEUR_LAUNCHED='100.5'),
-                                     # By a torchrun of one's own.
-                                     dict(TORCHELASTIC_RESTART_COUNT='1')])
+                                     # By a torchrun of one's own, and by none.
+                                     dict(TORCHELASTIC_RESTART_COUNT='1'), dict(CONVNEUR_LAUNCHED='100.5')])
     def test_a_first_start_has_none(self, env):
         assert checkpoint_after_restart('work', False, env) is None
 
     def test_what_an_earlier_run_left_does_not_count(self):
         assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_2.pth'
-        assert checkpoint_after_restart('work', False, dict(self.RESTARTED, CONVNEUR_LAUNCHED='102.5')) is None
+        for launched, found in ('102', 'work/epoch_2.pth'), ('102.5', None):
+            assert checkpoint_after_restart('work', False, dict(self.RESTARTED, CONVNEUR_LAUNCHED=launched)) == found
         assert checkpoint_after_restart('elsewhere', False, self.RESTARTED) is None
 
     def test_nor_does_a_damaged_one(self):

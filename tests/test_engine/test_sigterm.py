@@ -122,6 +122,7 @@ def train(tmp_path):
 def test_by_epoch(train, interrupted, place, iteration, done):
     schedule = dict(param_scheduler=[dict(type='ExponentialLR', gamma=0.5)])
     whole = train('whole', EPOCHS, settings=schedule)
+    assert not sigterm.held  # what follows a training ends at once
     saved, said = interrupted(EPOCHS, place, iteration, settings=schedule)
     assert saved.endswith('ended/interrupted.pth') and 'after ended/interrupted.pth was saved' in said
     assert torch.load(saved, weights_only=False)['meta']['iter'] == done

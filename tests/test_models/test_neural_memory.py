@@ -51,6 +51,14 @@ def test_options_are_those_of_the_plain_form(name):
     plain.assert_close(layer(tokens)[0], plain.neural_memory(tokens[0], weights, **options), 'the tokens')
 
 
+@pytest.mark.parametrize('tokens, chunk_size', [(50, 13), (52, 13), (3, 1)])
+def test_chunks_by_their_number(tokens, chunk_size):
+    x = torch.randn(2, tokens, 32)
+    expected = make_layer(chunk_size=chunk_size)(x)
+    assert torch.equal(make_layer(num_chunks=4)(x), expected)
+    assert (make_layer(chunk_size=chunk_size + 1)(x) - expected).norm() > 1e-3 * expected.norm()
+
+
 @pytest.mark.parametrize('backend', ['auto', 'chunked', 'reference'])
 def test_backend_is_passed_on(monkeypatch, backend):
     resolve, seen = layer_module.resolve_backend, []
