@@ -48,7 +48,7 @@ def test_scores_are_those_of_focus_net(features):
 @pytest.mark.parametrize('mixed', [False, True])
 def test_both_nets_are_trained(features, mixed):
     """With labels, and with the mixed ones of Mixup and CutMix."""
-    head = build_head(aux_weight=0.4)
+    head = build_head()
     targets = torch.randn(4, 5).softmax(1) if mixed else torch.tensor([0, 1, 2, 4])
     losses = head.loss(features, samples(targets.tolist(), targets if mixed else None))
     aux_scores = head.aux_head[2].weight.flatten(1) @ head.aux_head[0](features[0]).mean((2, 3)).T
