@@ -61,6 +61,8 @@ MORE_TESTS = {
     'convneur_mm/engine/interrupts.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/loops.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/model_wrappers.py': ['tests/test_engine/test_start_summary.py'],
+    'convneur_mm/engine/quiet_console.py': ['tests/test_engine/test_data_files.py',
+                                            'tests/test_engine/test_written_config.py'],
     'convneur_mm/engine/start_summary.py': ['tests/test_engine/test_quiet_console.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
     **{f'convneur_mm/models/{name}.py': [f'tests/test_models/test_{test}.py'] for name, test in dict(

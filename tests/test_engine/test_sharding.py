@@ -63,3 +63,25 @@ def test_a_pytorch_that_wants_gpus_is_named(tmp_path, monkeypatch):
     with pytest.raises(LaunchError, match=r'PyTorch \S+ divides a model among GPUs alone, and none is visible; leave '
                                           'out'):
         BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(tiny_model('classifier'))
+
+
+def test_cpus_will_do_with_a_newer_pytorch():
+    """Otherwise the tests above would be left out without anybody noticing."""
+    assert sharding.runs_here() or torch.__version__.startswith('2.1.')
+
+
+@pytest.mark.parametrize('kind, settings', [('OptimWrapper', {}), ('AmpOptimWrapper', dict(use_fsdp=True))])
+def test_processes_agree_on_the_steps_that_half_precision_leaves_out(kind, settings, tmp_path, monkeypatch):
+    class Built(Exception):
+        pass
+
+    def build(model, config):
+        raise Built({name: value for name, value in config.items() if name not in ('type', 'optimizer')})
+
+    monkeypatch.setattr(sharding, 'is_distributed', lambda: True)
+    monkeypatch.setattr(sharding, 'runs_here', lambda: True)
+    monkeypatch.setattr(sharding, 'build_optim_wrapper', build)
+    with pytest.raises(Built) as built:
+        BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(
+            tiny_model('classifier'), optim_wrapper=dict(type=kind, optimizer=dict(type='SGD', lr=1.)))
+    assert built.value.args == (settings,)
