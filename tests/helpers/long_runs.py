@@ -19,13 +19,13 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
 from tiny_models import CONFIGS, TINY, tiny_model
 
 import convneur_mm
 from convneur_mm.apis import iter_inference
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine.launch import read_config, use_resumable_loop
+from convneur_mm.engine.quiet_console import build_runner
 
 MAKERS = dict(detector=make_shapes_coco, segmentor=make_shapes_ade20k, classifier=make_shapes_imagenet)
 # In place of the config's size; a batch of a classifier is of one size, and its sizes change in the inference alone.
@@ -81,7 +81,7 @@ def training(task: str, folder: Path, iterations: int) -> dict:
     cfg.custom_hooks = [dict(type='ResidentHook')]
     ResidentHook.seen.clear()
     use_resumable_loop(cfg.train_cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     runner.train()
     main, workers = zip(*ResidentHook.seen)
     return dict(run=f'{task}, {iterations} iterations', main=main, workers=workers, growth=growth(main),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from convneur_mm import config
 from convneur_mm.engine.checkpoint import read_checkpoint
+from convneur_mm.engine.upstream import mend_class_weights
 from convneur_mm.models import ConvNeur
 
 pytestmark = pytest.mark.needs('timm', 'mmpretrain')
@@ -370,6 +371,7 @@ def test_detectors_and_segmentors_start_from_it(tool, name, batch, tmp_path):
     saved = torch.load(tmp_path / 'y.pth', weights_only=True)['state_dict']
     cfg = Config.fromfile(config(name))
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'y.pth'))
+    mend_class_weights()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
         model.init_weights()
