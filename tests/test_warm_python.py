@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the inter
 SEEN = """
 import __main__, os, signal, sys
 print(sys.argv, sys.flags.dont_write_bytecode or sys.dont_write_bytecode, sys.stdin.read(), os.getcwd())
-print([path for path in sys.path if 'warm' not in path], __name__, __main__.__dict__.get('__file__'))
+# Without folders that packages make for themselves.
+paths = [path for path in sys.path if 'warm' not in path and '/tmp/tmp' not in path]
+print(paths, __name__, __main__.__dict__.get('__file__'))
 print(sorted(item for item in os.environ.items() if item[0] != 'PWD'))  # the shell sets it
 print(signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT))
 print([name for name in sys.modules if name.split('.')[0] == 'convneur_mm'])

@@ -12,9 +12,11 @@ NOT_COMPARED = ('init_cfg', 'pretrained', 'train_cfg', 'test_cfg', 'data_preproc
 @cache
 def lay_out_once() -> None:
     """From now on, ``Config.pretty_text`` lays out equal settings once: a run asks five times for that of its own."""
-    from yapf.yapflib import yapf_api  # MMEngine imports it as late
-
-    format_code, found = yapf_api.FormatCode, {}
+    from mmengine.config import config
+    from yapf.yapflib import yapf_api
+    # MMEngine 0.10.7 has the name from its import on, and its fork imports it as late as it is called.
+    place = config if hasattr(config, 'FormatCode') else yapf_api
+    format_code, found = place.FormatCode, {}
 
     def format_once(text: str, **options: object) -> tuple[str, bool]:
         key = text, repr(options)
@@ -22,7 +24,7 @@ def lay_out_once() -> None:
             found[key] = format_code(text, **options)
         return found[key]
 
-    yapf_api.FormatCode = format_once
+    place.FormatCode = format_once
 
 
 def written_settings(text: str) -> dict:

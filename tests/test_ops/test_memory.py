@@ -111,6 +111,8 @@ class Seen:
 @pytest.mark.parametrize('code', [pytest.param('cpp', marks=pytest.mark.needs('kernels')), 'pytorch', 'reference'])
 def test_inner_loop_under_autocast(monkeypatch, code, rule, dtype):
     """Of a layer, whose projections are in half precision: what the inner loop gets and returns is float32."""
+    if dtype == torch.float16 and torch.__version__.startswith('2.1.'):
+        pytest.skip('PyTorch 2.1 has no autocast to float16 on a CPU')
     seen = Seen()
     if code == 'reference':
         monkeypatch.setattr(reference, 'read', seen.watch('read', reference.read))

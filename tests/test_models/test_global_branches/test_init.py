@@ -159,6 +159,7 @@ def test_backbone_trains_with_checkpointing(branch, fusion):
         assert (generators[2].bias.detach() == torch.tensor([-2.0, 0.0, -4.0]).repeat_interleave(16)).all()
 
 
+@pytest.mark.skipif(not hasattr(torch.export, 'Dim'), reason='PyTorch 2.1 exports no generators')
 @pytest.mark.parametrize('branch', [name for name in OTHERS if name != 'titans'])  # the memory has operators of its own
 def test_export_takes_operators_of_pytorch_alone(branch):
     model = make(branch).eval()
