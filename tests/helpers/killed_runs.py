@@ -11,11 +11,11 @@ import json
 import os
 import random
 import re
-import select
 import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import torch
 from mmengine.config import Config
@@ -41,8 +41,39 @@ SETTINGS = dict(
                    default_hooks=dict(checkpoint=dict(interval=2))),
     classifier=dict(max_epochs=2, train_cfg=dict(val_interval=10), default_hooks=dict(checkpoint=dict(interval=1))))
 PRETTY_TEXT = Config.pretty_text
-# What a training tells the process that may kill it, and when: at iterations, and while it saves.
-EVENTS = os.pipe()
+
+
+class Events:
+    """The moments of a training, noted in a file: beginnings and ends of iterations, and of what a save writes.
+
+    Args:
+        file (Path): Gets a letter for each moment: ``s`` while it saves, else ``.``.
+        moment (int): After so many moments of a kind the process kills itself and its workers: nobody else could
+            do so before it goes on. 0 for never.
+        kind (bytes): The letter of these moments; empty for any.
+        delay (float): Seconds from then to the kill.
+    """
+    latest: Events
+
+    def __init__(self, file: Path, moment: int, kind: bytes, delay: float) -> None:
+        Events.latest = self
+        self.file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.left, self.kind = moment, kind
+        # SIGKILL to the process group, which is that of this process and its workers alone.
+        self.kill = partial(os.killpg, 0, signal.SIGKILL)
+        self.later = Timer(delay, self.kill) if delay else None
+
+    def add(self, letter: bytes) -> None:
+        os.write(self.file, letter)
+        if self.left and letter.startswith(self.kind):
+            self.left -= 1
+            if not self.left:
+                self.later.start() if self.later else self.kill()
+
+    def end(self) -> None:
+        """A kill that is due comes, even if the training was faster."""
+        if self.later and self.later.is_alive():
+            self.later.join()
 
 
 @HOOKS.register_module()
@@ -50,18 +81,18 @@ class EventHook(Hook):
     """Tells of the beginning and the end of each iteration."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        os.write(EVENTS[1], b'.')
+        Events.latest.add(b'.')
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        os.write(EVENTS[1], b'.')
+        Events.latest.add(b'.')
 
 
-def watched(function, *events):
+def watched(function, *letters):
     """``function``, which tells of its beginning and its end."""
     def call(*args):
-        os.write(EVENTS[1], events[0])
+        Events.latest.add(letters[0])
         function(*args)
-        os.write(EVENTS[1], events[1])
+        Events.latest.add(letters[1])
 
     return call
 
@@ -83,21 +114,26 @@ def write_config(task: str, folder: Path) -> Path:
     return path
 
 
-def start(config: Path, work_dir: Path) -> int:
-    """Begins a training, or goes on with it; returns the process."""
+def train_once(config: Path, work_dir: Path, moment: int = 0, kind: bytes = b'', delay: float = 0) -> bool:
+    """Begins a training, or goes on with it; returns whether it ended before it was to be killed (see ``Events``)."""
     process = os.fork()
     if process:
-        return process
+        _, status = os.waitpid(process, 0)
+        if status not in (0, signal.SIGKILL):
+            raise RuntimeError(Path(f'{work_dir}.txt').read_text()[-3000:])
+        return status == 0
     code = 1
     try:
         os.setsid()
         out = os.open(f'{work_dir}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in 1, 2:
             os.dup2(out, stream)
+        events = Events(events_file(work_dir), moment, kind, delay)
         os.replace, os.fsync = watched(os.replace, b's', b'.'), watched(os.fsync, b's', b's')
         resumes = (work_dir / 'last_checkpoint').exists() or any(work_dir.glob('*.pth'))
         sys.argv = ['train.py', str(config), '--work-dir', str(work_dir), *(['--resume'] if resumes else [])]
         launch.run(train.main)
+        events.end()
         code = 0
     except SystemExit as error:
         code = error.code
@@ -106,41 +142,8 @@ def start(config: Path, work_dir: Path) -> int:
         os._exit(code)
 
 
-def finish(config: Path, work_dir: Path) -> list[bytes]:
-    """Trains to the end; returns what it told."""
-    process, told = start(config, work_dir), []
-    while True:
-        told += read_event(1)
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            break
-    while event := read_event(0):
-        told += event
-    if status:
-        raise RuntimeError(Path(f'{work_dir}.txt').read_text()[-3000:])
-    return told
-
-
-def read_event(seconds: float) -> list[bytes]:
-    return [os.read(EVENTS[0], 1)] if select.select([EVENTS[0]], [], [], seconds)[0] else []
-
-
-def kill(config: Path, work_dir: Path, moment: int, kind: bytes, delay: float) -> bool:
-    """Kills a training, and its workers, after so many events of a kind; returns whether it was still at work."""
-    process = start(config, work_dir)
-    while moment:
-        event = read_event(0.2)
-        moment -= bool(event) and kind in (b'', event[0])
-        if not event and os.waitpid(process, os.WNOHANG)[0]:
-            return False
-    time.sleep(delay)
-    done, _ = os.waitpid(process, os.WNOHANG)
-    if not done:
-        os.killpg(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-    while read_event(0):
-        pass
-    return not done
+def events_file(work_dir: Path) -> Path:
+    return Path(f'{work_dir}.events')
 
 
 def final_state(work_dir: Path) -> dict[str, Tensor]:
@@ -154,18 +157,21 @@ def run(task: str, folder: Path, kills: int, trials: int, draw: random.Random) -
     """Kills each of several trainings so many times, the first time while it saves."""
     folder.mkdir(parents=True)
     config = write_config(task, folder)
-    told = finish(config, folder / 'whole')
+    train_once(config, folder / 'whole')
+    told = events_file(folder / 'whole').read_bytes()
     expected, records = final_state(folder / 'whole'), []
     for trial in range(trials):
         work_dir, moments = folder / f'killed{trial}', []
         for number in range(kills):
             kind = b's' if number == 0 and trial % 4 == 0 else b''
-            moment = draw.randrange(1, 1 + (told.count(kind) if kind else len(told)) // (number + 1))
-            delay = draw.choice([0, draw.uniform(0, 0.05)])
-            if kill(config, work_dir, moment, kind, delay):
+            total = told.count(kind) if kind else len(told)
+            moment = draw.randrange(1, 1 + total // (number + 1))
+            # Within a save to the very operation.
+            delay = 0 if kind else draw.choice([0, draw.uniform(0, 0.05)])
+            if not train_once(config, work_dir, moment, kind, delay):
                 parts = [path.name for path in work_dir.glob('*.saving')]
-                moments.append(f'{moment} of {len(told)} {kind.decode()} +{delay:.3f} s {parts}')
-        finish(config, work_dir)
+                moments.append(f'{moment} of {total} {kind.decode()} +{delay:.3f} s {parts}')
+        train_once(config, work_dir)
         found = final_state(work_dir)
         differing = [name for name in expected if not torch.equal(expected[name], found[name])]
         records.append(dict(task=task, killed=moments, tensors=len(expected), differing=differing,
