@@ -7,10 +7,12 @@ C++ kernels are not compiled. As soon as one of the four packages is installed n
 Tests run in another order each time, and always with the same random numbers: a failure comes back in every order.
 """
 import importlib.util
+import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -40,6 +42,10 @@ settings.load_profile('fixed')
 def pytest_configure(config):
     # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start and send it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As those of users may have, the paths of all folders of tests have a blank in them.
+    folders = Path(tempfile.gettempdir(), f'convneur tests {os.getuid()}')
+    folders.mkdir(exist_ok=True)
+    os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', str(folders))
     # Short runs in this process would spend half of their time on it.
     lay_out_once()
     # pytest-randomly shuffles the tests; its own seeds would give them other numbers in each run.

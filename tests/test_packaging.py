@@ -45,10 +45,10 @@ def test_wheel_without_a_compiler(tmp_path):
     assert not any(name.endswith('.so') for name in zipfile.ZipFile(path).namelist())
     zipfile.ZipFile(path).extractall(tmp_path / 'site')
     code = ('import torch; from convneur_mm.models import NeuralMemory; from convneur_mm.ops.neural_memory import cpu; '
-            'NeuralMemory(32)(torch.randn(1, 400, 32)).sum().backward(); print(cpu.kernels, cpu.__file__)')
+            'NeuralMemory(32)(torch.randn(1, 400, 32)).sum().backward(); print(cpu.kernels); print(cpu.__file__)')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, text=True, capture_output=True,
                           check=True, env={'PYTHONPATH': str(tmp_path / 'site'), 'PATH': '/usr/bin:/bin'})
-    kernels, where = done.stdout.split()[-2:]
+    kernels, where = done.stdout.splitlines()[-2:]
     assert kernels == 'None' and Path(where).is_relative_to(tmp_path)
 
 

@@ -99,9 +99,9 @@ def test_what_a_fork_cannot_do_is_left_to_the_interpreter():
 def test_nothing_is_left_behind(tmp_path):
     """The process behind ends with the one that started it, however that ends."""
     code = f'import os, sys; sys.path.insert(0, {str(Path(__file__).parent / "helpers")!r})\n' \
-        'import warm_python as w; w.PRELOADED = (); p = w.warm_python(); print(p, w.warm_python.process.pid)\n' \
+        'import warm_python as w; w.PRELOADED = (); p = w.warm_python(); print(p); print(w.warm_python.process.pid)\n' \
         'sys.stdout.flush(); os.kill(os.getpid(), 9)'
-    program, pid = run(sys.executable, '-c', code)[1].split()
+    program, pid = run(sys.executable, '-c', code)[1].splitlines()
     limit = time.monotonic() + 60
     while (Path(f'/proc/{pid}').exists() or Path(program).parent.exists()) and time.monotonic() < limit:
         time.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import os.path as osp
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -270,7 +271,7 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     logger.info(f'loaded {len(own) - len(missing)} of {len(own)} backbone weights from {filename}')
     if missing:
         if _has_memory(own) and not _has_memory(candidates):  # mmpretrain's ConvNeXt-V2 has our names
-            remedy = f'. If these are weights of ConvNeXt-V2, convert them by {CONVERTER} {filename} NEW.pth'
+            remedy = f'. If these are weights of ConvNeXt-V2, convert them by {_conversion(filename)}'
         logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: {_some(missing)}'
                        f'{remedy}')
     if unexpected:
@@ -289,7 +290,11 @@ def _convnext_remedy(names: Iterable[str], filename: str) -> str:
     """The command that converts these weights, or '' where their names are not those of ConvNeXt."""
     if not any(CONVNEXT.search(name) for name in names):
         return ''
-    return f'. Those are weights of ConvNeXt: convert them by {CONVERTER} {filename} NEW.pth'
+    return f'. Those are weights of ConvNeXt: convert them by {_conversion(filename)}'
+
+
+def _conversion(filename: str) -> str:
+    return shlex.join([CONVERTER, filename, 'NEW.pth'])
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -29,9 +29,41 @@ from .quiet_console import quiet_prints
 from .settings import apply_settings
 from .weights_file import CheckpointError, CheckpointNotFoundError
 
+# Blanks of a value that are not beside a comma or at a bracket's inner side, where they only set things apart.
+BLANKS_WITHIN = re.compile(r'(?<=[^\s,(\[]) +(?=[^\s,)\]])')
+KEPT_BLANK = '\ue000'  # a code point of Unicode that is nobody's
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 # What watches a run, unless the config has it already, perhaps with settings of its own.
 HOOKS_OF_TOOLS = ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook', 'NonFiniteLossHook', 'SaveAtSigtermHook')
+
+
+class OverridesAction(DictAction):
+    """MMEngine's ``--cfg-options``, which keeps the blanks within a value, such as those of a folder's name.
+
+    MMEngine's own leaves them out, and so reads other files than the ones that are named. Words that are no
+    ``KEY=VALUE`` end the program with a message in place of a traceback.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Sequence[str],
+                 option_string: str | None = None) -> None:
+        marked = []
+        for word in values:
+            key, equals, value = word.partition('=')
+            if not key or not equals:
+                parser.error(f'{option_string} takes KEY=VALUE, got {word!r}; one with blanks is written "KEY=VALUE"')
+            if value.count('(') != value.count(')') or value.count('[') != value.count(']'):
+                parser.error(f'{option_string}: brackets do not match in {word!r}; a list is written "KEY=[a,b]"')
+            value = BLANKS_WITHIN.sub(lambda found: KEPT_BLANK * len(found[0]), value)
+            marked.append(f'{key}={value}')
+        super().__call__(parser, namespace, marked, option_string)
+        options = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, {key: _with_blanks(value) for key, value in options.items()})
+
+
+def _with_blanks(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_with_blanks, value))
+    return value.replace(KEPT_BLANK, ' ') if isinstance(value, str) else value
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -39,9 +71,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=OverridesAction, default={}, metavar='KEY=VALUE',
                         help='override settings, e.g. model.backbone.memory_cfg.chunk_size=196; a list is '
-                        'written key="[a,b]", without blanks')
+                        'written "key=[a,b]"')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
     parser.add_argument('--allow-pickle', action='store_true',
                         help='load checkpoints and pickled or YAML data files that hold more than tensors and plain '
@@ -58,8 +90,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add('config', help='path of a config, or the name of one that convneur_mm ships')
     add('checkpoint', help='path or URL of the checkpoint')
     add('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one, else the CPU)')
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='override settings of the '
-        'config, as for tools/test.py')
+    add('--cfg-options', nargs='+', action=OverridesAction, default={}, metavar='KEY=VALUE',
+        help='override settings of the config, as for tools/test.py')
     add('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors and plain values, '
         'which can run any code; without it such a file is refused')
 

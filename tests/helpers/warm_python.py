@@ -35,10 +35,10 @@ def warm_python() -> str:
     from pathlib import Path
     if not hasattr(os, 'pidfd_open'):
         return sys.executable
-    folder = Path(tempfile.mkdtemp(prefix='warm-python-'))
+    folder = Path(tempfile.mkdtemp(prefix='warm python '))
     program, address = folder / 'python', folder / 'socket'
-    script = shlex.quote(os.path.realpath(__file__))
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {script} call {address} "$@"\n')
+    command = shlex.join([sys.executable, '-IS', os.path.realpath(__file__), 'call', str(address)])
+    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     program.chmod(0o755)
     # Ends when this process does, however that may be: its standard input is then at its end.
     process = subprocess.Popen([sys.executable, os.path.realpath(__file__), 'serve', str(address)],

@@ -297,5 +297,5 @@ class TestTools:
         cfg.train_dataloader.dataset.pipeline.insert(1, dict(type='FailsAtTheSecond'))
         cfg.train_dataloader.update(batch_size=6, num_workers=1)
         cfg.dump('config.py')
-        assert re.fullmatch(r'\S+/mmseg/images/training/\d+\.jpg cannot be used: FailsAtTheSecond raised ValueError: '
+        assert re.fullmatch(r'.+/mmseg/images/training/\d+\.jpg cannot be used: FailsAtTheSecond raised ValueError: '
                             r'of the second \(.+:\d+\)', run('train'))

@@ -440,7 +440,7 @@ def test_a_training_with_workers_names_its_checkpoint_and_how_to_go_on(folder, t
     code, output = end(arguments, signal.SIGINT, r'Epoch\(train\) +\[2\]', folder)
     assert code == 130, output
     said = shlex.join([*map(str, arguments), '--resume'])
-    assert_one_line(output, rf'ended by Ctrl-C after \S*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
+    assert_one_line(output, rf'ended by Ctrl-C after .*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
 
 
 @pytest.mark.parametrize('signum, name, send, saved', [(signal.SIGINT, 'Ctrl-C', os.killpg, r'epoch_\d+'),
@@ -452,4 +452,4 @@ def test_a_training_of_two_processes(folder, tmp_path, signum, name, send, saved
     code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder, send)
     assert code == 128 + signum, output
     said = shlex.join([*map(str, arguments), '--resume'])
-    assert_one_line(output, rf'ended by {name} after \S*{saved}\.pth was saved; to go on: {re.escape(said)}')
+    assert_one_line(output, rf'ended by {name} after .*{saved}\.pth was saved; to go on: {re.escape(said)}')

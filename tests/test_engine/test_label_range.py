@@ -50,7 +50,7 @@ class TestSegmentation:
             labels[0, :5] = 11
 
         assert re.match(
-            r'\S*/labels/\d+\.png has label 11 after the pipeline: model\.decode_head takes 0 to 6 \(num_classes=7\) '
+            r'.*/labels/\d+\.png has label 11 after the pipeline: model\.decode_head takes 0 to 6 \(num_classes=7\) '
             r'and 255 \(ignore_index\); mend the label maps, or set num_classes .*; if 11 is no class, set '
             r'ignore_index=11 in the data sets, in all heads and in the evaluators$', train('semantic_fpn', change))
         # With the head told, it passes.
@@ -71,7 +71,7 @@ def test_objects_of_a_detector(tiny_config, run):
     cfg = tiny_config('cascade_rcnn')
     cfg.train_dataloader.dataset.pipeline.insert(-1, dict(type='LabelOfNothing'))
     cfg.dump('config.py')
-    assert re.match(r'\S*/mmdet/train/\d+\.jpg has objects with label 9: model\.roi_head\.bbox_head\[0\] takes '
+    assert re.match(r'.*/mmdet/train/\d+\.jpg has objects with label 9: model\.roi_head\.bbox_head\[0\] takes '
                     r'0 to 5 \(num_classes=6\); mend the annotations, or set num_classes of all heads', run('train'))
 
 
@@ -85,7 +85,7 @@ def test_images_of_a_classifier(tiny_config, shapes, run, collate):
     Path('train.txt').write_text('\n'.join(lines))
     cfg.train_dataloader.dataset.ann_file = str(Path('train.txt').absolute())
     cfg.dump('config.py')
-    assert re.match(r'\S*/mmpretrain/train/\S+\.jpg has label 6: model\.head takes 0 to 5 \(num_classes=6\); mend',
+    assert re.match(r'.*/mmpretrain/train/\S+\.jpg has label 6: model\.head takes 0 to 5 \(num_classes=6\); mend',
                     run('train'))
     Path('train.txt').write_text('\n'.join(line[:-1] + '5' for line in lines))
     assert run('train') is None

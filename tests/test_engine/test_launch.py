@@ -2,6 +2,7 @@
 import argparse
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from mmengine.config import Config
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from warm_python import warm_python
@@ -23,6 +26,7 @@ from convneur_mm.engine import launch
 from convneur_mm.engine.interrupts import Interrupted
 from convneur_mm.engine.launch import (
     LaunchError,
+    OverridesAction,
     find_config,
     load_config,
     make_parser,
@@ -40,6 +44,46 @@ from convneur_mm.stack import StackError
 
 ROOT = Path(__file__).parents[2]
 SHAPES = 'cascade_rcnn_convneur_m1_shapes'
+
+
+@pytest.mark.parametrize('word, expected', [
+    ('data_root=/my data/set 1/', '/my data/set 1/'),
+    ('x=/a  b', '/a  b'),
+    ('x="/a b/c"', '/a b/c'),
+    ("x=['/a b', \"c d\", e]", ['/a b', 'c d', 'e']),
+    ('x=(a b, (c d , [e f]))', ('a b', ('c d', ['e f']))),
+    ('x=/a b,/c d', ['/a b', '/c d']),
+    ('x=/a (1) [b]/c', '/a (1) [b]/c'),
+    ('x=( 1 , 2.5 , True , None )', (1, 2.5, True, None)),
+    ('x= 1 ', 1),
+    ('x=', ''),
+    ('x=a=b c', 'a=b c'),
+])
+def test_blanks_within_a_setting_stay(word, expected):
+    assert list(make_parser('').parse_args(['x.py', '--cfg-options', word]).cfg_options.values()) == [expected]
+
+
+@given(st.recursive(st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none() | st.from_regex(
+    r'[a-z_/.]+', fullmatch=True), lambda values: st.lists(values, min_size=1) | st.tuples(values, values)))
+def test_settings_without_blanks_are_read_as_mmengine_does(value):
+    """And with blanks that only set them apart."""
+    text = str(value).replace("'", '')
+    parsers = [argparse.ArgumentParser(), argparse.ArgumentParser()]
+    for parser, action in zip(parsers, (OverridesAction, DictAction)):
+        parser.add_argument('--cfg-options', nargs='+', action=action)
+    ours, theirs = (parser.parse_args(['--cfg-options', f'a.b={text}', 'c=1']) for parser in parsers)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize('words, expected', [
+    (['a=[1,', '2]'], r"--cfg-options: brackets do not match in 'a=\[1,'; a list is written \"KEY=\[a,b\]\""),
+    (['a=1', 'b'], '--cfg-options takes KEY=VALUE, got .b.; one with blanks is written "KEY=VALUE"'),
+    (['=1'], "--cfg-options takes KEY=VALUE, got '=1'"),
+])
+def test_settings_that_cannot_be_read_are_named(words, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_parser('').parse_args(['x.py', '--cfg-options', *words])
+    assert ended.value.code == 2 and re.search(expected, capsys.readouterr().err.replace('\n', ' '))
 
 
 @pytest.mark.parametrize('name', [
@@ -169,7 +213,7 @@ def test_the_help_of_the_arguments():
     shown = ' '.join(make_parser('What it does.').format_help().split())
     for part in ('What it does.', 'path of a config, or the name of one that convneur_mm ships',
                  '(default: work_dirs/<name of the config>)', '--cfg-options KEY=VALUE [KEY=VALUE ...]',
-                 'a list is written key="[a,b]", without blanks', 'job launcher', 'without it they are refused'):
+                 'a list is written "key=[a,b]"', 'job launcher', 'without it they are refused'):
         assert part in shown
     assert 'local_rank' not in shown and 'local-rank' not in shown
 

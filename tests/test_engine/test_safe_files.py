@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import runpy
+import shlex
 import struct
 import sys
 import tarfile
@@ -98,6 +99,10 @@ class Program(nn.Module):
         return x
 
 
+def touch(marker):
+    return shlex.join(['touch', str(marker)])
+
+
 def torchscript(marker):
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(Program(str(marker))), buffer)
@@ -128,12 +133,12 @@ def eval_through_getattr(marker):
 
 
 HOSTILE = {
-    'os.system': lambda marker: saved(dict(state_dict={}, x=Call(os.system, f'touch {marker}'))),
+    'os.system': lambda marker: saved(dict(state_dict={}, x=Call(os.system, touch(marker)))),
     'eval': lambda marker: saved(dict(state_dict={}, x=Call(eval, f'open({str(marker)!r}, "w")'))),
-    'key of a dict': lambda marker: saved({'state_dict': {}, Call(os.system, f'touch {marker}'): 1}),
+    'key of a dict': lambda marker: saved({'state_dict': {}, Call(os.system, touch(marker)): 1}),
     'getattr chain': eval_through_getattr,
     '_rebuild_from_type_v2': lambda marker: saved(
-        Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (f'touch {marker}',), {})),
+        Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (touch(marker),), {})),
     'functools.partial': lambda marker: saved(Call(functools.partial(open, str(marker), 'w'))),
     'nested torch.load': lambda marker: saved(
         Call(torch.storage._load_from_bytes, saved(Call(open, str(marker), 'w')))),
@@ -144,12 +149,12 @@ HOSTILE = {
     'log buffer of objects': lambda marker: saved(dict(state_dict={}, message_hub=dict(log_scalars=dict(
         loss=HistoryBuffer([Call(open, str(marker), 'w')], [1]))))),
     'dotted name': lambda marker: in_zip(
-        b'\x80\x04' + text('torch') + text('os.system') + b'\x93' + text(f'touch {marker}') + b'\x85R.'),
+        b'\x80\x04' + text('torch') + text('os.system') + b'\x93' + text(touch(marker)) + b'\x85R.'),
     '__setstate__ of an instance': lambda marker: in_zip(
         b'\x80\x02ccollections\nOrderedDict\n)R}' + text('__setstate__') + b'cos\nsystem\nsb'
-        + text(f'touch {marker}') + b'b.'),
-    'opcode INST': lambda marker: in_zip(b"(S'touch " + str(marker).encode() + b"'\nios\nsystem\n."),
-    'opcode OBJ': lambda marker: in_zip(b'(cos\nsystem\n' + text(f'touch {marker}') + b'o.'),
+        + text(touch(marker)) + b'b.'),
+    'opcode INST': lambda marker: in_zip(f'(S{touch(marker)!r}\nios\nsystem\n.'.encode()),
+    'opcode OBJ': lambda marker: in_zip(b'(cos\nsystem\n' + text(touch(marker)) + b'o.'),
     'old format': lambda marker: saved(Call(open, str(marker), 'w'), _use_new_zipfile_serialization=False),
     'bare pickle': lambda marker: pickle.dumps(Call(open, str(marker), 'w')),
     'pickle of protocol 0': lambda marker: pickle.dumps(Call(open, str(marker), 'w'), 0),

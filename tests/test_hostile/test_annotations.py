@@ -147,10 +147,10 @@ ROWS = [
     Row('crowd that is a word', first(iscrowd='no'), "iscrowd must be 0 or 1, got 'no'"),
     Row('size of another image', lambda content: content['images'][0].update(width=80), 'is 64 x 64 .* says 80 x 64'),
     Row('file that is missing', lambda content: content['images'][1].update(file_name='nowhere.jpg'), 'does not exist',
-        r'train_dataloader\.dataset: \S+/nowhere\.jpg does not exist'),
+        r'train_dataloader\.dataset: .+/nowhere\.jpg does not exist'),
     Row('folders that are missing', lambda content: [image.update(file_name=f'x/{image["file_name"]}')
                                                      for image in content['images']], 'does not exist',
-        r'train_dataloader\.dataset: \S+/x/000001\.jpg does not exist, nor do 2 other files'),
+        r'train_dataloader\.dataset: .+/x/000001\.jpg does not exist, nor do 2 other files'),
 ]
 
 

@@ -140,7 +140,7 @@ LISTS = [
         r'list\.txt cannot be read: ValueError'),
     Row('image twice', listed('a b.jpg 0\nc.jpg 5\nc.jpg 4'), 'line 3: c.jpg occurs before, with the label 5'),
     Row('image that is missing', listed('a b.jpg 0\nc.jpg 5\nd.jpg 4'), 'does not exist',
-        r'train_dataloader\.dataset: \S+/d\.jpg does not exist'),
+        r'train_dataloader\.dataset: .+/d\.jpg does not exist'),
     Row('empty', listed(''), 'names no image with a label', r'list\.txt'),
     Row('another encoding', listed('ä b.jpg 0\nc.jpg 5', 'latin-1'), 'is no text in UTF-8',
         r'list\.txt cannot be read: UnicodeDecodeError'),

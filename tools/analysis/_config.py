@@ -5,17 +5,17 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
-from convneur_mm.engine.launch import find_config, read_config
+from convneur_mm.engine.launch import OverridesAction, find_config, read_config
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The config and its overrides, as tools/train.py takes them."""
     parser.add_argument('config', metavar='CONFIG', help='path of a config, or the name of one that convneur_mm ships')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=OverridesAction, default={}, metavar='KEY=VALUE',
                         help='override settings, e.g. model.backbone.memory_cfg.chunk_size=196; a list is '
-                        'written key="[a,b]", without blanks')
+                        'written "key=[a,b]"')
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -37,11 +37,11 @@ if __name__ == '__main__':
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import DictAction
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from convneur_mm.apis import init_model
+from convneur_mm.engine.launch import OverridesAction
 from convneur_mm.models import NeuralMemory
 
 # Sizes that a dynamic graph is compared at, (N, H, W): small, odd, and as large as a detector's images.
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--check-shapes', type=shape_of, nargs='+', metavar='[Nx]HxW', help='with --dynamic: compare the file with the '
         f'model at these sizes (default: {" ".join("x".join(map(str, shape)) for shape in SIZES)})')
     add('--no-check', action='store_true', help='do not compare the file with the model')
-    add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='overrides of the config')
+    add('--cfg-options', nargs='+', action=OverridesAction, metavar='KEY=VALUE', help='overrides of the config')
     args = parser.parse_args(argv)
     if args.dynamic and (args.shape or args.batch_size != 1):
         parser.error('--shape and --batch-size are of a graph of one size: leave them or --dynamic out')

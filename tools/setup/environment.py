@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -261,8 +262,9 @@ class Environment:
         self.pip('convneur_mm', '--no-build-isolation', '--no-deps', '--editable', ROOT)
         # The kernels are an extra: a compiler that cannot do them (clang without OpenMP, say) must not cost the rest.
         if self.run_python('from convneur_mm.ops.neural_memory import cpu; assert cpu.kernels is not None'):
-            return (f'WITHOUT the CPU kernels, so the memory is slower on a CPU; why: {self.python} -m pip install -v '
-                    f'--no-build-isolation --no-deps -e {ROOT}')
+            command = [str(self.python), '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-deps', '-e',
+                       str(ROOT)]
+            return f'WITHOUT the CPU kernels, so the memory is slower on a CPU; why: {shlex.join(command)}'
         return 'CPU kernels compiled'
 
     # ---- helpers

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def install_command() -> str:
     """The command that compiles the kernels for the torch that is installed."""
     checkout = Path(__file__).resolve().parents[3]
     # The source is there in a checkout, and not where a wheel was installed.
-    source = f"-e '{checkout}'" if (checkout / 'setup.py').is_file() else 'path/to/convneur-mm'
+    source = f'-e {shlex.quote(str(checkout))}' if (checkout / 'setup.py').is_file() else 'path/to/convneur-mm'
     return f"pip install 'setuptools>=77,<82' wheel && pip install --no-build-isolation --no-deps {source}"
 
 
