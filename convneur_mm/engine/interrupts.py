@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import torch.distributed
 from mmengine.runner import Runner
@@ -150,24 +151,37 @@ def no_more_signals() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def leave(interrupted: Interrupted, message: str | None) -> None:
+def leave(interrupted: Interrupted, message: str | None) -> NoReturn:
     """Prints the message, if this process has one, and ends it without a traceback.
 
     Its exit code is that of a shell whose program was ended by the signal.
     """
     if message:
         print(message, file=sys.stderr, flush=True)
-    logging.shutdown()
-    for child in multiprocessing.active_children():
-        child.kill()  # data workers stay after SIGTERM
     code = 128 + interrupted.signum
     if torch.distributed.is_initialized():
-        # The other processes are gone or going, and the threads that talk to them would abort this one now and then.
-        sys.stdout.flush()
-        os._exit(code)
+        leave_others(code)
+    _leave_workers()
     for signum in NAMES:
         signal.signal(signum, signal.SIG_DFL)
     sys.exit(code)
+
+
+def leave_others(code: int) -> NoReturn:
+    """Ends one of several processes while the others go or are gone.
+
+    It leaves out the interpreter's own end, which the threads that talk to them would abort now and then: torchrun
+    would see another exit code.
+    """
+    _leave_workers()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _leave_workers() -> None:
+    logging.shutdown()
+    for child in multiprocessing.active_children():
+        child.kill()  # data workers stay after SIGTERM
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import os.path as osp
 import re
@@ -23,7 +24,7 @@ from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .class_checks import check_classes
 from .errors import LaunchError
 from .file_checks import check_data_files, check_no_pickled_data
-from .interrupts import Interrupted, leave, raised_signals
+from .interrupts import Interrupted, leave, leave_others, raised_signals
 from .loops import RESUMABLE_LOOPS
 from .quiet_console import quiet_prints
 from .settings import apply_settings
@@ -113,6 +114,8 @@ def run(main: Callable[[], None]) -> None:
             # before it repeats the message.
             time.sleep(1)
         print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
+        if torch.distributed.is_initialized():
+            leave_others(2)
         sys.exit(2)
 
 
@@ -121,14 +124,27 @@ def _run(main: Callable[[], None]) -> None:
         with quiet_prints():
             main()
         if torch.distributed.is_initialized():
-            # A group that is left to the end of the interpreter may abort it, when its threads are still at work.
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            _leave_group()
     except RuntimeError:
         if torch.distributed.is_initialized():
             # Most likely a signal has ended another process, and comes here within this time.
             time.sleep(1)
         raise
+
+
+def _leave_group() -> None:
+    """Leaves the process group when all processes have come here, and waits for its threads.
+
+    One that lets go of a tensor while the interpreter ends would abort it, after all work is done.
+    """
+    group = torch.distributed.group.WORLD
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # The threads end with the group, which what DDP made of the model holds, and so does the runner, whose parts hold
+    # each other. This variable has to be its last owner: only Python's own lets the threads at Python's objects
+    # while it waits for them.
+    gc.collect()
+    del group
 
 
 def _node_name(env: Mapping[str, str]) -> str:

@@ -120,6 +120,60 @@ def test_the_process_group_is_left_in_the_end(tmp_path):
     launch.run(lambda: None)
 
 
+# Objects hold each other and the process group, and its threads are late with tensors of Python's, as are those that
+# the machine lets wait after the last operation.
+LATE_THREADS = """
+import os, torch
+from convneur_mm.engine import launch
+from convneur_mm.engine.errors import LaunchError
+
+class Runner:
+    def __init__(self):
+        self.itself = self
+        self.model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+
+def gather():
+    for _ in range(10):
+        torch.distributed.all_gather([torch.empty(10_000_000)], torch.ones(10_000_000), async_op=True)
+
+def join():
+    torch.distributed.init_process_group('gloo', init_method={address!r}, rank=0, world_size=1)
+    torch.distributed.barrier = gather
+    Runner()
+
+def fail():
+    join()
+    gather()
+    raise LaunchError('faulty')
+
+torch.set_num_threads(1)
+print(len(os.listdir('/proc/self/task')))
+launch.run({main})
+print(len(os.listdir('/proc/self/task')))
+"""
+
+
+def run_with_late_threads(main, folder):
+    code = LATE_THREADS.format(address=f'file://{folder}/store', main=main)
+    return subprocess.run([warm_python(), '-c', code], text=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='counts threads as Linux lists them')
+class TestThreadsOfTheProcessGroup:
+    """They would abort the interpreter at its end."""
+
+    def test_they_are_waited_for(self, tmp_path):
+        done = run_with_late_threads('join', tmp_path)
+        assert (done.returncode, done.stderr) == (0, '')
+        before, after = done.stdout.split()
+        assert before == after
+
+    def test_a_process_that_fails_leaves_them(self, tmp_path):
+        done = run_with_late_threads('fail', tmp_path)
+        assert (done.returncode, done.stderr) == (2, 'error: faulty\n')
+        assert len(done.stdout.split()) == 1
+
+
 def test_sync_bn_becomes_bn():
     cfg = dict(head=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)), necks=[dict(norm_cfg=dict(type='SyncBN'))])
     without_sync_bn(cfg)
