@@ -133,18 +133,20 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _leave_group() -> None:
-    """Leaves the process group when all processes have come here, and waits for its threads.
+    """Leaves the process group, and those of hooks, when all processes have come here; waits for their threads.
 
     One that lets go of a tensor while the interpreter ends would abort it, after all work is done.
     """
-    group = torch.distributed.group.WORLD
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    backends = [group._get_backend(device) for group in groups for device in group._device_types]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # The threads end with the group, which what DDP made of the model holds, and so does the runner, whose parts hold
-    # each other. This variable has to be its last owner: only Python's own lets the threads at Python's objects
-    # while it waits for them.
+    # The threads end with their backend, that with its group, and a group with hooks and with what DDP made of the
+    # model: the runner's parts, which hold each other. These variables have to be the last owners, the backends' after
+    # the groups': the others wait for the threads without letting them at Python's objects, for ever.
     gc.collect()
-    del group
+    del groups
+    del backends
 
 
 def _node_name(env: Mapping[str, str]) -> str:

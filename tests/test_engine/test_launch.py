@@ -120,7 +120,7 @@ def test_the_process_group_is_left_in_the_end(tmp_path):
     launch.run(lambda: None)
 
 
-# Objects hold each other and the process group, and its threads are late with tensors of Python's, as are those that
+# Objects hold each other and process groups, whose threads are late with tensors of Python's, as are those that
 # the machine lets wait after the last operation.
 LATE_THREADS = """
 import os, torch
@@ -131,10 +131,11 @@ class Runner:
     def __init__(self):
         self.itself = self
         self.model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+        self.group = torch.distributed.new_group(backend='gloo')
 
 def gather():
-    for _ in range(10):
-        torch.distributed.all_gather([torch.empty(10_000_000)], torch.ones(10_000_000), async_op=True)
+    for group in list(torch.distributed.distributed_c10d._world.pg_map) * 10:
+        torch.distributed.all_gather([torch.empty(10_000_000)], torch.ones(10_000_000), group, async_op=True)
 
 def join():
     torch.distributed.init_process_group('gloo', init_method={address!r}, rank=0, world_size=1)
