@@ -12,10 +12,10 @@ from warm_python import warm_python
 pytestmark = pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the interpreter itself is taken elsewhere')
 
 SEEN = """
-import __main__, os, signal, sys
+import __main__, os, signal, sys, tempfile
 print(sys.argv, sys.flags.dont_write_bytecode or sys.dont_write_bytecode, sys.stdin.read(), os.getcwd())
 # Without folders that packages make for themselves.
-paths = [path for path in sys.path if 'warm' not in path and '/tmp/tmp' not in path]
+paths = [path for path in sys.path if 'warm' not in path and os.path.dirname(path) != tempfile.gettempdir()]
 print(paths, __name__, __main__.__dict__.get('__file__'))
 print(sorted(item for item in os.environ.items() if item[0] != 'PWD'))  # the shell sets it
 print(signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT))

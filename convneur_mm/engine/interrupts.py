@@ -160,25 +160,24 @@ def leave(interrupted: Interrupted, message: str | None) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
     code = 128 + interrupted.signum
     if torch.distributed.is_initialized():
-        leave_others(code)
-    _leave_workers()
+        exit_without_finalizing(code)
+    _end_logs_and_workers()
     for signum in NAMES:
         signal.signal(signum, signal.SIG_DFL)
     sys.exit(code)
 
 
-def leave_others(code: int) -> NoReturn:
-    """Ends one of several processes while the others go or are gone.
+def exit_without_finalizing(code: int) -> NoReturn:
+    """Ends one of several processes with this exit code, while the others end or have ended.
 
-    It leaves out the interpreter's own end, which the threads that talk to them would abort now and then: torchrun
-    would see another exit code.
+    The interpreter is not shut down: gloo's threads would abort it now and then, and torchrun see another exit code.
     """
-    _leave_workers()
+    _end_logs_and_workers()
     sys.stdout.flush()
     os._exit(code)
 
 
-def _leave_workers() -> None:
+def _end_logs_and_workers() -> None:
     logging.shutdown()
     for child in multiprocessing.active_children():
         child.kill()  # data workers stay after SIGTERM

@@ -24,7 +24,7 @@ from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .class_checks import check_classes
 from .errors import LaunchError
 from .file_checks import check_data_files, check_no_pickled_data
-from .interrupts import Interrupted, leave, leave_others, raised_signals
+from .interrupts import Interrupted, exit_without_finalizing, leave, raised_signals
 from .loops import RESUMABLE_LOOPS
 from .quiet_console import quiet_prints
 from .settings import apply_settings
@@ -115,7 +115,7 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(1)
         print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
         if torch.distributed.is_initialized():
-            leave_others(2)
+            exit_without_finalizing(2)
         sys.exit(2)
 
 
@@ -133,17 +133,18 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _leave_group() -> None:
-    """Leaves the process group, and those of hooks, when all processes have come here; waits for their threads.
+    """Leaves all process groups, those of hooks too, once every process has come here, and joins their threads.
 
-    One that lets go of a tensor while the interpreter ends would abort it, after all work is done.
+    A thread of gloo's that drops a tensor while the interpreter shuts down would abort it, after all work is done.
     """
+    # PyTorch has no public list of the groups, nor of their backends.
     groups = list(torch.distributed.distributed_c10d._world.pg_map)
     backends = [group._get_backend(device) for group in groups for device in group._device_types]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # The threads end with their backend, that with its group, and a group with hooks and with what DDP made of the
-    # model: the runner's parts, which hold each other. These variables have to be the last owners, the backends' after
-    # the groups': the others wait for the threads without letting them at Python's objects, for ever.
+    # Freeing a backend joins its threads. Its own Python object releases the GIL meanwhile; DDP's reducer, and the
+    # group's object in PyTorch 2.1, do not, which is a deadlock with a thread that needs the GIL to drop a tensor. So
+    # the other owners go first: the runner, whose parts refer to each other, then the groups.
     gc.collect()
     del groups
     del backends

@@ -120,8 +120,8 @@ def test_the_process_group_is_left_in_the_end(tmp_path):
     launch.run(lambda: None)
 
 
-# Objects hold each other and process groups, whose threads are late with tensors of Python's, as are those that
-# the machine lets wait after the last operation.
+# As after a run on a busy machine: a reference cycle owns process groups, whose threads still have tensors to drop
+# after the last barrier.
 LATE_THREADS = """
 import os, torch
 from convneur_mm.engine import launch
@@ -161,15 +161,15 @@ def run_with_late_threads(main, folder):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='counts threads as Linux lists them')
 class TestThreadsOfTheProcessGroup:
-    """They would abort the interpreter at its end."""
+    """gloo's would abort the interpreter while it shuts down."""
 
-    def test_they_are_waited_for(self, tmp_path):
+    def test_they_are_joined(self, tmp_path):
         done = run_with_late_threads('join', tmp_path)
         assert (done.returncode, done.stderr) == (0, '')
         before, after = done.stdout.split()
         assert before == after
 
-    def test_a_process_that_fails_leaves_them(self, tmp_path):
+    def test_an_error_keeps_its_exit_code(self, tmp_path):
         done = run_with_late_threads('fail', tmp_path)
         assert (done.returncode, done.stderr) == (2, 'error: faulty\n')
         assert len(done.stdout.split()) == 1
