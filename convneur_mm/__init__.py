@@ -6,13 +6,14 @@ MMEngine :mod:`convneur_mm.timm` works, which is imported by its own name.
 import importlib.util
 from typing import NoReturn
 
-from .stack import check_stack
+from .stack import check_stack, provide_operators
 
 __version__ = '0.1.0'
 __all__ = ['config', 'engine', 'models']
 
 if importlib.util.find_spec('mmengine'):
     check_stack()
+    provide_operators()
     from . import engine, models
     from .paths import config
 else:

@@ -48,7 +48,7 @@ def findings() -> Iterator[Finding]:
     """Looks at the parts one after another."""
     yield Finding(OK, f'Python {platform.python_version()}, {sys.executable}')
     try:
-        # Checks versions and compiled operators, and refuses to be imported if they do not fit.
+        # Refuses to be imported without what the models need.
         import convneur_mm
     except ImportError as error:
         yield Finding(BROKEN, f'packages: {error}')
@@ -61,13 +61,13 @@ def findings() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    from convneur_mm.stack import StackError, check_operators, installed_versions, require
+    from convneur_mm.stack import StackError, installed_versions, require, uses_compiled_mmcv
     versions = installed_versions()
     yield Finding(OK, ', '.join(f'{name} {versions[name]}' for name in sorted(versions)))
     try:
         if find_spec('mmcv'):
-            check_operators(versions)
-            yield Finding(OK, 'mmcv\'s compiled operators load')
+            yield Finding(OK, 'mmcv\'s operators: its own, compiled' if uses_compiled_mmcv() else
+                          'mmcv\'s operators: torchvision\'s in their place, as mmcv was not compiled')
     except StackError as error:
         yield Finding(BROKEN, str(error))
     for name in ('mmdet.models', 'mmseg.models', 'mmpretrain.models'):
@@ -84,7 +84,7 @@ def gpus() -> Iterator[Finding]:
     import torch
 
     from convneur_mm.engine.launch import why_no_gpu
-    from convneur_mm.stack import StackError, check_cuda_operators, installed_versions
+    from convneur_mm.stack import StackError, check_cuda_operators
     if not torch.cuda.is_available():
         yield Finding(NOTE, f'no GPU, {why_no_gpu()}: all runs on the CPU. If the machine has one, it needs NVIDIA\'s '
                       'driver and a torch built for CUDA, as tools/setup_env.sh installs')
@@ -93,8 +93,8 @@ def gpus() -> Iterator[Finding]:
     yield Finding(OK, f'{len(names)} GPU{"s" * (len(names) > 1)} ({", ".join(names)}), CUDA {torch.version.cuda}')
     try:
         if find_spec('mmcv'):
-            check_cuda_operators(installed_versions())
-            yield Finding(OK, 'mmcv has its CUDA operators')
+            check_cuda_operators()
+            yield Finding(OK, 'mmcv\'s operators are there for GPUs')
     except StackError as error:
         yield Finding(BROKEN, str(error))
 

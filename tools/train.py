@@ -20,6 +20,7 @@ from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.interrupts import going_on
 from convneur_mm.engine.quiet_console import build_runner
 from convneur_mm.engine.resume import check_same_checkpoint, checkpoint_after_restart, latest_checkpoint
+from convneur_mm.stack import uses_compiled_mmcv
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,8 +46,10 @@ def train(args: argparse.Namespace) -> None:
     if args.amp == 'fp16' and not launch.torch.cuda.is_available():
         raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible; --amp bf16 does not')
     cfg = launch.load_config(args, splits=('train', 'val'))
-    if args.amp == 'bf16' and cfg.get('default_scope') == 'mmdet' and not launch.torch.cuda.is_available():
-        raise launch.LaunchError('--amp bf16 trains no detector on a CPU, where mmcv\'s NMS takes float32 alone')
+    if (args.amp == 'bf16' and cfg.get('default_scope') == 'mmdet' and not launch.torch.cuda.is_available()
+            and uses_compiled_mmcv()):
+        raise launch.LaunchError('--amp bf16 trains no detector on a CPU with a compiled mmcv, whose NMS takes float32 '
+                                 'alone')
     if args.amp:
         use_amp(cfg.optim_wrapper, args.amp)
     if args.auto_scale_lr:

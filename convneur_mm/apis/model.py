@@ -27,7 +27,7 @@ from ..engine.quiet_console import quiet_prints
 from ..engine.safe_files import safe_loading
 from ..engine.settings import apply_settings
 from ..engine.weights_file import weights_of
-from ..stack import StackError, check_cuda_operators, installed_versions, require
+from ..stack import StackError, check_cuda_operators, require
 
 
 def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike | None = None,
@@ -107,7 +107,7 @@ def _read(config: str | os.PathLike | Config, options: dict) -> Config:
     try:
         require(f'{scope}.models')
         if scope == 'mmdet':
-            check_cuda_operators(installed_versions())
+            check_cuda_operators()
     except StackError as error:
         raise LaunchError(str(error)) from None
     return cfg

@@ -13,7 +13,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import track
 
@@ -144,6 +143,7 @@ def mask_to_segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]
         polygons = [((line.reshape(-1) + 0.5) / 2).tolist() for line in lines if len(line) >= 3]
         if polygons and np.array_equal(_decode(polygons, mask.shape), mask):
             return polygons
+    from pycocotools import mask as coco_mask  # which the core does without
     encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {'size': [int(side) for side in mask.shape], 'counts': encoded['counts'].decode('ascii')}
 
@@ -326,6 +326,7 @@ def _stem(index: int) -> str:
 
 
 def _decode(polygons: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
+    from pycocotools import mask as coco_mask
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape))).astype(bool)
 
 

@@ -19,7 +19,7 @@ import torch.distributed
 from mmengine.config import Config, DictAction
 
 from ..paths import config_root
-from ..stack import StackError, check_cuda_operators, installed_versions, require
+from ..stack import StackError, check_cuda_operators, require
 from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .class_checks import check_classes
 from .errors import LaunchError
@@ -138,15 +138,14 @@ def _leave_group() -> None:
     A thread of gloo's that drops a tensor while the interpreter shuts down would abort it, after all work is done.
     """
     # PyTorch has no public list of the groups, nor of their backends.
-    groups = list(torch.distributed.distributed_c10d._world.pg_map)
-    backends = [group._get_backend(device) for group in groups for device in group._device_types]
+    backends = [group._get_backend(device) for group in torch.distributed.distributed_c10d._world.pg_map
+                for device in group._device_types]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # Freeing a backend joins its threads. Its own Python object releases the GIL meanwhile; DDP's reducer, and the
-    # group's object in PyTorch 2.1, do not, which is a deadlock with a thread that needs the GIL to drop a tensor. So
-    # the other owners go first: the runner, whose parts refer to each other, then the groups.
+    # Freeing a backend joins its threads. Its own Python object releases the GIL meanwhile; DDP's reducer does not,
+    # which is a deadlock with a thread that needs the GIL to drop a tensor. So the other owners go first: the groups,
+    # and the runner, whose parts refer to each other.
     gc.collect()
-    del groups
     del backends
 
 
@@ -240,7 +239,7 @@ def read_config(path: str, options: dict) -> Config:
         if cfg.get('default_scope') in SCOPES:
             require(f'{cfg.default_scope}.models')
         if cfg.get('default_scope') == 'mmdet':
-            check_cuda_operators(installed_versions())
+            check_cuda_operators()
     except StackError as error:
         raise LaunchError(str(error)) from None
     return cfg
@@ -423,8 +422,6 @@ def why_no_gpu() -> str:
     if not too_old:
         return f'no usable CUDA device: {reason}'
     driver = int(too_old[1])
-    upstream_fits = driver >= 12000 and not torch.version.cuda.startswith('12.')
-    other = 'tools/setup_env.sh --stack openmmlab, for CUDA 12, or ' if upstream_fits else ''
     return (f'no usable CUDA device: the NVIDIA driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, torch '
             f'{torch.__version__} for CUDA {torch.version.cuda}: install a newer driver, or make an environment with '
-            f'another torch ({other}tools/setup_env.sh with TORCH_INDEX_URL)')
+            'another torch (tools/setup_env.sh with TORCH_INDEX_URL)')

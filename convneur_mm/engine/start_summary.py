@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+import torchvision
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
@@ -20,6 +21,7 @@ from ..models import ConvNeur, NeuralMemory
 from ..models.global_memory import GlobalMemory
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
+from ..stack import uses_compiled_mmcv
 from .checkpoint import checkpoint_weights, compare_weights
 from .model_wrappers import own_weights, unwrapped
 from .optim import BFloat16OptimWrapper
@@ -94,6 +96,7 @@ class StartSummaryHook(Hook):
             ('data', _data(runner, mode)),
             ('batches', _batches(runner, mode, loader)),
             ('device', _device(runner, model, loader)),
+            *_operators(runner),
             *(('note', note) for note in self.notes),
             ('results', _results(runner, mode)),
             ('log', _short(runner.logger.log_file)),
@@ -333,6 +336,13 @@ def _device(runner: Runner, model: nn.Module, loader: DataLoader) -> str:
     processes = _count(runner.world_size, 'process', 'processes')
     threads, workers = _count(torch.get_num_threads(), 'thread'), _count(loader.num_workers, 'data worker')
     return f'{name}, {processes}, each with {threads} and {workers}; {precision}'
+
+
+def _operators(runner: Runner) -> list[tuple[str, str]]:
+    if runner.cfg.get('default_scope') != 'mmdet':
+        return []
+    return [('operators', 'mmcv\'s own, compiled' if uses_compiled_mmcv() else
+             f'of torchvision {torchvision.__version__}, as mmcv was not compiled')]
 
 
 def _results(runner: Runner, mode: str) -> str:

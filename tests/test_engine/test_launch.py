@@ -366,7 +366,7 @@ def test_the_package_of_a_config_is_imported(scope, package, tmp_path, monkeypat
     (tmp_path / 'x.py').write_text(f'default_scope = {scope!r}\ntrain_dataloader = dict(num_workers=1)')
     required, checked = [], []
     monkeypatch.setattr(launch, 'require', required.append)
-    monkeypatch.setattr(launch, 'check_cuda_operators', checked.append)
+    monkeypatch.setattr(launch, 'check_cuda_operators', lambda: checked.append(True))
     cfg = read_config(str(tmp_path / 'x.py'), {'a.b': 1})
     assert required == [package] * (package is not None)
     assert len(checked) == (scope == 'mmdet')
@@ -655,10 +655,7 @@ OLD_DRIVER = ('The NVIDIA driver on your system is too old (found version {}). P
     ('13.0', 'Found no NVIDIA driver on your system. Please check that …', ['there is no NVIDIA driver here']),
     ('13.0', 'No CUDA GPUs are available', ['no usable CUDA device: No CUDA GPUs are available']),
     ('13.0', OLD_DRIVER.format(12040), ['is for CUDA 12.4', 'for CUDA 13.0', 'install a newer driver',
-                                        'tools/setup_env.sh --stack openmmlab', 'TORCH_INDEX_URL']),
-    ('13.0', OLD_DRIVER.format(12000), ['is for CUDA 12.0', '(tools/setup_env.sh --stack openmmlab, for CUDA 12, or ']),
-    ('13.0', OLD_DRIVER.format(11080), ['is for CUDA 11.8', 'for CUDA 13.0', '(tools/setup_env.sh with TORCH_']),
-    ('12.1', OLD_DRIVER.format(11040), ['is for CUDA 11.4', 'for CUDA 12.1', '(tools/setup_env.sh with TORCH_']),
+                                        '(tools/setup_env.sh with TORCH_INDEX_URL)']),
 ])
 def test_why_no_gpu(cuda, error, expected, monkeypatch):
     def fail():

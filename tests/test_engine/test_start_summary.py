@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from managers import forget_runs
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
@@ -25,7 +26,7 @@ from convneur_mm.engine.optim import BFloat16OptimWrapper
 from convneur_mm.engine.start_summary import chunk_lines, memory_groups, memory_path
 from convneur_mm.models import ConvNeur, NeuralMemory, OverLoCK
 from convneur_mm.ops.neural_memory import cpu
-from convneur_mm.ops.neural_memory.memory import HAS_CUSTOM_OPS as IS_NEW
+from convneur_mm.stack import uses_compiled_mmcv
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES, MAX_WIDTH = 40, 160
@@ -191,6 +192,8 @@ def test_a_training_says_what_it_is(detection):
     assert fact(start, 'batches').endswith(
         '2 images x 1 process = 2 a step; 1 epoch of 2 steps; validation every epoch')
     assert 'CPU, 1 process, each with 1 thread and 1 data worker; no mixed precision' in fact(start, 'device')
+    whose = "mmcv's own" if uses_compiled_mmcv() else f'of torchvision {torchvision.__version__}'
+    assert whose in fact(start, 'operators')
     assert fact(start, 'results').endswith(' work; checkpoint every epoch, the last 1 kept')
     assert re.search(r' work/(\w+)/\1\.log$', fact(start, 'log'))
     assert len([line for line in rest if 'Epoch(train)' in line]) == 2
@@ -392,8 +395,7 @@ def test_the_named_path_is_the_one_taken(monkeypatch):
     calls = []
     real = cpu.write_all
     monkeypatch.setattr(cpu, 'write_all', lambda *args: calls.append(1) or real(*args))
-    newer = [dict(compiled=True), dict(half=True)] if IS_NEW else []
-    for options in (dict(), dict(head_dim=8), dict(backend='reference'), *newer):
+    for options in (dict(), dict(head_dim=8), dict(backend='reference'), dict(compiled=True), dict(half=True)):
         compiled, half = options.pop('compiled', False), options.pop('half', False)
         memory, tokens = NeuralMemory(16, chunk_size=4, **options), torch.rand(1, 9, 16)
         if half:

@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'dependencies.md'
 BEGIN, END = '<!-- licences: begin -->\n', '<!-- licences: end -->\n'
-SETS = {'use': ('primary.txt',), 'tests and documentation': ('tests_primary.txt', 'build.txt')}
+SETS = {'use': ('primary.txt',), 'tests and documentation': ('tests_all.txt', 'build.txt')}
 # What different packages call the same licence.
 SHORT = {'Apache Software License': 'Apache-2.0', 'Apache 2.0': 'Apache-2.0', 'Apache License 2.0': 'Apache-2.0',
          'Apache License': 'Apache-2.0', 'Apache 2': 'Apache-2.0', 'LicenseRef-Apache-2.0': 'Apache-2.0',
