@@ -86,9 +86,10 @@ setup(
     packages=find_packages(include=['convneur_mm', 'convneur_mm.*']),
     include_package_data=False,
     entry_points={'console_scripts': ['convneur-mm = convneur_mm.cli:main']},
-    python_requires='>=3.10,<3.14',
-    # Empty on purpose: the two families of OpenMMLab packages share import names, and pip would install one
-    # beside the other. requirements/ holds the pinned stack, and the import of convneur_mm checks it.
+    python_requires='>=3.10',
+    # Empty on purpose: the import of convneur_mm names what is missing. The two families of OpenMMLab packages share
+    # import names, and pip would install one over the other. For torch pip would replace builds that it takes for older
+    # ones (NVIDIA's containers have such as 2.9.0a0), and for torchvision the torch that is there by the newest.
     install_requires=[],
     ext_modules=compiled.get('ext_modules', []),
     cmdclass={'build_py': BuildWithConfigs, **compiled.get('cmdclass', {})},

@@ -1,4 +1,4 @@
-"""CI does the same wherever it runs, and looks for known weaknesses in the packages of both stacks."""
+"""CI does the same wherever it runs, and looks for known weaknesses in the pinned packages."""
 import os
 import subprocess
 from pathlib import Path
@@ -15,14 +15,12 @@ def test_known_weaknesses_are_left_out_and_others_are_not(tmp_path):
     tool = tmp_path / 'pip-audit'
     tool.write_text('#!/bin/sh\necho "$@"\n')
     tool.chmod(0o755)
-    for stack in job['strategy']['matrix']['stack']:
-        words = subprocess.run(command.replace('${{ matrix.stack }}', stack), shell=True, cwd=ROOT, check=True,
-                               env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True,
-                               text=True).stdout.split()
-        assert (ROOT / words[words.index('-r') + 1]).is_file() and stack in words[words.index('-r') + 1]
-        known = [word for before, word in zip(words, words[1:], strict=False) if before == '--ignore-vuln']
-        assert {'CVE-2025-3000', 'GHSA-rrmf-rvhw-rf47', 'PYSEC-2026-139'} <= set(known)
-        assert all(word.split('-')[0] in ('CVE', 'GHSA', 'PYSEC') for word in known)
+    words = subprocess.run(command, shell=True, cwd=ROOT, check=True, capture_output=True, text=True,
+                           env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}).stdout.split()
+    assert (ROOT / words[words.index('-r') + 1]).name == 'versions.lock'
+    known = [word for before, word in zip(words, words[1:], strict=False) if before == '--ignore-vuln']
+    assert 'CVE-2024-12044' in known
+    assert all(word.split('-')[0] in ('CVE', 'GHSA', 'PYSEC') for word in known)
 
 
 def test_the_workflow_runs_what_ci_runs():
@@ -31,8 +29,7 @@ def test_the_workflow_runs_what_ci_runs():
     commands = [step['run'] for step in job['steps'] if 'run' in step]
     assert commands[0] == '${{ matrix.tests }}' and 'tools/check_docs.py' in commands[1]
     runs = job['strategy']['matrix']['include']
-    assert [run['tests'] for run in runs] == ['.ci/run', '.ci/run', 'tools/run_tests.sh --cov']
-    assert {run['python'] for run in runs} <= {'3.10', '3.11', '3.12', '3.13'}
+    assert [run['tests'] for run in runs].count('.ci/run') == 2
     script = ROOT / '.ci' / 'run'
     assert 'tools/run_tests.sh' in script.read_text() and os.access(script, os.X_OK)
     assert (ROOT / 'tools' / 'check_docs.py').exists()

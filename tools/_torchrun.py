@@ -59,7 +59,7 @@ if __name__ == '__main__':
     # Processes that are started again tell the checkpoints of this run from older ones by it.
     os.environ['CONVNEUR_LAUNCHED'] = str(time.time())
     set_threads(int(arguments.nproc_per_node))
-    # torch 2.1 warns that --standalone needs no address, which is that of none given.
+    # torchrun warns that --standalone needs no address, which is that of none given.
     logging.getLogger('torch.distributed.run').setLevel(logging.ERROR)
     # What it says of a failed process is in the error below as well.
     logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL)

@@ -389,8 +389,8 @@ def set_up_processes(cfg: Config) -> None:
 def use_new_store() -> None:
     """Has processes that torchrun has started again find each other in a store of their own, by their variables.
 
-    torchrun keeps a store for all its starts. There, newer versions of PyTorch let a process find the addresses of
-    those before, who are gone.
+    torchrun keeps a store for all its starts. There, PyTorch lets a process find the addresses of those before, who are
+    gone.
     """
     env = os.environ
     start = env.get('TORCHELASTIC_RESTART_COUNT', '0')

@@ -22,7 +22,6 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from .data_files import name_faulty_files, naming_annotations
-from .upstream import mend_class_weights
 from .written_config import lay_out_once
 
 # What MMEngine logs before the first step, beside records of several lines, and the summary says in fewer words.
@@ -100,8 +99,6 @@ def build_runner(cfg: Config) -> Runner:
     The first process alone writes the file of a test's metrics, which MMEngine lets all do, one in the other's text.
     """
     lay_out_once()
-    if cfg.get('default_scope') == 'mmseg':
-        mend_class_weights()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
     for hook in runner.hooks:
         if isinstance(hook, LoggerHook) and get_rank():

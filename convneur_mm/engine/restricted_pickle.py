@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
@@ -168,8 +169,8 @@ _PLAIN_OPCODES = (
 class Unpickler(pickle._Unpickler):
     """Python's unpickler with each operation that calls, looks up or changes an object replaced by a checked one."""
 
-    # Set by :func:`for_archive`.
-    archive: torch._C.PyTorchFileReader | None = None
+    # The bytes in the record of a storage, by its key, where :func:`for_archive` knows them.
+    record_size: Callable[[str], int] | None = None
     dispatch = _Opcodes({ord(opcode): pickle._Unpickler.dispatch[ord(opcode)] for opcode in _PLAIN_OPCODES})
 
     def find_class(self, module: str, name: str) -> Any:
@@ -287,27 +288,28 @@ class Unpickler(pickle._Unpickler):
             raise ForbiddenPickleError(f'the persistent id {reference!r}')
         for part, expected in zip(reference[2:5], (str, str, int)):
             _require(part, expected)
-        storage = self.persistent_load(reference)
-        if self.archive is not None:
-            # Not nbytes() of the typed one, which warns that PyTorch will do without it.
-            size = storage._untyped_storage.nbytes()
-            if size > len(self.archive.get_record(f'data/{reference[2]}')):
-                raise pickle.UnpicklingError(f'the storage {reference[2]} is longer than its record')
-        self.append(storage)
+        if self.record_size is not None:
+            _, kind, key, _, length = reference
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            if length * torch._utils._element_size(dtype) > self.record_size(key):
+                raise pickle.UnpicklingError(f'the storage {key} is longer than its record')
+        self.append(self.persistent_load(reference))
 
     dispatch[ord(pickle.BINPERSID)] = load_binpersid
 
 
 def for_archive(archive: torch._C.PyTorchFileReader) -> SimpleNamespace:
-    """What ``torch.load`` takes as ``pickle_module`` for a file of torch's zip format.
+    """What ``torch.load`` takes as ``pickle_module`` for a file of torch's zip format that it reads.
 
-    PyTorch 2.1 believes the sizes in the pickle, and would map memory behind a record that is shorter; later ones
-    compare them. The record is read once more for that.
+    Before 2.12 PyTorch believes the sizes in the pickle: it would hand out the memory behind a record that is shorter,
+    and write there where the file is of the other byte order. So each record is read once more, ahead of that, by
+    PyTorch's own reader: another one, such as zipfile, can be made to find other records in the same file.
 
     Args:
         archive (torch._C.PyTorchFileReader): The open file.
     """
-    checked = type('Unpickler', (Unpickler,), dict(archive=None if torch.__version__ >= (2, 12) else archive))
+    record_size = staticmethod(cache(lambda key: len(archive.get_record(f'data/{key}'))))
+    checked = type('Unpickler', (Unpickler,), dict(record_size=record_size))
     return SimpleNamespace(__name__=__name__, Unpickler=checked, load=load)
 
 

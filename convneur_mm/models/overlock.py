@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._mmengine import MODELS, ModuleList
-from .base import Backbone, check_common_options
+from .base import Backbone, as_output, check_common_options
 from .blocks import LayerNorm2d
 from .overlock_blocks import BaseBlock, ChannelScale, ContextDownsample, DilatedRepConv, DynamicBlock, conv_bn
 
@@ -201,8 +201,7 @@ class OverLoCK(Backbone):
 
     def _put_out(self, outs: list[Tensor], stage: int, x: Tensor) -> None:
         if stage in self.out_indices and not self.for_classifier:
-            # The permuted LayerNorm leaves channels_last memory, which mmcv's operators read as if it were NCHW.
-            outs.append(self.extra_norm[str(stage)](x).contiguous())
+            outs.append(as_output(self.extra_norm[str(stage)](x)))
 
     def switch_to_deploy(self) -> None:
         """Merges every Dilated RepConv into one convolution; the outputs in evaluation mode stay the same."""

@@ -62,9 +62,8 @@ class Recorder(Hook):
         self.lrs, self.grads = [], []
 
     def before_train(self, runner: Runner) -> None:
-        # Not as a hook, which PyTorch 2.1 forgets where something was compiled before.
-        optimizer, step = runner.optim_wrapper.optimizer, runner.optim_wrapper.optimizer.step
-        optimizer.step = lambda *args: self.grads.append(runner.model.weight.grad.item()) or step(*args)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(
+            lambda *args: self.grads.append(runner.model.weight.grad.item()))
 
     def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         self.lrs.append(runner.optim_wrapper.param_groups[0]['lr'])

@@ -12,7 +12,6 @@ from mmpretrain.structures import DataSample
 import convneur_mm
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
 def test_compiled_training_step_learns_the_same():
     cfg = Config.fromfile(convneur_mm.config('convneur_m1_shapes'))
     init_default_scope('mmpretrain')

@@ -19,8 +19,6 @@ SCRIPT = Path(__file__).parents[1] / 'helpers' / 'sharded_training.py'
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """Of two iterations with weight decay and clipped gradients, the second one resumed; one process has loaded it."""
-    if not sharding.runs_here():
-        pytest.skip(f'PyTorch {torch.__version__} divides a model among GPUs alone')
     folder = tmp_path_factory.mktemp('sharded')
     done = subprocess.run([warm_python(), SCRIPT, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -57,19 +55,6 @@ def test_one_process_has_the_whole_model_and_trains_nothing(tmp_path):
         BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(model, optim_wrapper=dict(optimizer=dict(type='SGD', lr=1.)))
 
 
-def test_a_pytorch_that_wants_gpus_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, 'is_distributed', lambda: True)
-    monkeypatch.setattr(torch.cpu, 'Stream', type('Stream', (), {}))
-    with pytest.raises(LaunchError, match=r'PyTorch \S+ divides a model among GPUs alone, and none is visible; leave '
-                                          'out'):
-        BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(tiny_model('classifier'))
-
-
-def test_cpus_will_do_with_a_newer_pytorch():
-    """Otherwise the tests above would be left out without anybody noticing."""
-    assert sharding.runs_here() or torch.__version__.startswith('2.1.')
-
-
 @pytest.mark.parametrize('kind, settings', [('OptimWrapper', {}), ('AmpOptimWrapper', dict(use_fsdp=True))])
 def test_processes_agree_on_the_steps_that_half_precision_leaves_out(kind, settings, tmp_path, monkeypatch):
     class Built(Exception):
@@ -79,7 +64,6 @@ def test_processes_agree_on_the_steps_that_half_precision_leaves_out(kind, setti
         raise Built({name: value for name, value in config.items() if name not in ('type', 'optimizer')})
 
     monkeypatch.setattr(sharding, 'is_distributed', lambda: True)
-    monkeypatch.setattr(sharding, 'runs_here', lambda: True)
     monkeypatch.setattr(sharding, 'build_optim_wrapper', build)
     with pytest.raises(Built) as built:
         BlockFSDPStrategy(work_dir=str(tmp_path)).prepare(

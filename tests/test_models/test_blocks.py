@@ -194,7 +194,6 @@ def test_with_cp_keeps_less(fusion):
     assert kept[True] <= x.numel()
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4), reason='needs torch 2.4 or newer')
 @pytest.mark.parametrize('rule', ['sequential', 'parallel'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_block_compiles_in_one_graph(rule, dtype, tolerance):

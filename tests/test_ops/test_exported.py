@@ -4,9 +4,6 @@ import torch
 
 from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.ops.neural_memory import RETRIEVALS, UPDATE_RULES
-from convneur_mm.ops.neural_memory.exported import is_exporting
-
-pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch without scans')
 
 
 def written_memory(**options) -> NeuralMemory:
@@ -82,4 +79,4 @@ def test_states_are_refused():
 
     with pytest.raises(ValueError, match='begins anew with each image'):
         export(Carries(), torch.randn(1, 5, 16))
-    assert not is_exporting()
+    assert not torch.compiler.is_exporting()

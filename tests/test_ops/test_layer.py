@@ -151,7 +151,6 @@ def test_nothing_to_read(backend, options, batch, tokens):
         assert call(x, LayerWeights(*weights), backend, **options)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not memory_module.HAS_CUSTOM_OPS, reason='needs torch 2.4 or newer')
 @pytest.mark.parametrize('batch, tokens', [(0, 21), (2, 0)])
 def test_nothing_to_read_compiled(batch, tokens):
     def forward(x, *weights):
@@ -262,9 +261,6 @@ def test_finite_under_stress(backend, rule, dtype):
         assert all(z.any() for z in (of_weights.query, of_weights.proj, of_weights.w1, of_weights.w2)), case
 
 
-stands_in_for_gpus = pytest.mark.skipif(not memory_module.HAS_CUSTOM_OPS, reason='needs torch 2.4 or newer')
-
-
 class DeviceOnly(TorchDispatchMode):
     """Refuses what a device would wait for: tensors of the host, its numbers, and sizes that depend on its numbers."""
 
@@ -276,7 +272,6 @@ class DeviceOnly(TorchDispatchMode):
         return result
 
 
-@stands_in_for_gpus
 def test_device_only_refuses():
     with FakeTensorMode():
         x = torch.empty(3, device='cuda')
@@ -286,7 +281,6 @@ def test_device_only_refuses():
                 wait()
 
 
-@stands_in_for_gpus
 @pytest.mark.parametrize('rule', UPDATE_RULES)
 @pytest.mark.parametrize('retrieve', RETRIEVALS)
 @pytest.mark.parametrize('return_state', [False, True])

@@ -20,8 +20,6 @@ from convneur_mm.ops.neural_memory import memory as memory_module
 from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 from convneur_mm.ops.neural_memory.types import MemoryWeights
 
-needs_operators = pytest.mark.skipif(not memory_module.HAS_CUSTOM_OPS, reason='needs torch 2.4 or newer')
-
 
 def tensors(form: str) -> list[torch.Tensor]:
     """All tensors of a call of 2 images, 25 tokens and 2 heads, leaves."""
@@ -41,7 +39,6 @@ def tensors(form: str) -> list[torch.Tensor]:
     return [*rows, *(draw(batch, heads, tokens, d) for _ in range(3)), *memory]
 
 
-@needs_operators
 @pytest.mark.usefixtures('nan_in_new_tensors')
 @pytest.mark.parametrize('form, options', [
     ('layer', MemoryOptions(20)), ('layer', MemoryOptions(40)),
@@ -57,7 +54,6 @@ def test_operator(form, options):
                               test_utils=utils if form == 'layer' else utils[:3])
 
 
-@needs_operators
 def test_schema_is_that_of_the_options():
     """An option that is added to the type reaches the operator by itself."""
     names = [argument.name for argument in torch.ops.convneur_mm.memory.default._schema.arguments]
@@ -111,8 +107,6 @@ class Seen:
 @pytest.mark.parametrize('code', [pytest.param('cpp', marks=pytest.mark.needs('kernels')), 'pytorch', 'reference'])
 def test_inner_loop_under_autocast(monkeypatch, code, rule, dtype):
     """Of a layer, whose projections are in half precision: what the inner loop gets and returns is float32."""
-    if dtype == torch.float16 and torch.__version__.startswith('2.1.'):
-        pytest.skip('PyTorch 2.1 has no autocast to float16 on a CPU')
     seen = Seen()
     if code == 'reference':
         monkeypatch.setattr(reference, 'read', seen.watch('read', reference.read))
@@ -130,11 +124,10 @@ def test_inner_loop_under_autocast(monkeypatch, code, rule, dtype):
         monkeypatch.setattr(memory_module, 'kernels_for', kernels_for)
     _, _, x, *weights = tensors('layer')
     with torch.autocast('cpu', dtype=dtype):
-        lowered = product().dtype  # older versions of PyTorch leave float16 out
         y, state = neural_memory_layer(
             x, LayerWeights(*weights), eps=1e-6, chunk_size=7, update_rule=rule, return_state=True,
             backend='reference' if code == 'reference' else 'chunked')
-        assert y.dtype == lowered
+        assert y.dtype == dtype
         torch.autograd.backward([y, *state], [torch.ones_like(z) for z in (y, *state)])
     assert set(seen.dtypes) == ({'read'} if code == 'reference' else set(functions))
     assert all(found == {torch.float32} for found in seen.dtypes.values())

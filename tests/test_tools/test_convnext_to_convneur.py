@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from convneur_mm import config
 from convneur_mm.engine.checkpoint import read_checkpoint
-from convneur_mm.engine.upstream import mend_class_weights
 from convneur_mm.models import ConvNeur
 
 pytestmark = pytest.mark.needs('timm', 'mmpretrain')
@@ -352,8 +351,8 @@ def test_it_finds_what_it_imports(monkeypatch):
 def segmentation_batch() -> dict:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
-    samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(2, (1, 64, 64)))) for _ in range(2)]
-    return dict(inputs=[torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples], data_samples=samples)
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(2, (1, 96, 96)))) for _ in range(2)]
+    return dict(inputs=[torch.randint(256, (3, 96, 96), dtype=torch.uint8) for _ in samples], data_samples=samples)
 
 
 def detection_batch() -> dict:
@@ -371,7 +370,6 @@ def test_detectors_and_segmentors_start_from_it(tool, name, batch, tmp_path):
     saved = torch.load(tmp_path / 'y.pth', weights_only=True)['state_dict']
     cfg = Config.fromfile(config(name))
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'y.pth'))
-    mend_class_weights()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
         model.init_weights()

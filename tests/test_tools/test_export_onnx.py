@@ -16,7 +16,6 @@ from convneur_mm.models import NeuralMemory
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'deploy'
 onnx, onnxruntime, openvino = map(pytest.importorskip, ('onnx', 'onnxruntime', 'openvino'))
-pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch without scans')
 
 ONE_STAGE = dict(depths=[1], channels=[32], mem_channels=16, _delete_=True)
 

@@ -237,8 +237,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         call()
     # The raw events: building the profiler's own tables of them takes minutes for long calls.
     events = [event for event in profile.kineto_results.events() if event.name() == '[memory]']
-    # Older versions of torch only know microseconds.
-    events.sort(key=lambda event: event.start_ns() if hasattr(event, 'start_ns') else event.start_us())
+    events.sort(key=lambda event: event.start_ns())
     held = most = 0
     for event in events:
         held += event.nbytes()

@@ -42,8 +42,7 @@ def count_flops(module: nn.Module, *inputs: Tensor) -> float:
 
 def count_call(call: Callable[[], Output]) -> tuple[Output, float]:
     """What ``call`` returns, and its multiply-accumulates as :func:`count_flops` counts them."""
-    attention = getattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu', None)  # torch 2.2 and later
-    mapping = {} if attention is None else {attention: _attention_flops}
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         output = call()
     return output, counter.get_total_flops() / 2

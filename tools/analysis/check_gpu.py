@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     device = bench.parse_device(args.device)
     if not triton.is_available(torch.empty(0, device=device)):
-        raise ValueError(f'no Triton 3.3 or newer that runs kernels on {device} (on a CPU: with TRITON_INTERPRET=1)')
+        raise ValueError(f'no Triton that runs kernels on {device} (on a CPU: with TRITON_INTERPRET=1)')
     bench.print_machine(bench.describe_machine(device))
     found = {}
     for name, task in TASKS.items():

@@ -79,8 +79,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f'{", ".join(missing)} missing: pip install {" ".join(missing)}')
-    if not hasattr(torch.compiler, 'is_exporting'):
-        parser.error(f'PyTorch {torch.__version__} cannot export scans: use 2.7 or later')
     return args
 
 

@@ -196,6 +196,8 @@ class Environment:
     def install_ourselves(self) -> str:
         self.pip('convneur_mm', '--no-build-isolation', '--no-deps', '--editable', ROOT)
         # The kernels are an extra: a compiler that cannot do them (clang without OpenMP, say) must not cost the rest.
+        if 'CXX' not in self.env:
+            return 'without the CPU kernels, as there is no C++ compiler: the memory is slower on a CPU'
         if self.run_python('from convneur_mm.ops.neural_memory import cpu; assert cpu.kernels is not None'):
             command = [str(self.python), '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-deps', '-e',
                        str(ROOT)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .contract import WriteGradients, Written
-from .types import MemoryOptions, UpdateGenerators, is_compiling
+from .types import MemoryOptions, UpdateGenerators
 
 # Compiled code fits one version of torch; its name, which setup.py gives it, says which.
 MODULE = '_cpu_' + re.sub(r'\W', '_', torch.__version__.split('+')[0])
@@ -49,7 +49,7 @@ def refuses(tokens: Tensor, rows: Tensor, options: MemoryOptions) -> str | None:
     if (tokens.size(-2), rows.size(-2)) != (HEAD_DIM, 2 * HIDDEN_DIM):
         return (f'takes heads of {HEAD_DIM} channels with {HIDDEN_DIM} hidden units, got {tokens.size(-2)} with '
                 f'{rows.size(-2) // 2}')
-    if is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return 'is not seen by what watches the operators'
     if missing:
         _warn_once()
@@ -69,7 +69,7 @@ def install_command() -> str:
     checkout = Path(__file__).resolve().parents[3]
     # The source is there in a checkout, and not where a wheel was installed.
     source = f'-e {shlex.quote(str(checkout))}' if (checkout / 'setup.py').is_file() else 'path/to/convneur-mm'
-    return f"pip install 'setuptools>=77,<82' wheel && pip install --no-build-isolation --no-deps {source}"
+    return f"pip install 'setuptools>=77' && pip install --no-build-isolation --no-deps {source}"
 
 
 def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, rows: Tensor, momentum: Tensor,

@@ -11,18 +11,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 from .reference import bound
 from .types import NORMALIZE_EPS, LayerWeights, MemoryOptions, MemoryWeights, UpdateGenerators, no_autocast
 
-# Older versions of torch do not have it.
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-
 
 def neural_memory_exported(q: Tensor, k: Tensor, v: Tensor, weights: MemoryWeights, options: MemoryOptions) -> Tensor:
     """Reads (B, h, N, d) of :func:`convneur_mm.ops.neural_memory.neural_memory`; B and N may be symbolic."""
-    from torch._higher_order_ops.scan import scan  # only in versions that have is_exporting
-
     (heads, d, hidden), (batch, _, num_tokens, _) = weights.w1.shape, q.shape
     length, final = options.chunk_size, options.retrieve == 'final'
     num_chunks = (num_tokens + length - 1) // length

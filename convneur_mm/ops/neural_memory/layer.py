@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exported import is_exporting, layer_exported
+from .exported import layer_exported
 from .memory import Settings, run
 from .op import check_tensors, refuse_state, resolve_backend
 from .reference import layer_reference
@@ -44,7 +44,7 @@ def neural_memory_layer(
         raise ValueError(f'x must have shape (B, N, {heads * d}), got {tuple(x.shape)}')
     check_tensors({'x': x, **dict(zip(LayerWeights._fields, weights))}, x.size(0), heads, d, weights.w1, weights.w2,
                   weights.memory.generators, state)
-    if is_exporting():
+    if torch.compiler.is_exporting():
         refuse_state(state, options)
         return layer_exported(x, weights, eps, options), None
     if backend == 'reference' and x.numel():

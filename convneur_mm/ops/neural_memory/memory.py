@@ -24,7 +24,6 @@ from .types import (
     MemoryState,
     MemoryWeights,
     check_inner_dtype,
-    is_compiling,
     no_autocast,
     pack,
     unpack,
@@ -100,7 +99,7 @@ def run(tokens: Sequence[Tensor], weights: LayerWeights | MemoryWeights, state: 
         # As in layers of PyTorch an empty input has an empty output and gradients of zero, which DDP waits for.
         y = tokens[0] + sum(x.flatten()[:0].sum() for x in tensors)
         rows, momentum = rows.clone(), momentum.clone()
-    elif is_compiling() and HAS_CUSTOM_OPS:
+    elif torch.compiler.is_compiling():
         y, rows, momentum, *_ = operator_forward(tensors, *settings[:-1], *settings.options)
     else:
         y, rows, momentum = _Memory.apply(settings, *tensors)
@@ -362,8 +361,6 @@ def _reference(call: Tensors, settings: Settings) -> tuple[Tensor, ...]:
 
 # ---- for compilers, to which a call is one opaque operator: unrolled, its loops would be thousands of operations
 
-HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')  # since torch 2.4
-
 
 def _operator_forward(tensors, keep, eps, dtype, backend, *options) -> list[Tensor]:
     return _forward(tensors, Settings(keep, eps, dtype, backend, MemoryOptions(*options)))
@@ -384,16 +381,15 @@ def _differentiate(ctx, grads) -> tuple:
     return operator_backward(tensors, kept, grads[:3], *ctx.settings), *[None] * (1 + len(ctx.settings))
 
 
-if HAS_CUSTOM_OPS:
-    _SETTINGS = 'float eps, ScalarType dtype, str backend, ' + ', '.join(
-        f'{kind.__name__} {name}' for name, kind in get_type_hints(MemoryOptions).items())
-    operator_forward = torch.library.custom_op(
-        'convneur_mm::memory', _operator_forward, mutates_args=(),
-        schema=f'(Tensor[] tensors, bool keep, {_SETTINGS}) -> Tensor[]')
-    operator_backward = torch.library.custom_op(
-        'convneur_mm::memory_backward', _operator_backward, mutates_args=(),
-        schema=f'(Tensor[] tensors, Tensor[] kept, Tensor[] grads, {_SETTINGS}) -> Tensor[]')
-    # The same code finds shapes, on tensors without numbers.
-    operator_forward.register_fake(_operator_forward)
-    operator_backward.register_fake(_operator_backward)
-    operator_forward.register_autograd(_differentiate, setup_context=_keep)
+_SETTINGS = 'float eps, ScalarType dtype, str backend, ' + ', '.join(
+    f'{kind.__name__} {name}' for name, kind in get_type_hints(MemoryOptions).items())
+operator_forward = torch.library.custom_op(
+    'convneur_mm::memory', _operator_forward, mutates_args=(),
+    schema=f'(Tensor[] tensors, bool keep, {_SETTINGS}) -> Tensor[]')
+operator_backward = torch.library.custom_op(
+    'convneur_mm::memory_backward', _operator_backward, mutates_args=(),
+    schema=f'(Tensor[] tensors, Tensor[] kept, Tensor[] grads, {_SETTINGS}) -> Tensor[]')
+# The same code finds shapes, on tensors without numbers.
+operator_forward.register_fake(_operator_forward)
+operator_backward.register_fake(_operator_backward)
+operator_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exported import is_exporting, neural_memory_exported
+from .exported import neural_memory_exported
 from .memory import Settings, run
 from .reference import neural_memory_reference
 from .types import MemoryOptions, MemoryState, MemoryWeights, UpdateGenerators, check_choice
@@ -73,7 +73,7 @@ def neural_memory(
     batch, heads, _, d = q.shape
     check_tensors(dict(q=q, k=k, v=v), batch, heads, d, w1, w2, generators, state)
     weights = MemoryWeights(w1, w2, *generators)
-    if is_exporting():
+    if torch.compiler.is_exporting():
         refuse_state(state, options)
         return neural_memory_exported(q, k, v, weights, options).to(q.dtype), None
     if backend == 'reference' and q.numel():

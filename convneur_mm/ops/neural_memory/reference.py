@@ -23,17 +23,12 @@ from .types import (
 
 def read(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """M(z) = z + GELU(z·W1)·W2 for ``z`` (B, h, L, d), ``w1`` (B, h, d, e) and ``w2`` (B, h, e, d)."""
-    return z + gelu(z @ w1) @ w2
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x·Φ(x). On CPUs, PyTorch 2.1's own returns wrong gradients where they lie in memory as ``x`` does not."""
-    return x * torch.special.ndtr(x)
+    return z + F.gelu(z @ w1) @ w2
 
 
 def update_coefficients(surprise: Tensor, generators: UpdateGenerators, inner_step: float) -> tuple[Tensor, ...]:
     """Step θ, momentum η and decay α, each (B, h, d), from the per-channel surprise (B, h, d)."""
-    hidden = gelu(F.linear(surprise.flatten(1), generators.in_weight, generators.in_bias))
+    hidden = F.gelu(F.linear(surprise.flatten(1), generators.in_weight, generators.in_bias))
     out = F.linear(hidden, generators.out_weight, generators.out_bias).sigmoid()
     step, momentum, decay = (c.reshape(surprise.shape) for c in out.chunk(3, dim=-1))
     return inner_step * step, momentum, decay

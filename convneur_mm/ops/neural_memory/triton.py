@@ -22,13 +22,12 @@ from .types import MemoryOptions, UpdateGenerators
 
 try:
     import triton
-
-    # Kernel arguments that are tuples came with 3.3.
-    HAS_TRITON = tuple(int(x) for x in triton.__version__.split('.')[:2]) >= (3, 3)
 except ImportError:
     HAS_TRITON = False
-if HAS_TRITON:
+else:
     from . import triton_kernels as kernels
+
+    HAS_TRITON = True
 
 __all__ = ['HAS_TRITON', 'normalize_', 'normalize_backward_', 'read_all', 'read_all_backward', 'refuses', 'write_all',
            'write_all_backward']
@@ -50,7 +49,7 @@ def is_available(x: Tensor) -> bool:
 
 def refuses(tokens: Tensor, rows: Tensor, options: MemoryOptions) -> str | None:
     if not is_available(tokens):
-        return f'needs Triton 3.3 or newer and CUDA tensors, got tensors on {tokens.device}'
+        return f'needs Triton and CUDA tensors, got tensors on {tokens.device}'
     if tokens.dtype != torch.float32:
         return f'takes tensors of up to 32 bits, got {tokens.dtype}'
     d, e = rows.size(-1), rows.size(-2) // 2

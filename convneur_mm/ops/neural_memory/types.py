@@ -8,10 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Older versions of torch do not have it, and cannot compile the memory in any case.
-is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
-
-
 # Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
 # zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
 # 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.

@@ -159,14 +159,12 @@ def test_backbone_trains_with_checkpointing(branch, fusion):
         assert (generators[2].bias.detach() == torch.tensor([-2.0, 0.0, -4.0]).repeat_interleave(16)).all()
 
 
-@pytest.mark.skipif(not hasattr(torch.export, 'Dim'), reason='PyTorch 2.1 exports no generators')
 @pytest.mark.parametrize('branch', [name for name in OTHERS if name != 'titans'])  # the memory has operators of its own
 def test_export_takes_operators_of_pytorch_alone(branch):
     model = make(branch).eval()
     x = torch.randn(1, 6, 4, 5)
     program = torch.export.export(model, (x,))
-    run = program.module() if hasattr(program, 'module') else program  # before torch 2.2 it is called itself
-    torch.testing.assert_close(run(x), model(x))
+    torch.testing.assert_close(program.module()(x), model(x))
     targets = [node.target for node in program.graph.nodes if node.op == 'call_function']
     assert targets and all(getattr(target, 'namespace', 'aten') == 'aten' for target in targets)
 
