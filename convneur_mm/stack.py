@@ -229,7 +229,7 @@ def uses_compiled_mmcv() -> bool:
     Raises:
         StackError: If they were compiled for another torch.
     """
-    return import_module('mmcv._ext').__spec__.origin != str(OPERATORS)
+    return Path(import_module('mmcv._ext').__spec__.origin).name != OPERATORS.name
 
 
 def check_cuda_operators() -> None:

@@ -100,7 +100,7 @@ def trained(task, folder, *args, more=''):
 
 def test_detection(tmp_path):
     path, checkpoint, printed = trained('detection', tmp_path, '--auto-scale-lr')
-    assert 'data      train 4 images; val 2 images; 3 classes: date, fig, hazelnut' in printed
+    assert re.search(r'data +train 4 images; val 2 images; 3 classes: date, fig, hazelnut', printed)
     assert checkpoint['meta']['dataset_meta']['classes'] == ('date', 'fig', 'hazelnut')
     for stage in range(3):
         assert checkpoint['state_dict'][f'roi_head.mask_head.{stage}.conv_logits.weight'].size(0) == 3

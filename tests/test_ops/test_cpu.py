@@ -86,9 +86,10 @@ def test_older_processors():
     """
     order = list(SETS)
     has, _ = python('-c', code).split()
-    for capability in SETS:
+    # PyTorch does not compare the variable with the processor, and would run what that does not have.
+    for capability in order[:order.index(has) + 1] if has in order else ['']:
         allowed, used = python('-c', code, capability=capability).split()
-        assert allowed == (min(has, capability, key=order.index) if has in order else has)
+        assert allowed == (capability or has)
         expected = SETS.get(allowed, 'baseline')
         assert used == (expected if expected in cpu.kernels.INSTRUCTION_SETS else 'baseline')
 
