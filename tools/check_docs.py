@@ -37,7 +37,7 @@ PAGES = ('README.md', 'CONTRIBUTING.md', 'tests/README.md', *sorted(
 # Launchers in bash, and the tool that takes the rest of their arguments.
 TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.sh': 'tools/train.py',
                     'tools/dist_test.sh': 'tools/test.py', 'tools/slurm_test.sh': 'tools/test.py',
-                    'tools/quickstart.sh': 'tools/quickstart.py', 'tools/setup_env.sh': 'tools/setup/environment.py'}
+                    'tools/quickstart.sh': 'tools/quickstart.py'}
 # Where options of several tools are defined, by the name that such a tool imports.
 SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
                   '_benchmark': 'tools/analysis/_benchmark.py'}
@@ -48,7 +48,6 @@ NOT_RUN = {
     'tools/quickstart.sh': 'takes ten minutes and more; tests/test_tools/test_quickstart.py runs it on less',
     'tools/run_tests.sh': 'is what CI runs',
     'tools/setup_env.sh': 'is what CI begins with',
-    'FORCE_CUDA=1': 'needs CUDA',
     'tools/dist_train.sh': 'needs COCO, ADE20K or ImageNet; tests/test_configs and tests/test_tools/test_dist.py train',
     'tools/dist_test.sh': 'needs COCO or ADE20K; tests/test_tools/test_dist.py tests on two processes',
     'tools/train.py configs': 'takes minutes or days; tests/test_configs trains every config on generated data',
@@ -149,7 +148,9 @@ def blocks(page: str) -> Iterator[Block]:
 
 @cache
 def options_of(path: str) -> frozenset[str]:
-    """The options that a tool defines, itself or by what it shares with others."""
+    """The options that a tool defines, itself or by what it shares with others; those a script in bash speaks of."""
+    if path.endswith('.sh'):
+        return frozenset(re.findall(r'(?<!\S)--[a-z-]+', (ROOT / path).read_text(encoding='utf-8')))
     tree = ast.parse((ROOT / path).read_text(encoding='utf-8'))
     found, modules = set(), set()
     for node in ast.walk(tree):
