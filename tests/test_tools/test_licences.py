@@ -48,15 +48,15 @@ def test_the_page_has_the_licences_of_this_environment(monkeypatch, page):
 @primary
 def test_what_differs_is_said_and_written(monkeypatch, page, capsys):
     text = page.read_text()
-    wrong = text.replace('| torch | BSD-3-Clause | use |', '| torch | secret | use |')
+    wrong = text.replace('| yapf | Apache-2.0 | use |', '| yapf | secret | use |')
     wrong = wrong.replace('| timm | Apache-2.0 | tests and documentation |\n', '')
     page.write_text(wrong)
     assert run(monkeypatch, page, '--check').splitlines() == [
         "timm: None in dependencies.md, ('Apache-2.0', 'tests and documentation') here",
-        "torch: ('secret', 'use') in dependencies.md, ('BSD-3-Clause', 'use') here"]
+        "yapf: ('secret', 'use') in dependencies.md, ('Apache-2.0', 'use') here"]
     assert page.read_text() == wrong
     assert run(monkeypatch, page) == 0
-    assert '| torch | BSD-3-Clause | use |\n' in page.read_text()
+    assert '| yapf | Apache-2.0 | use |\n' in page.read_text()
     assert page.read_text().partition('<!-- licences')[0] == text.partition('<!-- licences')[0]
 
 
