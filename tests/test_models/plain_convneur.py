@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+Heads = list[tuple[Tensor, Tensor]]  # W1 and W2 of each, or their momentum
 
 VECTORS = Path(__file__).parent / 'data' / 'convneur.npz'
 STORED_VALUES = 100  # of each output at most
@@ -252,6 +253,32 @@ def unit(z: Tensor) -> Tensor:
     return z / (z**2).sum(1, keepdim=True).sqrt().clamp_min(0.01)
 
 
+def write(k: list[Tensor], v: list[Tensor], at: Heads, memory: Heads, momentum: Heads, w: Weights,
+          o: dict) -> list[float]:
+    """Writes a chunk to ``memory`` and ``momentum``, with gradients at the memory ``at``; norms before their bound."""
+    heads, norms = range(len(k)), []
+    gradients, surprises = [], []
+    for h in heads:
+        error = read(k[h], at[h]) - v[h]
+        loss = (error**2).mean(1).sum()  # Eq. 3
+        gradients.append(torch.autograd.grad(loss, at[h], create_graph=True))
+        surprises.append((error**2).mean(0))
+    hidden = gelu(linear(torch.cat(surprises), part(w, 'generators.0')))
+    step, keep, decay = linear(hidden, part(w, 'generators.2')).sigmoid().chunk(3)
+    for h in heads:
+        # θ, η and α of the head's channels, on the rows of W1 and the columns of W2
+        theta, eta, alpha = (c.split(o['head_dim'])[h] for c in (o['inner_step'] * step, keep, decay))
+        u1, u2 = theta[:, None] * gradients[h][0], theta[None, :] * gradients[h][1]
+        norm = ((u1**2).sum() + (u2**2).sum()).sqrt()
+        norms.append(norm.item())
+        bound = (1 + (norm / o['max_write_norm'])**2).sqrt()
+        p1 = eta[:, None] * momentum[h][0] - u1 / bound  # Eq. 4
+        p2 = eta[None, :] * momentum[h][1] - u2 / bound
+        momentum[h] = p1, p2
+        memory[h] = (1 - alpha[:, None]) * memory[h][0] + p1, (1 - alpha[None, :]) * memory[h][1] + p2
+    return norms
+
+
 def neural_memory(x: Tensor, w: Weights, write_norms: list[float] | None = None, **options) -> Tensor:
     """Steps 1 to 5 of the memory on the tokens (N, Cm) of one image; norms before their bound go to ``write_norms``."""
     o = dict(MEMORY_DEFAULTS, **options)
@@ -266,27 +293,10 @@ def neural_memory(x: Tensor, w: Weights, write_norms: list[float] | None = None,
     for start in range(0, len(x), o['chunk_size']):
         chunk = slice(start, start + o['chunk_size'])
         outputs.append(torch.cat([read(q[h][chunk], memory[h]) for h in heads], dim=1))  # Eq. 2
-        gradients, surprises = [], []
-        for h in heads:
-            at = memory[h] if o['update_rule'] == 'sequential' else initial[h]
-            error = read(k[h][chunk], at) - v[h][chunk]
-            loss = (error**2).mean(1).sum()  # Eq. 3
-            gradients.append(torch.autograd.grad(loss, at, create_graph=True))
-            surprises.append((error**2).mean(0))
-        hidden = gelu(linear(torch.cat(surprises), part(w, 'generators.0')))
-        step, keep, decay = linear(hidden, part(w, 'generators.2')).sigmoid().chunk(3)
-        for h in heads:
-            # θ, η and α of the head's channels, on the rows of W1 and the columns of W2
-            theta, eta, alpha = (c.split(o['head_dim'])[h] for c in (o['inner_step'] * step, keep, decay))
-            u1, u2 = theta[:, None] * gradients[h][0], theta[None, :] * gradients[h][1]
-            norm = ((u1**2).sum() + (u2**2).sum()).sqrt()
-            if write_norms is not None:
-                write_norms.append(norm.item())
-            bound = (1 + (norm / o['max_write_norm'])**2).sqrt()
-            p1 = eta[:, None] * momentum[h][0] - u1 / bound  # Eq. 4
-            p2 = eta[None, :] * momentum[h][1] - u2 / bound
-            momentum[h] = p1, p2
-            memory[h] = (1 - alpha[:, None]) * memory[h][0] + p1, (1 - alpha[None, :]) * memory[h][1] + p2
+        at = memory if o['update_rule'] == 'sequential' else initial
+        norms = write([k[h][chunk] for h in heads], [v[h][chunk] for h in heads], at, memory, momentum, w, o)
+        if write_norms is not None:
+            write_norms += norms
     y = torch.cat(outputs)
     if o['retrieve'] == 'final':
         y = torch.cat([read(q[h], memory[h]) for h in heads], dim=1)

@@ -144,26 +144,6 @@ def test_grn_of_a_channel_of_zeros():
         assert gradient.isfinite().all()
 
 
-def count_forwards(block: ConvNeurBlock, x: torch.Tensor) -> int:
-    """How often a block computes its features in one training step."""
-    calls = []
-    hook = block.depthwise_conv.register_forward_hook(lambda *_: calls.append(1))
-    y = block(x)
-    if y.requires_grad:
-        y.sum().backward()
-    hook.remove()
-    return len(calls)
-
-
-@pytest.mark.parametrize('options, forwards', [(dict(), 1), (dict(with_cp=False), 1), (dict(with_cp=True), 2)])
-def test_with_cp_recomputes(options, forwards):
-    x = torch.randn(1, 4, 5, 3)
-    block = make_block(4, dict(mem_channels=16), 'gate', **options)
-    assert count_forwards(block, x.clone().requires_grad_()) == forwards
-    with torch.no_grad():
-        assert count_forwards(block, x.clone().requires_grad_()) == 1
-
-
 def test_with_cp_gives_the_same_gradients():
     """Also of some inputs alone, which PyTorch's older, reentrant checkpoint refuses."""
     torch.manual_seed(0)
@@ -209,34 +189,6 @@ def test_block_compiles_in_one_graph(rule, dtype, tolerance):
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for a, b in zip(*results):
         assert (a - b).norm() <= tolerance * b.norm()
-
-
-@pytest.mark.parametrize('size', [(3, 5), (9, 7)])
-def test_grn_scales_weights_or_features(size):
-    """Below and above the size from which the scale goes to the weights: 4C positions."""
-    torch.manual_seed(0)
-    block = ConvNeurBlock(8).double()
-    for p in block.parameters():
-        nn.init.normal_(p)
-    x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
-    wanted = [x, *block.grn.parameters(), *block.pointwise_conv2.parameters()]
-    results = []
-    for function in (block._grn_linear, lambda x: block.pointwise_conv2(block.grn(x))):
-        y = function(x)
-        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 8)).square().sum(), wanted)])
-    for a, b in zip(*results):
-        assert (a - b).norm() <= 1e-12 * b.norm()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert block.float().local_features(torch.randn(1, 8, *size)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize('size, of_features', [((1, 31), True), ((4, 8), False), ((2, 17), False), ((17, 2), False)])
-def test_grn_scales_weights_from_4c_positions_on(size, of_features, monkeypatch):
-    """Of 32 hidden channels, the weights have as many numbers as 32 positions."""
-    block, calls, forward = ConvNeurBlock(8), [], GRN.forward
-    monkeypatch.setattr(GRN, 'forward', lambda self, x: calls.append(1) or forward(self, x))
-    block(torch.randn(2, 8, *size))
-    assert bool(calls) == of_features
 
 
 class Adapted(nn.Module):
@@ -300,27 +252,3 @@ def test_drop_path(rate):
     dropped = (found == 0).flatten(1).all(1)
     assert abs(dropped.float().mean() - rate) < 0.05
     assert torch.allclose(found[~dropped], full[~dropped] / (1 - rate), atol=1e-5)
-
-
-@pytest.mark.parametrize('options', [dict(), dict(drop_path_rate=0.0)], ids=str)
-def test_without_a_rate_there_is_no_drop_path(options):
-    assert isinstance(ConvNeurBlock(4, **options).drop_path, nn.Identity)
-
-
-def test_drop_path_adds_no_names_to_checkpoints():
-    with_rate, without = ConvNeurBlock(4, drop_path_rate=0.5), ConvNeurBlock(4)
-    assert list(with_rate.state_dict()) == list(without.state_dict())
-
-
-@pytest.mark.needs('mmcv')
-def test_drop_path_is_that_of_mmcv():
-    """As mmpretrain's ConvNeXt uses it: the same values, drawn in another way."""
-    from mmcv.cnn.bricks import DropPath
-
-    x = torch.ones(4000, 2, 3, 3)
-    ours, theirs = ConvNeurBlock(2, drop_path_rate=0.3).drop_path, DropPath(0.3)
-    torch.manual_seed(0)
-    found, expected = ours(x), theirs(x)
-    assert torch.equal(found.unique(), expected.unique())
-    assert abs(found.mean() - expected.mean()) < 0.05
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))

@@ -117,13 +117,6 @@ def test_frames_of_any_size_equal_their_chunks_in_sequence(backend, retrieve):
         assert_same((y, *state), (model.expand(torch.cat(reads, 1).mT.unflatten(2, size)), *chunk_state))
 
 
-def test_a_state_is_read_without_returning_one():
-    model = make_memory(chunk_size=10)
-    first, second = torch.randn(2, 1, 4, 3, 5, dtype=torch.float64)
-    _, state = model(first, return_state=True)
-    assert torch.equal(model(second, state), model(second, state, return_state=True)[0])
-
-
 def test_norms_are_limited_by_image_and_head():
     torch.manual_seed(0)
     w1, w2 = torch.randn(2, 16, 8), torch.randn(2, 8, 16)

@@ -207,13 +207,6 @@ def test_a_checkpoint_of_the_authors_is_loaded(tmp_path):
     assert {name for name in own if name not in weights} == set(dense_shapes(LIGHT['channels'], detector=False))
 
 
-def test_a_checkpoint_of_another_arch_is_refused(tmp_path):
-    torch.save(OverLoCK(dict(LIGHT, channels=[8, 16, 32, 64])).state_dict(), tmp_path / 'other.pth')
-    model = light(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'other.pth')))
-    with pytest.raises(ValueError, match=r'other\.pth holds weights of other shapes .*\(64, 32, 3, 3\)'):
-        model.init_weights()
-
-
 # The equations.
 
 @pytest.mark.parametrize('options', [dict(), dict(add_overview=True), dict(out_indices=3, for_classifier=True)])
@@ -345,11 +338,6 @@ def test_a_merged_model_computes_the_same(dtype, tolerance, tmp_path):
     (dict(arch=dict(LIGHT, depths=[1, 1])), r'lists of the lengths .*, got .*\[1, 1\]'),
     (dict(arch={key: value for key, value in LIGHT.items() if key != 'groups'}), 'lists of the lengths'),
     (dict(arch=dict(LIGHT, groups=[2, 3])), 'multiple of 4 x groups, got 32 channels and 3 groups'),
-    (dict(arch=dict(LIGHT, kernel_sizes=[7, 7, 9, 7])), r'kernel_size must be one of .*, got 9'),
-    (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1\.0'),
-    (dict(out_indices=4), 'got 4'),
-    (dict(frozen_stages=5), 'frozen_stages must be an integer from 0 to 4, got 5'),
-    (dict(frozen_stages=True), 'got True'),
     (dict(for_classifier=True), r'for_classifier needs out_indices=3, got \(0, 1, 2, 3\)'),
     (dict(add_overview=True, out_indices=(0, 1)), r'add_overview needs stage 3 .* got out_indices=\(0, 1\)'),
     (dict(add_overview=True, for_classifier=True, out_indices=3), 'for_classifier=True'),
@@ -375,14 +363,3 @@ def test_what_overview_net_adds_starts_small():
     model = light(add_overview=True)
     model.init_weights()
     assert torch.equal(model.h_proj[1].weight, torch.full((40, 1, 1, 1), 1e-5))
-
-
-def test_no_checkpoint_is_said(caplog):
-    from mmengine.logging import MMLogger
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(caplog.handler)
-    try:
-        light(init_cfg=dict(type='Pretrained', checkpoint=None)).init_weights()
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert 'starts from random weights' in caplog.text

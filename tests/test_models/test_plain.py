@@ -3,21 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from convneur_mm.models.plain import does_as, is_plain, pointwise
-
-
-class Called(TorchDispatchMode):
-    """Notes the names of the operators that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 class Scaled(nn.Linear):
@@ -73,15 +60,6 @@ def test_pointwise_is_a_linear_map_of_the_channels(kind, size, dtype, tolerance)
                     [wanted, *torch.autograd.grad(wanted, weights, grad)]):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert found.permute(0, 2, 3, 1).is_contiguous()
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a PyTorch with oneDNN')
-def test_a_convolution_where_onednn_knows_the_dtype_else_a_matrix_product():
-    for dtype, operator in (torch.float32, 'convolution'), (torch.float64, 'addmm'):
-        x = torch.randn(2, 6, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
-        with Called() as called:
-            pointwise(nn.Linear(6, 11).to(dtype), x)
-        assert {'convolution', 'addmm', 'mm'} & called.names == {operator}
 
 
 def test_half_precision_under_autocast():

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import MemoryOptions, UpdateGenerators, cpu, neural_memory
+from convneur_mm.ops.neural_memory.memory import kernels_for
 
 needs_kernels = pytest.mark.needs('kernels')
 
@@ -142,7 +143,7 @@ def test_threads_do_not_change_the_result():
 @needs_kernels
 def test_only_for_what_it_can_do():
     tokens, rows = torch.empty(1, 2, 16, 5), torch.empty(1, 2, 16, 16)
-    assert cpu.refuses(tokens, rows, MemoryOptions()) is None
+    assert kernels_for('chunked', tokens, rows, MemoryOptions()) is cpu
     for x in (tokens.half(), tokens.to('meta')):
         assert cpu.refuses(x, rows, MemoryOptions()).startswith('takes float32 and float64 on a CPU, got ')
     for x, other in ((tokens[:, :, :8], rows), (tokens, rows[..., :8, :])):
@@ -248,37 +249,6 @@ def test_no_warning_from_tools_that_watch_the_operators(without_kernels):
     assert not warnings_of(layer.to('meta'), tokens.to('meta'))
     layer = NeuralMemory(32)
     assert not warnings_of(lambda: torch.jit.trace(layer, tokens, check_trace=False))
-
-
-def test_no_warning_while_compiling(without_kernels):
-    """Neither for the layer nor for the bare operator, which are opaque, and whose tensors have no numbers then."""
-    x = torch.zeros(1, 40, 32)
-    seen = []
-
-    def backend(graph, example_inputs):
-        seen.append(cpu._has_warned)
-        return graph.forward
-
-    layer = torch.compile(NeuralMemory(32, chunk_size=16), fullgraph=True, backend=backend)
-    assert len(warnings_of(layer, x)) == 1  # once it runs
-    assert seen == [False]
-    cpu._has_warned = False
-    tensors = inputs(1, 2, 40, torch.float32)
-    operator = torch.compile(lambda *x: neural_memory(*x[:5], UpdateGenerators(*x[5:]), chunk_size=16), backend=backend)
-    assert len(warnings_of(operator, *tensors)) == 1
-    assert seen == [False] * 2
-
-
-def test_no_warning_where_a_test_turns_the_kernels_off(monkeypatch):
-    monkeypatch.setattr(cpu, 'kernels', None)
-    monkeypatch.setattr(cpu, 'missing', '')
-    monkeypatch.setattr(cpu, '_has_warned', False)
-    assert not warnings_of(NeuralMemory(32), torch.zeros(1, 400, 32))
-
-
-@needs_kernels
-def test_sizes_are_those_that_were_compiled():
-    assert (cpu.HEAD_DIM, cpu.HIDDEN_DIM) == (cpu.kernels.HEAD_DIM, cpu.kernels.HIDDEN_DIM)
 
 
 def bindings() -> dict[str, dict]:

@@ -1,21 +1,10 @@
 """The memory around a set of kernels: the precision of the inner loop, and what PyTorch asks of operators."""
 import warnings
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from convneur_mm.ops.neural_memory import (
-    UPDATE_RULES,
-    LayerWeights,
-    MemoryOptions,
-    MemoryState,
-    cpu,
-    neural_memory_layer,
-    pytorch,
-    reference,
-)
+from convneur_mm.ops.neural_memory import LayerWeights, MemoryOptions, MemoryState
 from convneur_mm.ops.neural_memory import memory as memory_module
 from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 from convneur_mm.ops.neural_memory.types import MemoryWeights
@@ -54,13 +43,6 @@ def test_operator(form, options):
                               test_utils=utils if form == 'layer' else utils[:3])
 
 
-def test_schema_is_that_of_the_options():
-    """An option that is added to the type reaches the operator by itself."""
-    names = [argument.name for argument in torch.ops.convneur_mm.memory.default._schema.arguments]
-    assert names[-len(MemoryOptions._fields):] == list(MemoryOptions._fields)
-    assert torch.ops.convneur_mm.memory_backward.default._schema.arguments[-1].name == MemoryOptions._fields[-1]
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('backend', ['chunked', 'triton'])
 def test_no_set_of_kernels_gets_half_precision(backend, dtype):
@@ -80,56 +62,3 @@ def test_the_reference_gets_no_half_precision(field):
     with pytest.raises(ValueError, match=f'^the inner loop .* float64, got {field} in torch.bfloat16$'):
         neural_memory_reference(q, k, v, weights, state._replace(**{field: getattr(state, field).bfloat16()}),
                                 MemoryOptions(20))
-
-
-def product() -> torch.Tensor:
-    """Of float32, in half precision where autocast has it so."""
-    return torch.mm(torch.ones(1, 1), torch.ones(1, 1))
-
-
-class Seen:
-    """Keeps the dtypes of all tensors that functions are called with, and that a product within them would have."""
-
-    def __init__(self) -> None:
-        self.dtypes: dict[str, set[torch.dtype]] = {}
-
-    def watch(self, name: str, function: Callable) -> Callable:
-        def watched(*args):
-            flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg])] + [product()]
-            self.dtypes.setdefault(name, set()).update(x.dtype for x in flat if isinstance(x, torch.Tensor))
-            return function(*args)
-
-        return watched
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('rule', UPDATE_RULES)
-@pytest.mark.parametrize('code', [pytest.param('cpp', marks=pytest.mark.needs('kernels')), 'pytorch', 'reference'])
-def test_inner_loop_under_autocast(monkeypatch, code, rule, dtype):
-    """Of a layer, whose projections are in half precision: what the inner loop gets and returns is float32."""
-    seen = Seen()
-    if code == 'reference':
-        monkeypatch.setattr(reference, 'read', seen.watch('read', reference.read))
-    else:
-        kernels = dict(cpp=cpu, pytorch=pytorch)[code]
-        functions = 'write_all', 'write_all_backward', 'read_all', 'read_all_backward'
-        watched = {name: seen.watch(name, getattr(kernels, name)) for name in functions}
-        around = {name: getattr(kernels, name) for name in ('normalize_', 'normalize_backward_')}
-        chosen = memory_module.kernels_for
-
-        def kernels_for(*args):
-            chosen(*args)
-            return SimpleNamespace(**watched, **around)
-
-        monkeypatch.setattr(memory_module, 'kernels_for', kernels_for)
-    _, _, x, *weights = tensors('layer')
-    with torch.autocast('cpu', dtype=dtype):
-        y, state = neural_memory_layer(
-            x, LayerWeights(*weights), eps=1e-6, chunk_size=7, update_rule=rule, return_state=True,
-            backend='reference' if code == 'reference' else 'chunked')
-        assert y.dtype == dtype
-        torch.autograd.backward([y, *state], [torch.ones_like(z) for z in (y, *state)])
-    assert set(seen.dtypes) == ({'read'} if code == 'reference' else set(functions))
-    assert all(found == {torch.float32} for found in seen.dtypes.values())
-    assert all(s.dtype == torch.float32 for s in state)
-    assert all(w.grad.dtype == torch.float32 and w.grad.isfinite().all() for w in weights)

@@ -75,14 +75,3 @@ def test_table(tool, capsys):
     assert len({tuple(row[2:10]) for row in rows}) == 4, 'each has gradients of its own'
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
     assert len(header.strip('|').split('|')) == len(rows[0])
-
-
-@pytest.mark.parametrize('args, message', [
-    (['--samples', '1'], '--samples must be at least 2, got 1'),
-    (['--threads', '0'], '--threads must be at least 1, got 0'),
-    (['--settings', '7'], "argument --settings: invalid choice: '7'"),
-])
-def test_arguments_that_cannot_be(tool, capsys, args, message):
-    with pytest.raises(SystemExit):
-        tool.main(args)
-    assert message in capsys.readouterr().err

@@ -27,37 +27,14 @@ def test_what_a_step_sends(tool):
     assert tool.volume(model).nbytes == 4 * (1024 * 1024 + 9)
 
 
-def test_a_ring(tool):
-    """Each process sends a share of 1 / n, n - 1 times to add up and n - 1 times to hand on."""
-    assert [tool.sent(1200, n) for n in (1, 2, 3, 4)] == [0, 1200, 1600, 1800]
-
-
 @pytest.mark.parametrize('bandwidth, hidden, exposed', [
     # A step of 0.3 s, 0.2 of which are the backward pass; all-reduces of 0.1, 0.2 and 0.4 s.
     (10e9, 1.0, 0.75), (5e9, 1.0, 0.6), (2.5e9, 0.6, 3 / 7)])
 def test_efficiency(tool, bandwidth, hidden, exposed):
     assert tool.efficiency(0.3, 10 ** 9, bandwidth, 2) == pytest.approx((hidden, exposed))
-
-
-def test_one_process_by_itself(tool):
-    assert tool.efficiency(0.3, 10 ** 9, 1e9, 1) == pytest.approx((1, 1))
-
-
-def test_what_bounds_a_step(tool):
-    first = tool.Times(alone=0.1, reduce=0.0, step=0.1)
-    assert tool.bound(first, tool.Times(alone=0.12, reduce=0.05, step=0.17)) == 'all-reduce'
-    assert tool.bound(first, tool.Times(alone=0.2, reduce=0.05, step=0.25)) == 'cores'
-
-
-@pytest.mark.parametrize('args, message', [
-    (['--step-time', '1'], '--step-time and --bandwidth go together'),
-    (['--step-time', '1', '--bandwidth', '0'], '--bandwidth must be more than 0, got 0.0'),
-    (['--processes', '0'], '--processes must be 1 or more, got 0'),
-])
-def test_wrong_arguments(tool, args, message, capsys):
-    with pytest.raises(SystemExit):
-        tool.main(['config', *args])
-    assert message in capsys.readouterr().err
+    # Four processes send 1.5 times as much as two, one process sends nothing.
+    assert tool.efficiency(0.3, 10 ** 9, 1.5 * bandwidth, 4) == pytest.approx((hidden, exposed))
+    assert tool.efficiency(0.3, 10 ** 9, bandwidth, 1) == (1, 1)
 
 
 def test_the_table_beside_processes(tmp_path):

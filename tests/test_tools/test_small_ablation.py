@@ -100,33 +100,6 @@ def test_legend_labels(tasks):
         assert picture[task.band:-task.band].abs().max() < 1e-6
 
 
-def test_legend_amounts(tasks):
-    """Colours, patterns and lit pixels are there in equal amounts, in the legend and among the queries."""
-    task = replace(tasks.Legend(), noise=0.0)
-    images, labels, _ = task.pictures(16, generator(1))
-    of_colour = task.band * task.side // len(tasks.LEGEND_COLOURS)
-    for label in range(len(tasks.LEGEND_COLOURS)):
-        assert ((labels == label).flatten(1).sum(1) == of_colour).all()
-    lit = (cells_of(task, images).amax(-1) > 0.5).flatten(3).sum(-1)  # (B, rows, columns)
-    assert ((lit == 8).flatten(1).sum(1) == 2 * task.band * task.side).all()
-    assert ((lit == 0) | (lit == 8)).all()
-    pixels = cells_of(task, images)
-    for colour in torch.tensor(tasks.LEGEND_COLOURS):
-        same = ((pixels - colour).abs() < 1e-5).all(-1).flatten(1).sum(1)
-        assert (same == 8 * of_colour).all()
-    brightness = torch.tensor(tasks.LEGEND_COLOURS).square().sum(1)
-    assert brightness.max() / brightness.min() < 1.05
-
-
-def test_legend_pictures_differ(tasks):
-    task = tasks.Legend()
-    first, labels, _ = task.pictures(4, generator(0))
-    again, _, _ = task.pictures(4, generator(0))
-    other, _, _ = task.pictures(4, generator(1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert not torch.equal(labels[0], labels[1])
-
-
 @pytest.mark.parametrize('at_top', [True, False])
 def test_legend_out_of_local_sight(tasks, at_top):
     """The built backbone sees no pixel of the legend from any query, but through the memory."""
@@ -152,45 +125,14 @@ def test_legend_out_of_local_sight(tasks, at_top):
     assert (gradient(memory_cfg=dict(retrieve='final')) > 0).all()
 
 
-def test_legend_chunks_apart(tasks):
-    task = tasks.Legend()
-    last_of_legend, first_of_queries = task.band * task.side - 1, (task.side - task.band) * task.side
-    assert last_of_legend // task.chunk_size < first_of_queries // task.chunk_size
-
-
-def test_legend_measures_by_side(tasks):
-    """A model that knows the answer where the legend is at the top alone."""
-    task = replace(tasks.Legend(), noise=0.0)
-    images, labels, at_top = task.pictures(256, generator(3))
-    answers = {image.numpy().tobytes(): (label if top else (label + 1) % 4)
-               for image, label, top in zip(images, labels, at_top)}
-
-    class Half(torch.nn.Module):
-
-        def forward(self, x):
-            chosen = torch.stack([answers[image.numpy().tobytes()] for image in x])
-            return torch.nn.functional.one_hot(chosen.clamp_min(0), 4).permute(0, 3, 1, 2)
-
-    figures = task.measure(Half(), generator(3))
-    assert figures['legend_at_top'] == 1 and figures['legend_at_bottom'] == 0
-    assert figures['accuracy'] == pytest.approx(at_top.float().mean().item())
-
-
 # ---- shapes
-
-
-def test_shapes_splits_differ(tasks):
-    train, labels = tasks.shapes_pictures('train', 12, 64)
-    val, _ = tasks.shapes_pictures('val', 12, 64)
-    assert train.shape == (12, 3, 64, 64) and train.dtype == torch.uint8
-    assert labels.bincount().tolist() == [2] * 6
-    assert not any(torch.equal(a, b) for a in train for b in val)
 
 
 def test_shapes_measures_validation(tasks):
     """A model that knows the pictures of validation, and no others."""
     task = replace(tasks.Shapes(), num_train=12, num_val=12)
     images, labels = tasks.shapes_pictures('val', 12, 64)
+    assert not any(torch.equal(a, b) for a in tasks.shapes_pictures('train', 12, 64)[0] for b in images)
     answers = {image.numpy().tobytes(): label for image, label in zip(images, labels)}
 
     class Known(torch.nn.Module):
@@ -234,13 +176,6 @@ def test_every_variant_builds(ablation):
     assert built['final, add'].fusion == 'add' and built['final'].fusion == 'gate'
 
 
-def test_tile_order(tasks):
-    order = tasks.tile_order(36, 3).view(4, 9)  # 6 x 6 tokens
-    assert order[1].tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]
-    assert order[2].tolist() == [18, 19, 20, 24, 25, 26, 30, 31, 32]
-    assert tasks.tile_order(4, 8).tolist() == [0, 1, 2, 3]
-
-
 def test_tiles_are_the_chunks(tasks):
     """Under 'previous' a token sees itself and the chunks before its own: tiles, or rows."""
     x = torch.randn(1, 16, 4, 4)
@@ -259,9 +194,7 @@ def test_tiles_are_the_chunks(tasks):
 
 def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     command = ['--variants', 'none', 'final', '--seeds', '2', '--out-dir', str(tmp_path / 'runs')]
-    executed, trained = [], []
-    execute, train = ablation.execute, ablation.train
-    monkeypatch.setattr(ablation, 'train', lambda *call: trained.append(call) or train(*call))
+    executed, execute = [], ablation.execute
 
     def stop_after_five(*call):
         if len(executed) == 5:
@@ -272,28 +205,22 @@ def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablation, 'execute', stop_after_five)
     with pytest.raises(SystemExit, match='the same command goes on from here'):
         ablation.main(command)
-    files = sorted((tmp_path / 'runs').iterdir())
-    assert len(files) == 5 and all(path.suffix == '.json' for path in files)
-    before = {path: path.read_text() for path in files}
-    capsys.readouterr()
+    before = {path: path.read_text() for path in (tmp_path / 'runs').iterdir()}
+    assert len(before) == 5
 
     monkeypatch.setattr(ablation, 'execute', lambda *call: executed.append(call[0]) or execute(*call))
     ablation.main([*command, '--plot', str(tmp_path / 'plot.png')])  # reports what is there
     assert len(executed) == 5 and (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
     ablation.main(command)
     assert len(executed) == len(set(executed)) == 12
-    assert [(ablation.VARIANTS[run.variant], run.seed, 2) for run in executed] == [call[1:] for call in trained]
-    assert all(task is ablation.TASKS[run.task] for run, (task, *_) in zip(executed, trained))
     assert all(path.read_text() == text for path, text in before.items())
-    out, err = capsys.readouterr()
-    assert '5 of 12 runs' in err and 'min to go' in err
+    out = capsys.readouterr().out
     for task in ablation.TASKS:
         assert f'\n{task}: 2 iterations' in out
     result = json.loads((tmp_path / 'runs' / 'legend-final-x1-seed1.json').read_text())
     assert result['settings']['options'] == dict(memory_cfg=dict(retrieve='final'))
     assert result['settings']['iterations'] == 2 and result['seed'] == 1
     assert set(result['figures']) == {'accuracy', 'legend_at_top', 'legend_at_bottom'}
-    assert result['versions']['torch'] == torch.__version__ and result['seconds'] > 0
 
 
 def test_other_process_equals_this_one(ablation, tmp_path):
@@ -331,31 +258,18 @@ def test_table(ablation, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('command', [[], ['--table']])
-def test_other_settings_are_refused(ablation, tmp_path, command):
+def test_files_that_do_not_fit_are_refused(ablation, tmp_path, command):
+    command = [*command, '--tasks', 'recall', '--variants', 'none', '--out-dir', str(tmp_path)]
     path = result(ablation, tmp_path, 'none', 0, 0.5, settings=dict(iterations=7))
     with pytest.raises(SystemExit, match=f'{path.name} was made with other settings'):
-        ablation.main([*command, '--tasks', 'recall', '--variants', 'none', '--out-dir', str(tmp_path)])
+        ablation.main(command)
+    path.write_text('{"task": ')
+    with pytest.raises(SystemExit, match=f'{path.name} is not the result of a run'):
+        ablation.main(command)
 
 
-def test_a_report_may_change(ablation, tmp_path, monkeypatch, capsys):
-    """What counts as solved is read off the results, and makes no others of them."""
-    result(ablation, tmp_path, 'none', 0, 0.5)
-    for solved, count in ((0.4, '1 of 1'), (0.6, '0 of 1')):
-        monkeypatch.setitem(ablation.TASKS, 'recall', replace(ablation.TASKS['recall'], solved=solved, seeds=9))
-        ablation.main(['--table', '--out-dir', str(tmp_path)])
-        assert f' {count} ' in capsys.readouterr().out
-
-
-def test_bad_input(ablation, tmp_path, capsys):
+def test_table_without_results(ablation, tmp_path):
     with pytest.raises(SystemExit, match='holds no results'):
         ablation.main(['--table', '--out-dir', str(tmp_path)])
     with pytest.raises(SystemExit, match='is not a folder'):
         ablation.main(['--table', '--out-dir', str(tmp_path / 'none')])
-    (tmp_path / 'recall-none-x1-seed0.json').write_text('{"task": ')
-    for command in (['--table'], ['--tasks', 'recall', '--variants', 'none']):
-        with pytest.raises(SystemExit, match='recall-none-x1-seed0.json is not the result of a run'):
-            ablation.main([*command, '--out-dir', str(tmp_path)])
-    for option, value in (('--seeds', '0'), ('--jobs', '-1'), ('--budget-factor', 'nan')):
-        with pytest.raises(SystemExit):
-            ablation.main([option, value])
-        assert f'{option} must be' in capsys.readouterr().err

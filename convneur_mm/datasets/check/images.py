@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
+from mmengine.utils import digit_version
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -27,6 +28,8 @@ MAX_WORKERS = 1024
 _EXIF_ORIENTATION = 0x0112
 # The EXIF orientations that swap width and height.
 _TURNED = (5, 6, 7, 8)
+# The formats that OpenCV turns; TIFF Pillow turns by itself.
+_TURNED_FORMATS = ('JPEG', 'MPO', 'PNG', *(['WEBP'] if digit_version(cv2.__version__) >= digit_version('4.13') else []))
 
 _Item = TypeVar('_Item')
 _Result = TypeVar('_Result')
@@ -87,8 +90,7 @@ def decode_image(path: str) -> tuple[Fault | None, tuple[int, int] | None, tuple
 
 def seen_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an open image as training and inference see it: turned as its EXIF orientation says."""
-    # OpenCV turns images of these formats, and no others; TIFF Pillow turns by itself.
-    turned = image.format in ('JPEG', 'MPO', 'PNG') and image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+    turned = image.format in _TURNED_FORMATS and image.getexif().get(_EXIF_ORIENTATION) in _TURNED
     return image.size[::-1] if turned else image.size
 
 

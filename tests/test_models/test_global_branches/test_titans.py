@@ -1,4 +1,5 @@
 """Titans' memory as context against its equations, segment by segment, and what a token sees of others."""
+import plain_convneur
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,26 +19,26 @@ def make(**options) -> MemoryAsContext:
 
 
 def plain(mixer: MemoryAsContext, tokens: torch.Tensor, segment_size: int) -> torch.Tensor:
-    """One image (N, Cm), its memories head by head; the inner gradient by autograd."""
+    """One image (N, Cm), with the memory's plain form."""
     own = {name: value.detach() for name, value in mixer.named_parameters()}
     heads, d = own['memory.w1'].shape[:2]
-    step_size, bound = mixer.memory.inner_step, mixer.memory.max_write_norm
+    options = {name: getattr(mixer.memory, name) for name in ('inner_step', 'max_write_norm', 'head_dim')}
 
     def split(x):
         return [x[:, h * d:(h + 1) * d] for h in range(heads)]
 
     def unit(x):
-        return [part / part.norm(dim=1, keepdim=True).clamp_min(1e-2) for part in split(x)]
+        return [plain_convneur.unit(head) for head in split(x)]
 
-    def read(z, w1, w2):
-        return z + F.gelu(z @ w1) @ w2
+    def read(z, memory):
+        return torch.cat([plain_convneur.read(z[h], memory[h]) for h in range(heads)], dim=1)
 
     x = F.layer_norm(tokens, tokens.shape[-1:], own['memory.norm.weight'], own['memory.norm.bias'], 1e-6)
-    state = [(own['memory.w1'][h], own['memory.w2'][h], 0.0, 0.0) for h in range(heads)]
+    memory = [(own['memory.w1'][h], own['memory.w2'][h]) for h in range(heads)]
+    momentum = [(torch.zeros_like(w1), torch.zeros_like(w2)) for w1, w2 in memory]
     outputs = []
     for segment in x.split(segment_size):
-        q = unit(segment @ own['memory.query.weight'].T)
-        h_t = torch.cat([read(q[h], *state[h][:2]) for h in range(heads)], dim=1)
+        h_t = read(unit(segment @ own['memory.query.weight'].T), memory)
 
         context = torch.cat((own['persistent'], h_t, segment))
         attended = []
@@ -46,21 +47,9 @@ def plain(mixer: MemoryAsContext, tokens: torch.Tensor, segment_size: int) -> to
         y = (torch.cat(attended, dim=1) @ own['attention.output.weight'].T)[-len(segment):]
 
         keys, values = unit(y @ own['memory.key.weight'].T), split(y @ own['memory.value.weight'].T)
-        errors, gradients = [], []
-        for k, v, (w1, w2, *_) in zip(keys, values, state):
-            w1, w2 = (w.clone().requires_grad_() for w in (w1, w2))
-            error = read(k, w1, w2) - v
-            gradients.append(torch.autograd.grad(error.square().mean(1).sum(), (w1, w2)))
-            errors.append(error.detach().square().mean(0))
-        hidden = F.gelu(own['memory.generators.0.weight'] @ torch.cat(errors) + own['memory.generators.0.bias'])
-        generated = own['memory.generators.2.weight'] @ hidden + own['memory.generators.2.bias']
-        theta, eta, alpha = (c.view(heads, d) for c in generated.sigmoid().chunk(3))
-        for h, ((w1, w2, p1, p2), (g1, g2)) in enumerate(zip(state, gradients)):
-            u1, u2 = step_size * theta[h][:, None] * g1, step_size * theta[h] * g2
-            shrink = (1 + (u1.square().sum() + u2.square().sum()) / bound ** 2) ** -0.5
-            p1, p2 = eta[h][:, None] * p1 - shrink * u1, eta[h] * p2 - shrink * u2
-            state[h] = (1 - alpha[h][:, None]) * w1 + p1, (1 - alpha[h]) * w2 + p2, p1, p2
-        outputs.append(y * torch.cat([read(z, *state[h][:2]) for h, z in enumerate(unit(y))], dim=1))
+        memory = [tuple(w.detach().requires_grad_() for w in pair) for pair in memory]
+        plain_convneur.write(keys, values, memory, memory, momentum, plain_convneur.part(own, 'memory'), options)
+        outputs.append(y * read(unit(y), memory))
     return torch.cat(outputs) @ own['memory.proj.weight'].T
 
 
@@ -116,9 +105,6 @@ def test_memory_starts_with_each_image():
 @pytest.mark.parametrize('options, message', [
     (dict(num_persistent=0), 'num_persistent must be an integer of at least 1, got 0'),
     (dict(num_persistent=True), 'num_persistent must be an integer of at least 1, got True'),
-    (dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
-    (dict(head_dim=3), 'channels=8, head_dim=3'),
-    (dict(backend='fast'), "backend must be one of .*got 'fast'"),
 ])
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

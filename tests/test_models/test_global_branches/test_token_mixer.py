@@ -24,12 +24,6 @@ def test_mixes_between_a_layer_norm_and_a_projection():
     assert [name for name, _ in mixer.named_parameters()] == ['norm.weight', 'norm.bias', 'proj.weight']
 
 
-@pytest.mark.parametrize('shape', [(1, 7, 4), (1, 6, 5), (6, 4)])
-def test_wrong_shapes_are_named(shape):
-    with pytest.raises(ValueError, match=r'shape \(B, 2 \* 3, 4\), got \(' + ', '.join(map(str, shape))):
-        Row(4)(torch.zeros(shape), (2, 3))
-
-
 def test_mix_is_for_subclasses():
     with pytest.raises(NotImplementedError):
         TokenMixer(4)(torch.zeros(1, 6, 4), (2, 3))
