@@ -8,8 +8,7 @@
 # MASTER_ADDR=10.0.0.1  the address of machine 0,
 # PORT=29500          and a free port of machine 0 (default 29500; with one machine, any free port)
 # MAX_RESTARTS=3      after a process has ended in an error or was killed, start all of them again, at most so often (default
-#                     0); they go on from the newest checkpoint of this run. An error in what you gave, a loss that is
-#                     NaN and a full disk would only come again: they end the run
+#                     0); they go on from the newest checkpoint that they have saved
 # PYTHON=PATH         interpreter (default: the active environment's, then .venv's, then that of the PATH; the first that
 #                     has torch and mmengine is taken, and a line says so if that is another than PYTHON's)
 # OMP_NUM_THREADS=N   threads of each process on CPUs (default: the cores shared out among the processes)

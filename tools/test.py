@@ -20,7 +20,7 @@ if __name__ == '__main__':
 from mmengine.evaluator import DumpResults
 
 from convneur_mm.engine import launch, safe_loading
-from convneur_mm.engine.interrupts import going_on
+from convneur_mm.engine.interrupts import report_on_interrupt
 from convneur_mm.engine.quiet_console import build_runner
 
 
@@ -61,7 +61,7 @@ def test(args: argparse.Namespace) -> None:
     runner = build_runner(cfg)
     if args.out and not segments:
         runner.test_evaluator.metrics.append(result_dumper(cfg, args.out))
-    with going_on(runner, args):
+    with report_on_interrupt(runner, trains=False):
         runner.test()
 
 

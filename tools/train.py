@@ -17,7 +17,7 @@ if __name__ == '__main__':
     hide()
 
 from convneur_mm.engine import launch, safe_loading
-from convneur_mm.engine.interrupts import going_on
+from convneur_mm.engine.interrupts import report_on_interrupt
 from convneur_mm.engine.quiet_console import build_runner
 from convneur_mm.engine.resume import check_same_checkpoint, checkpoint_after_restart, latest_checkpoint
 from convneur_mm.stack import uses_compiled_mmcv
@@ -65,7 +65,7 @@ def train(args: argparse.Namespace) -> None:
         cfg.resume = True
     runner = build_runner(cfg)
     check_same_checkpoint(cfg.load_from if cfg.get('resume') else None)
-    with going_on(runner, args):
+    with report_on_interrupt(runner):
         runner.train()
 
 

@@ -23,7 +23,6 @@ from ..engine.checkpoint import (
 from ..engine.errors import LaunchError
 from ..engine.file_checks import data_sets
 from ..engine.launch import SCOPES, find_config, read_config, why_no_gpu, without_sync_bn
-from ..engine.quiet_console import quiet_prints
 from ..engine.safe_files import safe_loading
 from ..engine.settings import apply_settings
 from ..engine.weights_file import weights_of
@@ -60,7 +59,7 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
     """
     device = _device(device)
     # Some models load files of their own while they are built, such as a distillation's teacher.
-    with safe_loading(allow_pickle), quiet_prints():
+    with safe_loading(allow_pickle):
         cfg = _read(config, copy.deepcopy(cfg_options or {}))  # merging takes parts out of it
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = _build(cfg)

@@ -26,7 +26,6 @@ from .errors import LaunchError
 from .file_checks import check_data_files, check_no_pickled_data
 from .interrupts import Interrupted, exit_without_finalizing, leave, raised_signals
 from .loops import RESUMABLE_LOOPS
-from .quiet_console import quiet_prints
 from .settings import apply_settings
 from .weights_file import CheckpointError, CheckpointNotFoundError
 
@@ -121,8 +120,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _run(main: Callable[[], None]) -> None:
     try:
-        with quiet_prints():
-            main()
+        main()
         if torch.distributed.is_initialized():
             _leave_group()
     except RuntimeError:

@@ -8,9 +8,7 @@ ends with the same weights whatever the number of its data workers.
 from __future__ import annotations
 
 import random
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -130,26 +128,7 @@ def seeded_loader(runner: Runner, dataloader: dict) -> DataLoader:
         config['batch_sampler'] = dict(type=SeededBatchSampler, drop_last=config.pop('drop_last', False))
     else:
         config['batch_sampler'] = dict(type=SeededBatchSampler, batch_sampler=inner)
-    loader = runner.build_dataloader(config, runner.seed, runner._randomness_cfg.get('diff_rank_seed', False))
-    if isinstance(loader, DataLoader):
-        loader.worker_init_fn = partial(begin_worker, loader.worker_init_fn)
-    return loader
-
-
-def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
-    """Begins a data worker, and has SIGTERM do what it does in the main process.
-
-    PyTorch lets it end the worker, without which a training that saves at SIGTERM cannot come to the end of its step.
-
-    Args:
-        begin (Callable | None): What else the data loader has its workers do at first.
-        number (int): Of the worker.
-    """
-    if begin is not None:
-        begin(number)
-    handler = signal.getsignal(signal.SIGTERM)
-    if callable(handler):
-        signal.signal(signal.SIGTERM, handler)
+    return runner.build_dataloader(config, runner.seed, runner._randomness_cfg.get('diff_rank_seed', False))
 
 
 class _Resumable:

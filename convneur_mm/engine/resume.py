@@ -1,6 +1,7 @@
 """Which checkpoint a training goes on from."""
 from __future__ import annotations
 
+import json
 import os
 import os.path as osp
 import re
@@ -13,6 +14,7 @@ from mmengine.logging import MMLogger
 from .checkpoint import read_checkpoint
 from .errors import LaunchError
 from .weights_file import CheckpointError, UnsafeCheckpointError
+from .whole_files import write_whole
 
 
 def latest_checkpoint(work_dir: str, config: str, allow_pickle: bool) -> str:
@@ -57,23 +59,35 @@ def _newest_intact(paths: list[str], allow_pickle: bool) -> tuple[str | None, Ch
 
 
 def checkpoint_after_restart(work_dir: str, allow_pickle: bool, env: Mapping[str, str] = os.environ) -> str | None:
-    """The newest intact checkpoint of this run, if torchrun has started its processes again; else None.
+    """Return the newest intact checkpoint that this launch has saved, after torchrun has started its processes again.
+
+    The first process of each machine records at its first start which checkpoints an earlier run has left: these do
+    not count.
 
     Args:
-        work_dir (str): Of the run. What an earlier run left there does not count: if this one has saved nothing yet, it
-            starts again as it did at first.
+        work_dir (str): Work dir of the run.
         allow_pickle (bool): See :func:`latest_checkpoint`.
-        env (Mapping[str, str]): With torchrun's number of the restart, and the time at which tools/_torchrun.py was
-            started. Defaults to :data:`os.environ`.
+        env (Mapping[str, str]): With the folder that tools/_torchrun.py keeps for the launch. Defaults to
+            :data:`os.environ`.
+
+    Returns:
+        str | None: None if nothing was saved yet, or the processes have no such launcher.
 
     Raises:
         LaunchError: If the newest one needs pickle and that is not allowed.
     """
-    if not int(env.get('TORCHELASTIC_RESTART_COUNT', 0)) or 'CONVNEUR_LAUNCHED' not in env:
+    if 'CONVNEUR_LAUNCH_DIR' not in env:
         return None
-    launched = float(env['CONVNEUR_LAUNCHED'])
-    return _newest_intact([path for path in saved_checkpoints(work_dir)
-                           if osp.exists(path) and osp.getmtime(path) >= launched], allow_pickle)[0]
+    record = Path(env['CONVNEUR_LAUNCH_DIR'], 'earlier_checkpoints.json')
+    # A file that is saved again under the name of an earlier one has another time.
+    saved = {path: [osp.realpath(path), os.stat(path).st_mtime_ns] for path in saved_checkpoints(work_dir)
+             if osp.exists(path)}
+    if not record.exists():
+        if env['LOCAL_RANK'] == '0':
+            write_whole(record, json.dumps(list(saved.values())).encode())
+        return None
+    earlier = json.loads(record.read_text())
+    return _newest_intact([path for path, file in saved.items() if file not in earlier], allow_pickle)[0]
 
 
 def check_same_checkpoint(filename: str | None) -> None:

@@ -1,4 +1,4 @@
-"""A training that gets SIGTERM, as jobs do that have to make room or run out of time, saves and then ends."""
+"""Save a training that gets SIGTERM, as jobs do that have to make room or run out of time, and end it."""
 from __future__ import annotations
 
 import os.path as osp
@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from .hooks import INTERRUPTED, record_checkpoint
-from .interrupts import Interrupted, sigterm
+from .interrupts import Interrupted, signals
 from .loops import ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop
 from .whole_files import write_files_whole
 
@@ -60,7 +60,7 @@ class SaveAtSigtermHook(Hook):
         if runner.world_size > 1 and self._active:
             # Not the model's group, in which the order of operations must be the same in all processes.
             self._group = torch.distributed.new_group(backend='gloo')
-        sigterm.held = self._active
+        signals.sigterm_deferred = self._active
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Notes that an epoch is under way."""
@@ -70,7 +70,7 @@ class SaveAtSigtermHook(Hook):
         """Begins to ask the other processes, which takes no time beside a step."""
         self._inside = True
         if self._group:
-            self._came = torch.tensor([sigterm.came], dtype=torch.uint8)
+            self._came = torch.tensor([signals.sigterm_received], dtype=torch.uint8)
             self._asked = torch.distributed.all_reduce(self._came, torch.distributed.ReduceOp.MAX, self._group,
                                                        async_op=True)
 
@@ -82,7 +82,7 @@ class SaveAtSigtermHook(Hook):
             Interrupted: In all processes, after the first one has saved.
         """
         self._done, self._inside = runner.iter + 1, False
-        came = sigterm.came
+        came = signals.sigterm_received
         if self._group:
             self._asked.wait()
             came = bool(self._came)
@@ -99,7 +99,7 @@ class SaveAtSigtermHook(Hook):
 
     def before_val(self, runner: Runner) -> None:
         """Ends the run if SIGTERM came at the end of an epoch."""
-        self._leave_if_sigterm_came()
+        self._end_if_sigterm_came()
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Notes that the model may have averaged weights now."""
@@ -108,7 +108,7 @@ class SaveAtSigtermHook(Hook):
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                        outputs: Sequence | None = None) -> None:
         """Ends the run if SIGTERM came."""
-        self._leave_if_sigterm_came()
+        self._end_if_sigterm_came()
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Notes that the model has its own weights again."""
@@ -116,17 +116,17 @@ class SaveAtSigtermHook(Hook):
 
     def after_val(self, runner: Runner) -> None:
         """Ends the run if SIGTERM came while the metrics were computed."""
-        self._leave_if_sigterm_came()
+        self._end_if_sigterm_came()
 
     @staticmethod
-    def _leave_if_sigterm_came() -> None:
+    def _end_if_sigterm_came() -> None:
         # Around the training, save_interrupted() is called then.
-        if sigterm.came:
+        if signals.sigterm_received:
             raise Interrupted(signal.SIGTERM)
 
     def after_train(self, runner: Runner) -> None:
         """Holds it back no longer."""
-        sigterm.held = False
+        signals.sigterm_deferred = False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Notes what a training can go on from."""

@@ -176,7 +176,7 @@ def run(task: str, folder: Path, kills: int, trials: int, draw: random.Random) -
         differing = [name for name in expected if not torch.equal(expected[name], found[name])]
         records.append(dict(task=task, killed=moments, tensors=len(expected), differing=differing,
                             same_names=found.keys() == expected.keys(),
-                            resumed=re.findall(r'resumed epoch: \d+, iter: \d+', Path(f'{work_dir}.txt').read_text()),
+                            resumed=re.findall(r'resumed from .+ at epoch', Path(f'{work_dir}.txt').read_text()),
                             left=[path.name for path in work_dir.glob('*.saving')]))
         print(json.dumps(records[-1]), flush=True)
     return records

@@ -11,12 +11,12 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import Dataset
 
 from convneur_mm.engine import safe_loading
+from convneur_mm.engine.quiet_console import QuietRunner
 
 LOADED = []
 
@@ -59,7 +59,7 @@ def train_noisily(folder: Path, name: str, loop: dict, seed: int | None = 0, res
         manager._instance_dict.clear()
     LOADED.clear()
     by_epoch = 'max_epochs' in loop
-    runner = Runner.from_cfg(Config({**dict(
+    runner = QuietRunner.from_cfg(Config({**dict(
         model=dict(type='NoisyModel'), work_dir=str(folder / name), randomness=dict(seed=seed),
         train_dataloader={
             **dict(dataset=dict(type='NoisyData'), batch_size=2, sampler=dict(type='DefaultSampler', shuffle=True)),

@@ -5,12 +5,10 @@ import logging
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,29 +16,41 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from convneur_mm.datasets import make_shapes_imagenet
 from convneur_mm.engine import interrupts
-from convneur_mm.engine.interrupts import Interrupted, command, going_on, ignore, leave, no_more_signals, raised_signals
+from convneur_mm.engine.interrupts import Interrupted, leave, raised_signals, report_on_interrupt, signals
+from convneur_mm.engine.quiet_console import QuietRunner
 
 ROOT = Path(__file__).parents[2]
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
 
 
 @pytest.fixture
 def restored():
-    """Signals are as before afterwards, the timer of pytest-timeout among them."""
-    handlers, timer = {signum: signal.getsignal(signum) for signum in SIGNALS}, signal.getitimer(signal.ITIMER_REAL)
+    """Restore the signal handlers afterwards."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def send(signum):
     """To this process, which gets it before the next line."""
     os.kill(os.getpid(), signum)
     time.sleep(0)
+
+
+def exit_code_of_fork(function):
+    """The exit code of a forked process that calls ``function``; negative if a signal ended it."""
+    process = os.fork()
+    if not process:
+        try:
+            function()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 @pytest.mark.usefixtures('restored')
@@ -51,14 +61,28 @@ class TestRaisedSignals:
         with pytest.raises(Interrupted) as raised, raised_signals():
             send(signum)
             pytest.fail('not raised')
-        assert raised.value.signum == signum
-        assert str(raised.value) == f'ended by {name} before the run began'
-        # torchrun sends one again to processes that have got it from the terminal.
+        assert str(raised.value) == f'ended by {name}'
+        # Launchers may repeat it at once.
         for other in signal.SIGINT, signal.SIGTERM:
             send(other)
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         # PyTorch's handler raises an error when a data worker ends.
         send(signal.SIGCHLD)
+
+    @pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_second_one_ends_a_process_that_hangs(self, signum, code, monkeypatch):
+        monkeypatch.setattr(interrupts, 'REPEATED_WITHIN', 0)
+
+        def hang():
+            with raised_signals():
+                try:
+                    send(signal.SIGINT)
+                finally:
+                    send(signum)
+                    time.sleep(30)
+
+        begun = time.monotonic()
+        assert exit_code_of_fork(hang) == code
+        assert time.monotonic() - begun < 20
 
     @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
     def test_with_others_under_way(self):
@@ -73,192 +97,118 @@ class TestRaisedSignals:
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, together)
 
-    @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-    def test_are_raised_again_where_python_drops_the_exception(self):
-        class Swallows:
-            def __del__(self):
-                send(signal.SIGTERM)
-
-        started = time.monotonic()
-        with pytest.raises(Interrupted, match='SIGTERM'), raised_signals():
-            swallows = Swallows()
-            del swallows
-            time.sleep(30)
-        assert time.monotonic() - started < 1
-
-    def test_leave_everything_as_it_was(self):
+    @pytest.mark.parametrize('error', [None, ZeroDivisionError])
+    def test_leave_everything_as_it_was(self, error):
         before = [signal.getsignal(signum) for signum in SIGNALS]
-        for error in None, ZeroDivisionError:
-            with pytest.raises(error) if error else nullcontext(), raised_signals():
+        try:
+            with raised_signals():
                 assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is not before[0]
                 if error:
                     raise error
-            assert [signal.getsignal(signum) for signum in SIGNALS] == before
+        except ZeroDivisionError:
+            pass
+        assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
-    def test_keep_what_others_have_set_meanwhile(self):
+    @pytest.mark.parametrize('deferred', [False, True])
+    def test_forked_processes_end_at_sigterm(self, deferred, capfd):
+        """Those that are no data workers of a training do not stay, and Ctrl-C is left to the main process."""
+        def work():
+            send(signal.SIGINT)
+            os.write(2, b'still at work')
+            send(signal.SIGTERM)
+
         with raised_signals():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            signals.sigterm_deferred = deferred
+            assert exit_code_of_fork(work) == -signal.SIGTERM
+        assert capfd.readouterr().err == 'still at work'
 
-    def test_end_forked_workers_by_sigterm_alone(self):
-        """The main process, which gets Ctrl-C from the terminal as they do, ends them."""
-        with raised_signals():
-            worker = os.fork()
-            if not worker:
-                try:
-                    send(signal.SIGINT)
-                    os.write(2, b'still at work')
-                    send(signal.SIGTERM)
-                finally:
-                    os._exit(1)
-            _, status = os.waitpid(worker, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
 
-    def test_forked_workers_of_a_training_go_on_for_a_while(self, monkeypatch):
-        """The main process needs their batches until it has saved. Slurm may send the signal twice."""
-        monkeypatch.setattr(interrupts, 'WORKERS_STAY', 0.2)
-        begun = time.monotonic()
-        with raised_signals():
-            monkeypatch.setattr(interrupts.sigterm, 'held', True)
-            worker = os.fork()
-            if not worker:
-                try:
-                    for _ in range(2):
-                        send(signal.SIGTERM)
-                        time.sleep(0.15)
-                    time.sleep(30)
-                finally:
-                    os._exit(1)
-            _, status = os.waitpid(worker, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-        assert 0.2 <= time.monotonic() - begun < 10
+class SignalledData(Dataset):
+    """A sample that loads while the data worker gets the signals that a terminal, Slurm and torchrun send to all."""
 
-    @pytest.mark.parametrize('how', ['before', 'while it stays'])
-    def test_forked_workers_end_at_once_when_the_training_is_over(self, how):
-        """Python ends them so when it ends itself, and waits for them."""
-        begun = time.monotonic()
-        with raised_signals():
-            interrupts.sigterm.held = True
-            read, write = os.pipe()
-            worker = os.fork()
-            if not worker:
-                try:
-                    if how == 'while it stays':
-                        send(signal.SIGTERM)
-                    os.write(write, b'.')
-                    time.sleep(30)
-                finally:
-                    os._exit(1)
-            os.read(read, 1)
-            interrupts.sigterm.held = False
-            os.kill(worker, signal.SIGTERM)
-            _, status = os.waitpid(worker, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-        assert time.monotonic() - begun < 20
+    def __len__(self):
+        return 1
 
-    def test_runs_of_forked_processes_do_not_share_what_is_held_back(self):
-        with raised_signals():
-            process = os.fork()
-            if not process:
-                with raised_signals():
-                    interrupts.sigterm.held = True
-                    os._exit(0)
-            os.waitpid(process, 0)
-            assert not interrupts.sigterm.held
+    def __getitem__(self, index):
+        sender = 'import os, sys\nfor signum in 2, 15, 15: os.kill(int(sys.argv[1]), signum)'
+        subprocess.run([sys.executable, '-c', sender, str(os.getpid())], check=True)
+        time.sleep(0.05)
+        return index
 
-    def test_forked_workers_do_not_report_a_lost_main_process(self, capfd, monkeypatch):
+
+class TestDataWorkers:
+    @pytest.fixture
+    def batches(self):
+        loader = QuietRunner.build_dataloader(dict(
+            dataset=SignalledData(), num_workers=1, persistent_workers=True, batch_size=1,
+            sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate')))
+        assert isinstance(loader, DataLoader)
+        return iter(loader)
+
+    def test_stay_when_others_signal_them(self, batches):
+        """The main process needs their batches until it has saved."""
+        assert [batch.tolist() for batch in batches] == [[0]]
+
+    def test_end_at_once_when_the_main_process_ends_them(self, batches):
+        next(batches)
+        worker, = batches._workers
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
+
+    def test_do_not_report_a_lost_main_process(self, capfd, monkeypatch):
         """Multiprocessing hands on a batch in a thread, which reports a connection that is gone."""
         # A process group of another test has set its own, which writes the rank before each line.
         monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
-        with raised_signals():
-            worker = os.fork()
-            if not worker:
-                for error in ConnectionResetError('gone'), ValueError('wrong'):
-                    sys.excepthook(type(error), error, None)
-                os._exit(0)
-            os.waitpid(worker, 0)
+
+        def report():
+            interrupts.begin_worker(None, 0)
+            for error in ConnectionResetError('gone'), ValueError('wrong'):
+                sys.excepthook(type(error), error, None)
+
+        exit_code_of_fork(report)
         assert capfd.readouterr().err == 'ValueError: wrong\n'
 
-    def test_no_more_of_them(self):
-        signal.setitimer(signal.ITIMER_REAL, 1000)
-        no_more_signals()
-        for signum in signal.SIGINT, signal.SIGTERM:
-            send(signum)
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('message', ['one line\n', ''])
+@pytest.mark.parametrize('joined', [False, True], ids=['alone', 'one of several processes'])
+def test_leave(signum, message, joined, capfd, monkeypatch):
+    """A shell's exit code, and no data worker stays."""
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: joined)
 
-@pytest.mark.usefixtures('restored')
-class TestLeave:
-    @pytest.fixture(autouse=True)
-    def shut_down(self, monkeypatch):
-        calls = []
-        monkeypatch.setattr(logging, 'shutdown', lambda: calls.append('shutdown'))
-        yield
-        assert calls == ['shutdown']
-
-    @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
-    def test_with_a_shells_exit_code(self, signum, capsys):
-        no_more_signals()
-        with pytest.raises(SystemExit) as left:
-            leave(Interrupted(signum), 'one line')
-        assert left.value.code == 128 + signum
-        assert capsys.readouterr() == ('', 'one line\n')
-        # What Python does at its end may take long, and may be ended.
-        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-    def test_without_a_word(self, capsys):
-        with pytest.raises(SystemExit):
-            leave(Interrupted(signal.SIGINT), None)
-        assert capsys.readouterr() == ('', '')
-
-    def test_without_workers(self):
+    def leave_worker():
         worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
         worker.start()
-        with pytest.raises(SystemExit):
-            leave(Interrupted(signal.SIGINT), None)
-        worker.join(10)
-        assert worker.exitcode == -signal.SIGKILL
+        try:
+            leave(Interrupted(signum), message.strip())
+        except SystemExit as left:
+            worker.join(20)
+            os._exit(left.code if worker.exitcode else 1)
 
-    def test_at_once_where_there_are_other_processes(self, monkeypatch):
-        """gloo's threads would abort this one now and then."""
-        def leave_at_once(code):
-            raise InterruptedError(code)
-
-        monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
-        monkeypatch.setattr(os, '_exit', leave_at_once)
-        flushed = []
-        monkeypatch.setattr(sys.stdout, 'flush', lambda: flushed.append(True))
-        with pytest.raises(InterruptedError, match='^143$'):
-            leave(Interrupted(signal.SIGTERM), None)
-        assert flushed == [True]
+    assert exit_code_of_fork(leave_worker) == 128 + signum
+    assert capfd.readouterr().err == message
 
 
 @pytest.mark.usefixtures('restored')
-class TestGoingOn:
-    """The advice, around a Runner with a checkpoint of an earlier run."""
+class TestReport:
+    """What is said of a training that Ctrl-C ends, by what is in its work dir."""
 
     @pytest.fixture
     def interrupt(self, toy_runner, tmp_path, monkeypatch):
-        def interrupt(*saved, resume=False, checkpoint=None):
-            """What is said after files are saved; of a test, if a checkpoint is named."""
+        monkeypatch.chdir(tmp_path)
+
+        def interrupt(*saved, **kwargs):
             runner = toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3)))
-            runner._resume = resume
             closed = []
             monkeypatch.setattr(runner.visualizer, 'close', lambda: closed.append(True))
-            kind = dict(checkpoint=checkpoint) if checkpoint else dict(resume=None)
-            args = argparse.Namespace(work_dir='w', launcher='none', **kind)
-            with pytest.raises(Interrupted) as raised, going_on(runner, args):
+            with pytest.raises(Interrupted) as raised, report_on_interrupt(runner, **kwargs):
                 for name, value in saved:
                     self.save(tmp_path / name, value)
                 raise Interrupted(signal.SIGINT)
             assert closed == [True]
-            assert signal.getsignal(signal.SIGINT) is ignore
             return str(raised.value)
 
-        monkeypatch.setattr(sys, 'orig_argv', ['tools/train.py', 'x.py', '--work-dir', 'w'])
-        monkeypatch.chdir(tmp_path)
-        self.save(tmp_path / 'iter_1.pth', dict(w=torch.ones(1)))
-        os.utime(tmp_path / 'iter_1.pth', (1, 1))
         return interrupt
 
     def save(self, path, value):
@@ -269,81 +219,46 @@ class TestGoingOn:
         else:
             torch.save(value, path)
 
-    RESTART = 'ended by Ctrl-C before a checkpoint was saved; to start again: tools/train.py x.py --work-dir w'
-
-    def test_that_of_an_earlier_run_does_not_count(self, interrupt, tmp_path):
-        (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_1.pth'))
-        assert interrupt() == self.RESTART
-
-    def test_a_record_without_its_file_does_not_count(self, interrupt, tmp_path):
-        (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
-        assert interrupt() == self.RESTART
-
     @pytest.mark.parametrize('saved, newest', [
-        ([('iter_1.pth', {})], 'iter_1.pth'),  # once more
         ([('iter_2.pth', {}), ('iter_3.pth', {})], 'iter_3.pth'),
         ([('iter_2.pth', {}), ('iter_3.pth', b'cut off')], 'iter_2.pth'),
-        # Sound, for who allows pickle.
-        ([('iter_2.pth', dict(args=argparse.Namespace()))], 'iter_2.pth'),
-        # Written in parts.
-        ([('iter_2.pth', None)], 'iter_2.pth'),
+        # Intact for a user who allows pickle.
+        ([('iter_1.pth', {}), ('iter_2.pth', dict(args=argparse.Namespace()))], 'iter_2.pth'),
+        # Saved in parts, as a folder.
+        ([('iter_1.pth', {}), ('iter_2.pth', None)], 'iter_2.pth'),
+        ([('iter_1.pth', {}), ('last_checkpoint', b'iter_2.pth')], 'iter_1.pth'),
     ])
-    def test_the_newest_intact_one_counts(self, interrupt, saved, newest):
-        assert interrupt(*saved) == (f'ended by Ctrl-C after {newest} was saved; to go on: tools/train.py x.py '
-                                     '--work-dir w --resume')
+    def test_names_the_newest_intact_checkpoint(self, interrupt, saved, newest):
+        assert interrupt(*saved) == f'ended by Ctrl-C (newest checkpoint: {newest}); to go on, add --resume'
 
-    def test_damaged_ones_do_not_count(self, interrupt):
-        assert interrupt(('iter_2.pth', b'cut off')) == self.RESTART
+    @pytest.mark.parametrize('saved', [[], [('iter_2.pth', b'cut off')]])
+    def test_without_a_checkpoint(self, interrupt, saved):
+        assert interrupt(*saved) == 'ended by Ctrl-C before a checkpoint was saved'
 
-    def test_a_resumed_training_can_go_on_from_where_it_began(self, interrupt):
-        assert interrupt(resume=True) == (
-            'ended by Ctrl-C after iter_1.pth was saved; to go on: tools/train.py x.py --work-dir w --resume')
+    def test_of_a_test(self, interrupt):
+        assert interrupt(('iter_1.pth', {}), trains=False) == 'ended by Ctrl-C without results'
 
-    def test_a_test_has_no_results(self, interrupt):
-        assert interrupt(checkpoint='x.pth') == (
-            'ended by Ctrl-C without results; to test again: tools/train.py x.py --work-dir w')
+    def test_another_sigterm_does_not_end_the_save(self, toy_runner, monkeypatch):
+        class SavingHook(Hook):
+            def save_interrupted(self, runner):
+                send(signal.SIGTERM)
+                os._exit(7)
+
+        def train():
+            with raised_signals(), report_on_interrupt(runner):
+                send(signal.SIGTERM)
+
+        monkeypatch.setattr(interrupts, 'REPEATED_WITHIN', 0)
+        runner = toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        runner.register_hook(SavingHook())
+        assert exit_code_of_fork(train) == 7
 
     def test_all_else_passes(self, toy_runner):
         runner = toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3)))
-        with going_on(runner, argparse.Namespace(resume=None)):
+        with report_on_interrupt(runner):
             runner.train()
-        with pytest.raises(ZeroDivisionError), going_on(runner, argparse.Namespace(resume=None)):
+        with pytest.raises(ZeroDivisionError), report_on_interrupt(runner):
             raise ZeroDivisionError
-        assert signal.getsignal(signal.SIGINT) is not ignore
-
-
-@pytest.mark.parametrize('argv, settings, expected', [
-    (['python', 'tools/train.py', 'x.py'], {}, 'python tools/train.py x.py --work-dir work --resume'),
-    (['python', '-u', 'tools/train.py', 'x.py', '--resume', '--amp'], {},
-     'python -u tools/train.py x.py --amp --work-dir work --resume'),
-    (['./tools/train.py', 'x.py', '--resume', 'a.pth', '--work-dir', 'a b'], dict(work_dir='a b'),
-     "./tools/train.py x.py --work-dir 'a b' --resume"),
-    (['tools/train.py', 'x.py', '--resume=a.pth', 'b', '--cfg-options', 'a=[1,2]'], {},
-     "tools/train.py x.py b --cfg-options 'a=[1,2]' --work-dir work --resume"),
-    (['tools/train.py', '--resume', 'a.pth', 'x.py'], {}, 'tools/train.py x.py --work-dir work --resume'),
-    (['tools/train.py', '--resume', '--amp', 'bf16', 'x.py'], {},
-     'tools/train.py --amp bf16 x.py --work-dir work --resume'),
-    (['python', '-u', 'tools/train.py', 'x.py', '--amp', '--launcher', 'pytorch'], dict(launcher='pytorch'),
-     'tools/dist_train.sh x.py 4 --amp --work-dir work --resume'),
-    (['python', 'tools/train.py', 'x.py', '--launcher', 'slurm'], dict(launcher='slurm'),
-     'the same command with --resume'),
-])
-def test_commands(argv, settings, expected):
-    args = argparse.Namespace(**{**dict(work_dir=None, launcher='none', resume=None), **settings})
-    assert command(args, 'work', '--resume', argv=argv, env=dict(LOCAL_WORLD_SIZE='4')) == expected
-
-
-def test_the_command_of_a_test(monkeypatch):
-    args = argparse.Namespace(work_dir='work', launcher='pytorch', checkpoint='x.pth')
-    argv = ['python', 'tools/test.py', 'x.py', 'x.pth', '--work-dir', 'work', '--launcher', 'pytorch']
-    assert command(args, 'work', argv=argv, env=dict(LOCAL_WORLD_SIZE='2')) == (
-        'tools/dist_test.sh x.py x.pth 2 --work-dir work')
-    assert command(args, 'work', argv=argv, env={}) == 'tools/dist_test.sh x.py x.pth 1 --work-dir work'
-    monkeypatch.setattr(sys, 'orig_argv', argv)
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
-    assert command(args, 'work') == 'tools/dist_test.sh x.py x.pth 3 --work-dir work'
-    args.launcher = 'slurm'
-    assert command(args, 'work') == 'the same command'
 
 
 # ---- the tools
@@ -370,14 +285,13 @@ class InterruptTestHook(Hook):
 
 @pytest.mark.usefixtures('restored')
 @pytest.mark.parametrize('args, place, said', [
-    (['train'], 'training', 'after work/interrupted.pth was saved; to go on: tools/x/train.py --resume'),
-    (['train'], 'start', 'before a checkpoint was saved; to start again: tools/x/train.py'),
-    (['test', 'x.pth'], 'test', 'without results; to test again: tools/x/test.py'),
+    (['train'], 'training', '(newest checkpoint: work/interrupted.pth); to go on, add --resume'),
+    (['train'], 'start', 'before a checkpoint was saved'),
+    (['test', 'x.pth'], 'test', 'without results'),
 ])
 def test_the_tools_end_with_one_line(args, place, said, run, trained, monkeypatch, capfd):
     Path('x.pth').write_bytes((trained / 'epoch_1.pth').read_bytes())
     monkeypatch.setattr(logging, 'shutdown', lambda: None)  # this process goes on
-    monkeypatch.setattr(sys, 'orig_argv', [f'tools/x/{args[0]}.py'])
     with Path('config.py').open('a') as file:
         file.write(f'\ncustom_hooks = [dict(type="InterruptTestHook", place={place!r})]\n')
     assert run(*args, code=143) == f'ended by SIGTERM {said}'
@@ -435,21 +349,21 @@ def assert_one_line(output, expected):
     assert re.fullmatch(expected, said[0]), said[0]
 
 
-def test_a_training_with_workers_names_its_checkpoint_and_how_to_go_on(folder, tmp_path):
+@pytest.mark.parametrize('signum, name, saved', [(signal.SIGINT, 'Ctrl-C', r'epoch_\d+'),
+                                                 (signal.SIGTERM, 'SIGTERM', 'interrupted')])
+def test_a_training_whose_workers_get_the_signal_too(folder, tmp_path, signum, name, saved):
     arguments = [sys.executable, ROOT / 'tools' / 'train.py', 'child.py', '--work-dir', tmp_path / 'work']
-    code, output = end(arguments, signal.SIGINT, r'Epoch\(train\) +\[2\]', folder)
-    assert code == 130, output
-    said = shlex.join([*map(str, arguments), '--resume'])
-    assert_one_line(output, rf'ended by Ctrl-C after .*epoch_\d+\.pth was saved; to go on: {re.escape(said)}')
+    code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder)
+    assert code == 128 + signum, output
+    assert_one_line(output, rf'ended by {name} \(newest checkpoint: .*{saved}\.pth\); to go on, add --resume')
 
 
 @pytest.mark.parametrize('signum, name, send, saved', [(signal.SIGINT, 'Ctrl-C', os.killpg, r'epoch_\d+'),
                                                        (signal.SIGTERM, 'SIGTERM', os.kill, 'interrupted')],
                          ids=['from the terminal', 'to torchrun alone'])
 def test_a_training_of_two_processes(folder, tmp_path, signum, name, send, saved):
-    """torchrun hands a signal on, which reaches the processes twice from a terminal, and once from Slurm."""
+    """torchrun hands a signal on to its processes and their data workers."""
     arguments = [ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', tmp_path / 'work']
     code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder, send)
     assert code == 128 + signum, output
-    said = shlex.join([*map(str, arguments), '--resume'])
-    assert_one_line(output, rf'ended by {name} after .*{saved}\.pth was saved; to go on: {re.escape(said)}')
+    assert_one_line(output, rf'ended by {name} \(newest checkpoint: .*{saved}\.pth\); to go on, add --resume')

@@ -1,8 +1,5 @@
 """Trainings that are resumed see the same samples, and draw the same numbers, as one that never ended."""
-import os
 import random
-import signal
-import time
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -12,9 +9,9 @@ import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from noisy_training import LOADED, NoisyData, assert_goes_on, train_noisily
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader
 
-from convneur_mm.engine.loops import SeededBatchSampler, SeededIndices, begin_worker, seed_step, seeded_loader, seeds_of
+from convneur_mm.engine.loops import SeededBatchSampler, SeededIndices, seed_step, seeded_loader, seeds_of
 
 
 def order(sampler):
@@ -146,25 +143,3 @@ class TestResumed:
 def test_a_loader_cannot_be_seeded_afterwards():
     with pytest.raises(ValueError, match='^train_dataloader must be a config for this loop, got a DataLoader$'):
         seeded_loader(SimpleNamespace(), DataLoader(range(2)))
-
-
-class Sleeper(Dataset):
-    """A sample that gets SIGTERM while it is loaded."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-        return index
-
-
-def test_a_worker_treats_sigterm_as_the_main_process_does():
-    """PyTorch gives its workers a handler of its own, which ends them."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        loader = DataLoader(Sleeper(), num_workers=1, worker_init_fn=partial(begin_worker, None))
-        assert [batch.tolist() for batch in loader] == [[0]]
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -103,7 +103,6 @@ def restarted(folder):
     # Of an earlier run: this one has nothing to do with it.
     torch.save(dict(state_dict={}, meta=dict(epoch=9, iter=18)), old / 'epoch_9.pth')
     (old / 'last_checkpoint').write_text(str(old / 'epoch_9.pth'))
-    os.utime(old / 'epoch_9.pth', (1, 1))
     command = [ROOT / 'tools' / 'dist_train.sh', 'config.py', '2', '--work-dir', 'work']
     env = dict(PYTHONPATH=path, PYTHON=warm_python(), OMP_NUM_THREADS='1', MAX_RESTARTS='2',
                DEATHS='killed@1 raised@7')
@@ -115,7 +114,7 @@ def restarted(folder):
 
 def test_a_run_goes_on_after_restarts_as_if_it_had_never_ended(folder, restarted):
     """Bit by bit. Before the first checkpoint it starts again."""
-    assert re.findall(r'resumed epoch: \d+, iter: \d+', restarted) == ['resumed epoch: 3, iter: 6']
+    assert re.findall(r'resumed from work/(\S+) at epoch 3, iteration 6', restarted) == ['epoch_3.pth']
     whole, found = [torch.load(folder / name / 'epoch_5.pth', weights_only=False) for name in ('whole', 'work')]
     for part in (lambda saved: saved['state_dict'], lambda saved: saved['optimizer']['state'][0]):
         assert part(whole).keys() == part(found).keys()
@@ -124,15 +123,7 @@ def test_a_run_goes_on_after_restarts_as_if_it_had_never_ended(folder, restarted
 
 
 def test_the_console_says_which_process_died_how_and_why(restarted):
-    assert re.findall('^note: process .*$', restarted, re.MULTILINE) == [
-        'note: process 1 has ended (SIGKILL); restart 1 of 2',
-        'note: process 1 has ended (exit code 1); restart 2 of 2']
+    """In torchrun's words, and those of the process."""
+    assert re.findall(r'failed \(exitcode: (-?\d+)\) local_rank: (\d)', restarted) == [('-9', '1'), ('1', '1')]
     assert restarted.count('ZeroDivisionError: the reason of this death') == 1
     assert 'raise ZeroDivisionError' in restarted
-
-
-def test_the_others_end_within_a_minute(folder, restarted):
-    """Only then are processes started again."""
-    for start in range(2):
-        death, begun = [float((folder / name).read_text()) for name in (f'death{start}', f'start{start + 1}')]
-        assert 0 < begun - death < 60

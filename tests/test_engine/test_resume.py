@@ -49,12 +49,6 @@ class TestResumeAlone:
         assert len(logged) == 1 and '\n' not in logged[0]
         assert 'older checkpoint: work/epoch_2.pth is no checkpoint: the file is empty' in logged[0]
 
-    def test_tells_numbers_from_names(self, work):
-        for number in 9, 10:
-            (work / f'epoch_{number}.pth').write_bytes((work / 'epoch_1.pth').read_bytes())
-        (work / 'last_checkpoint').write_text('moved/epoch_11.pth')
-        assert latest_checkpoint('work', 'config.py', False) == str(work / 'epoch_10.pth')
-
     def test_names_the_last_of_several_damaged_ones(self, work):
         for path in work.glob('epoch_*.pth'):
             path.write_bytes(b'')
@@ -76,19 +70,6 @@ class TestNothingToResume:
         Path('work').mkdir()
         assert run('train', *args) == expected
         assert not list(Path('work').iterdir())
-
-    def test_names_work_dirs_with_checkpoints_of_the_same_config(self, run, trained):
-        """The work dir of a run holds its config."""
-        shutil.copytree(trained, 'beside')
-        shutil.copytree(trained, 'work_dirs/some/where')
-        shutil.copytree(trained, 'work_dirs/of_another_config')
-        Path('work_dirs/of_another_config/config.py').rename('work_dirs/of_another_config/other.py')
-        for number, folder in enumerate(['work_dirs/some/where', 'beside']):
-            Path(folder, 'last_checkpoint').write_text(f'{folder}/epoch_2.pth')
-            os.utime(f'{folder}/last_checkpoint', (number, number))
-        assert run('train', '--resume').startswith(
-            '--resume: no checkpoint in work, but in beside (epoch_2.pth), work_dirs/some/where (epoch_2.pth) of the '
-            'same config; name the work dir of the earlier run with --work-dir')
 
 
 class TestWithoutATraining:
@@ -157,48 +138,46 @@ class TestWithoutATraining:
 
 
 class TestAfterARestart:
-    """Small files in the places of checkpoints, in the order of their times."""
-
-    RESTARTED = dict(TORCHELASTIC_RESTART_COUNT='1', CONVNEUR_LAUNCHED='100.5')
+    """Small files in the places of checkpoints, beside those of an earlier run."""
 
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        for time, number in (50, 9), (101, 1), (102, 2):
-            self.save(number, time)
-        Path('work/last_checkpoint').write_text('work/epoch_9.pth')
+        Path('work').mkdir()
+        Path('launch').mkdir()
+        self.save(1)
+        self.save(9)
 
     @staticmethod
-    def save(number, time, content=None):
-        path = Path(f'work/epoch_{number}.pth')
-        path.parent.mkdir(exist_ok=True)
-        if content is None:
-            torch.save(dict(state_dict={}), path)
-        else:
-            path.write_bytes(content)
-        os.utime(path, (time, time))
+    def save(number):
+        torch.save(dict(state_dict={}), f'work/epoch_{number}.pth')
+        Path('work/last_checkpoint').write_text(str(Path(f'work/epoch_{number}.pth').absolute()))
 
-    @pytest.mark.parametrize('env', [{}, dict(TORCHELASTIC_RESTART_COUNT='0', CONVNEUR_LAUNCHED='100.5'),
-                                     # By a torchrun of one's own, and by none.
-                                     dict(TORCHELASTIC_RESTART_COUNT='1'), dict(CONVNEUR_LAUNCHED='100.5')])
-    def test_a_first_start_has_none(self, env):
-        assert checkpoint_after_restart('work', False, env) is None
+    @staticmethod
+    def found(rank=0):
+        path = checkpoint_after_restart('work', False, dict(CONVNEUR_LAUNCH_DIR='launch', LOCAL_RANK=str(rank)))
+        return path and Path(path).name
 
-    def test_what_an_earlier_run_left_does_not_count(self):
-        assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_2.pth'
-        for launched, found in ('102', 'work/epoch_2.pth'), ('102.5', None):
-            assert checkpoint_after_restart('work', False, dict(self.RESTARTED, CONVNEUR_LAUNCHED=launched)) == found
-        assert checkpoint_after_restart('elsewhere', False, self.RESTARTED) is None
+    def test_only_what_this_launch_has_saved_counts(self):
+        assert [self.found(rank) for rank in (1, 0, 1)] == [None] * 3  # the first start
+        assert self.found() is None  # a restart before anything was saved
+        self.save(1)  # under the name of an earlier one
+        assert self.found() == 'epoch_1.pth'
+        self.save(2)
+        assert self.found(1) == 'epoch_2.pth'
+        assert checkpoint_after_restart('elsewhere', False, dict(CONVNEUR_LAUNCH_DIR='launch')) is None
+        # By another launcher.
+        assert checkpoint_after_restart('work', False, dict(TORCHELASTIC_RESTART_COUNT='1')) is None
 
-    def test_nor_does_a_damaged_one(self):
-        self.save(2, 102, b'cut off')
-        assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_1.pth'
-        self.save(1, 101, b'')
-        assert checkpoint_after_restart('work', False, self.RESTARTED) is None
-
-    def test_a_record_whose_file_is_gone_is_passed_over(self):
-        Path('work/last_checkpoint').write_text('work/epoch_3.pth')
-        assert checkpoint_after_restart('work', False, self.RESTARTED) == 'work/epoch_2.pth'
+    def test_damaged_and_lost_ones_do_not_count(self):
+        self.found()
+        for number in 1, 2, 3:
+            self.save(number)
+        Path('work/epoch_3.pth').unlink()
+        Path('work/epoch_2.pth').write_bytes(b'cut off')
+        assert self.found() == 'epoch_1.pth'
+        Path('work/epoch_1.pth').write_bytes(b'')
+        assert self.found() is None
 
 
 @pytest.mark.parametrize('own, others', [(None, [None]), ('a/epoch_1.pth', ['epoch_1.pth'])])

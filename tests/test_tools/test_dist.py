@@ -166,7 +166,7 @@ def test_two_nodes_resume_and_end_with_equal_weights(trained):
         shutil.copytree(folder / 'work', folder / f'node{i}')
     nodes = start_nodes([folder, folder], '--resume', '--cfg-options', *SIZE, 'train_cfg.max_epochs=2')
     assert [code for code, _ in nodes] == [0, 0], nodes[0][1][-3000:] + nodes[1][1][-3000:]
-    assert 'resumed epoch: 1, iter: 2' in nodes[0][1]
+    assert 'at epoch 1, iteration 2: ' in nodes[0][1]
     assert (folder / 'node0' / 'epoch_2.pth').exists()
     assert_equal_weights([folder / f'node{i}' / f'rank{i}.pth' for i in range(2)], iters=4)
 

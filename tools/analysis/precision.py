@@ -36,7 +36,7 @@ from torch import Tensor
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine.launch import find_config, read_config
-from convneur_mm.engine.quiet_console import build_runner, quiet_prints
+from convneur_mm.engine.quiet_console import build_runner
 
 IMAGE_SIZE, BATCH = 64, 4
 CHANNELS, WIDTH = [16, 24, 32, 48], 16
@@ -143,13 +143,12 @@ def losses_of(cfg: Config, precision: str, work_dir: Path) -> list[float]:
     is_detector = cfg.default_scope == 'mmdet'
     if precision == 'bfloat16' and not is_detector:
         cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
-    with quiet_prints():
-        runner = build_runner(cfg)
-        if precision == 'bfloat16' and is_detector:
-            lower_features(runner.model)
-        keep = KeepLosses()
-        runner.register_hook(keep)
-        runner.train()
+    runner = build_runner(cfg)
+    if precision == 'bfloat16' and is_detector:
+        lower_features(runner.model)
+    keep = KeepLosses()
+    runner.register_hook(keep)
+    runner.train()
     return keep.losses
 
 
