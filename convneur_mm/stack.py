@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-OLDEST_TORCH = (2, 7)  # the first with torch.compiler.is_exporting
+OLDEST_TORCH = (2, 10)  # in older ones torch.compile or torch.export fail
 OPERATORS = Path(__file__).parent / 'ops' / 'mmcv_ext.py'
 
 

@@ -87,14 +87,14 @@ def test_families_over_each_other():
         ['pip', 'install', *requirements('fork', 'mmengine', 'mmdet')]]
 
 
-@pytest.mark.parametrize('version, fits', [('2.6.0', False), ('2.7.0+cpu', True), ('2.14.1', True), ('1.13.1', False),
+@pytest.mark.parametrize('version, fits', [('2.9.1', False), ('2.10.0+cpu', True), ('2.14.1', True), ('1.13.1', False),
                                            ('3.0.0a0+git', True)])
-def test_torch_from_2_7_on(monkeypatch, version, fits):
+def test_torch_from_2_10_on(monkeypatch, version, fits):
     monkeypatch.setattr(stack, 'import_module', lambda name: SimpleNamespace(__version__=version))
     if fits:
         stack.check_torch()
     else:
-        with pytest.raises(StackError, match=f'torch {re.escape(version)} is too old: expected at least 2.7') as error:
+        with pytest.raises(StackError, match=f'torch {re.escape(version)} is too old: expected at least 2.10') as error:
             stack.check_torch()
         assert commands(error.value) == [['pip', 'install', '--upgrade', 'torch', 'torchvision']]
 

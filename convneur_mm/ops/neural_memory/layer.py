@@ -10,7 +10,7 @@ from .exported import layer_exported
 from .memory import Settings, run
 from .op import check_tensors, refuse_state, resolve_backend
 from .reference import layer_reference
-from .types import LayerWeights, MemoryOptions, MemoryState
+from .types import LayerWeights, MemoryOptions, MemoryState, UpdateGenerators, is_exporting
 
 
 def neural_memory_layer(
@@ -42,9 +42,10 @@ def neural_memory_layer(
     heads, d, _ = weights.w1.shape
     if x.dim() != 3 or x.size(2) != heads * d:
         raise ValueError(f'x must have shape (B, N, {heads * d}), got {tuple(x.shape)}')
+    # Not weights.memory.generators: PyTorch 2.10 compiles no property of a property.
     check_tensors({'x': x, **dict(zip(LayerWeights._fields, weights))}, x.size(0), heads, d, weights.w1, weights.w2,
-                  weights.memory.generators, state)
-    if torch.compiler.is_exporting():
+                  UpdateGenerators(*weights[-4:]), state)
+    if is_exporting():
         refuse_state(state, options)
         return layer_exported(x, weights, eps, options), None
     if backend == 'reference' and x.numel():

@@ -10,7 +10,7 @@ from torch import Tensor
 from .exported import neural_memory_exported
 from .memory import Settings, run
 from .reference import neural_memory_reference
-from .types import MemoryOptions, MemoryState, MemoryWeights, UpdateGenerators, check_choice
+from .types import MemoryOptions, MemoryState, MemoryWeights, UpdateGenerators, check_choice, is_exporting
 
 BACKENDS = ('reference', 'chunked', 'triton')
 
@@ -73,7 +73,7 @@ def neural_memory(
     batch, heads, _, d = q.shape
     check_tensors(dict(q=q, k=k, v=v), batch, heads, d, w1, w2, generators, state)
     weights = MemoryWeights(w1, w2, *generators)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         refuse_state(state, options)
         return neural_memory_exported(q, k, v, weights, options).to(q.dtype), None
     if backend == 'reference' and q.numel():

@@ -185,6 +185,11 @@ def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous',
     return max(0, math.ceil(num_tokens / chunk_size) - 1) * chunk_size
 
 
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` traces the call, and not ``torch.compile``, which some versions take for it."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Keeps autocast out, which does not know the meta device, where shapes and FLOPs are counted without memory."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
