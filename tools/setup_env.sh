@@ -27,7 +27,7 @@ case $stack in
 esac
 files=("$root/requirements/$stack.txt" "$root/requirements/$tests" "$root/requirements/build.txt")
 lock=$root/requirements/versions.lock
-stamp=$venv/.convneur_mm  # says that the folder is ours and, once all is done, what it was made from
+stamp=$venv/.convneur_mm.json  # says that the folder is ours and, once all is done, what it was made from
 # Settings of another environment would lead pip or Python elsewhere.
 unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT VIRTUAL_ENV CONDA_PREFIX __PYVENV_LAUNCHER__
 export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
