@@ -38,7 +38,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset (int): 0 or 1; a box is x2 - x1 + offset wide.
     """
     boxes, scores = _computable(boxes, scores)
-    return ops.nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
+    if offset:
+        boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+    return ops.nms(boxes, scores, iou_threshold)
 
 
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float,
