@@ -23,7 +23,6 @@ from convneur_mm.stack import StackError
 pytestmark = pytest.mark.needs('mmseg')
 
 DISTANCES = ('Hausdorff', 'HD95')
-TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 
 
 def counts(pred, truth, num_classes=2, **options):
@@ -297,7 +296,6 @@ def test_a_picture_against_the_definitions():
     assert (found.matched_pred[:4] < found.pred[:4]).all()  # and so something is told apart
 
 
-@pytest.mark.skipif(TORCH < (2, 8), reason='MONAI wants torch 2.8 or later')
 @pytest.mark.filterwarnings('ignore:.*always_return_as_numpy:FutureWarning')
 @pytest.mark.parametrize('seed', range(4))
 def test_distances_and_matches_are_those_of_monai(seed):

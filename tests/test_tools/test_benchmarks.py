@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import parse
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur_mm.models import NeuralMemory
@@ -131,7 +130,6 @@ def test_a_missing_titans_is_left_out(memory, tmp_path, capsys, monkeypatch):
     assert 'pip install -r requirements/bench.txt' in err
 
 
-@pytest.mark.skipif(parse(torch.__version__) < parse('2.8'), reason='titans-pytorch wants torch 2.8 or later')
 @pytest.mark.needs('titans_pytorch')
 def test_titans_has_both_rules(memory):
     """M_2 is the first memory whose gradients were taken at M_0 by one and at M_1 by the other."""
