@@ -52,9 +52,14 @@ up_to_date() {
 }
 
 # Runs a command with its output in a log, which is shown where the command fails. All that it has started ends with this.
-child=''
-trap '[ -z "$child" ] || kill -- -"$child" 2>/dev/null || true
-  echo "[setup] interrupted; the same command goes on from here" >&2; exit 130' INT TERM HUP
+child='' kernels=''
+stop() {
+  local group
+  for group in $child $kernels; do kill -- -"$group" 2>/dev/null || true; done
+  echo '[setup] interrupted; the same command goes on from here' >&2
+  exit 130
+}
+trap stop INT TERM HUP
 run() {
   local log="$venv/setup/$1.log" begun=$SECONDS shown=$SECONDS
   shift
@@ -108,14 +113,24 @@ say '2/3 PyTorch and the other packages; several GB to download the first time'
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
   # From this index alone: beside another one pip would be free to take the other build.
   mapfile -t pins < <(grep -E '^torch(vision)?==' "$lock")
-  install torch --force-reinstall --no-deps --index-url "$TORCH_INDEX_URL" "${pins[@]}"
+  install torch_index --force-reinstall --no-deps --index-url "$TORCH_INDEX_URL" "${pins[@]}"
+fi
+install torch torch torchvision -r "$root/requirements/build.txt"
+if [ -n "$compiler" ]; then
+  # The CPU kernels take a minute or two to compile and need PyTorch alone, so the other packages install meanwhile.
+  set -m
+  (cd "$root" && exec "$venv/bin/python" setup.py build_ext --inplace --build-temp "$venv/setup/kernels") \
+    > "$venv/setup/kernels.log" 2>&1 < /dev/null & kernels=$!
+  set +m
 fi
 # pip's cache may hold an mmcv that was compiled, for another torch.
 mmcv=$(grep -oE '^[a-z-]*mmcv[a-z-]*==\S+' "${files[0]}" || true)
 [ -z "$mmcv" ] || install mmcv --no-deps --no-cache-dir "$mmcv"
 install packages "${files[@]/#/-r}"
 
-say "3/3 convneur_mm, editable${compiler:+; its CPU kernels take a minute to compile}"
+say "3/3 convneur_mm, editable${compiler:+, with the CPU kernels}"
+[ -z "$kernels" ] || wait "$kernels" || true  # where they fail, a line below says so
+kernels=''
 install convneur_mm --no-build-isolation --no-deps --editable "$root"
 # The kernels are an extra: a compiler that cannot do them (clang without OpenMP, say) must not cost the rest.
 [ -z "$compiler" ] || try 'from convneur_mm.ops.neural_memory import cpu; assert cpu.kernels' >/dev/null ||
