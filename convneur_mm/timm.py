@@ -17,8 +17,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .models import NeuralMemory
 from .models.convneur import ConvNeur
-from .models.neural_memory import NeuralMemory
 
 __all__ = ['ConvNeurClassifier']
 

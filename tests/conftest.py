@@ -125,12 +125,15 @@ def nan_in_new_tensors():
     torch.use_deterministic_algorithms(True)
 
 
-@pytest.fixture(params=['cpp', 'pytorch'], scope='module')
+@pytest.fixture(params=['cpp', 'torch'], scope='module')
 def both_codes(request):
-    """Runs a module's tests with the compiled kernels, and then with what serves other devices and sizes."""
+    """Runs a module's tests with the compiled operators, and then with those that serve other devices and sizes.
+
+    Of the backend 'auto', which takes the compiled ones wherever they take the tensors.
+    """
     if request.param == 'cpp':
         need('kernels')
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == 'pytorch':
-            patch.setattr(cpu, 'kernels', None)
+        if request.param == 'torch':
+            patch.setenv('CONVNEUR_MEMORY_BACKEND', 'torch')
         yield request.param

@@ -103,7 +103,7 @@ def memory() -> Iterator[Finding]:
     """Which code computes the neural memory and why, and that it computes what the equations say."""
     import torch
 
-    from convneur_mm.ops.neural_memory import cpu, triton
+    from convneur_mm.ops.neural_memory import cpu
     from convneur_mm.ops.neural_memory.op import resolve_backend
     if cpu.missing:
         yield Finding(NOTE, 'neural memory: PyTorch\'s operators on a CPU, which are slower than its compiled kernels: '
@@ -115,7 +115,7 @@ def memory() -> Iterator[Finding]:
     for device in ('cpu', *(['cuda'] if torch.cuda.is_available() else [])):
         try:
             backends = {resolve_backend('auto'): why}
-            if device == 'cuda' and triton.HAS_TRITON:
+            if device == 'cuda' and find_spec('triton'):
                 backends.setdefault('triton', 'if asked for; tools/analysis/check_gpu.py says which is faster')
         except ValueError as error:
             yield Finding(BROKEN, f'neural memory on {device}: {error}')
@@ -127,7 +127,7 @@ def check_backend(backend: str, why: str, device: str) -> Finding:
     """Compares a memory's output and gradients with those of the reference in float64, which takes milliseconds.
 
     Args:
-        backend (str): 'chunked', 'triton' or 'reference'.
+        backend (str): 'auto', 'torch', 'cpp', 'triton' or 'reference'.
         why (str): What it is taken for.
         device (str): 'cpu' or 'cuda'.
     """
@@ -151,7 +151,7 @@ def check_backend(backend: str, why: str, device: str) -> Finding:
             return Finding(OK, f'{name} agrees with the reference to {error:.0e}')
         problem = f'differs from the reference by {error:.0e}'
     return Finding(BROKEN, f'{name}: {problem}; tools/analysis/check_gpu.py tries each backend, and '
-                   f'CONVNEUR_MEMORY_BACKEND={"reference" if backend == "chunked" else "chunked"} sets another')
+                   f'CONVNEUR_MEMORY_BACKEND={"reference" if backend == "torch" else "torch"} sets another')
 
 
 def data() -> Iterator[Finding]:

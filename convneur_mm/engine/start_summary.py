@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..models import ConvNeur, NeuralMemory
-from ..models.global_memory import GlobalMemory
+from ..models.global_branch import GlobalBranch
 from ..ops.neural_memory import cpu, written_tokens
 from ..ops.neural_memory.op import resolve_backend
 from ..stack import uses_compiled_mmcv
@@ -221,7 +221,7 @@ def _memory(model: nn.Module) -> list[tuple[str, str]]:
     groups = memory_groups(model)
     memories = [memory for memories in groups.values() for memory in memories]
     lines = [('branch', f'{_count(count, "global branch", "global branches")} {branch!r} in place of the memory')
-             for branch, count in Counter(m.branch for m in model.modules() if isinstance(m, GlobalMemory)).items()
+             for branch, count in Counter(m.branch for m in model.modules() if isinstance(m, GlobalBranch)).items()
              if branch != 'neural_memory']
     if not memories:
         return [*lines, ('memory', 'none')]
@@ -254,16 +254,16 @@ def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
                 'memory_cfg.backend or CONVNEUR_MEMORY_BACKEND asks for \'reference\', which is slow; \'auto\' is not')
     if backend == 'triton':
         return f'Triton kernels {where}', None
-    if weight.device.type != 'cpu':
+    if backend == 'torch' or weight.device.type != 'cpu':
         return f'PyTorch operators {where}', None
     sizes = memory.head_dim, memory.hidden_dim
     reason = None
     if cpu.kernels is None:
-        reason = (f'not the C++ kernels, which are faster: {cpu.missing or "they are turned off"}; with a C++ '
-                  f'compiler: {cpu.install_command()}')
-    elif sizes != (cpu.kernels.HEAD_DIM, cpu.kernels.HIDDEN_DIM):
-        reason = (f'the C++ kernels, which are faster, take memory_cfg.head_dim={cpu.kernels.HEAD_DIM} and '
-                  f'hidden_dim={cpu.kernels.HIDDEN_DIM}, got {sizes[0]} and {sizes[1]}')
+        reason = (f'not the C++ kernels, which are faster: {cpu.missing}; with a C++ compiler: '
+                  f'{cpu.install_command()}')
+    elif sizes != (cpu.HEAD_DIM, cpu.HIDDEN_DIM):
+        reason = (f'the C++ kernels, which are faster, take memory_cfg.head_dim={cpu.HEAD_DIM} and '
+                  f'hidden_dim={cpu.HIDDEN_DIM}, got {sizes[0]} and {sizes[1]}')
     if reason:
         return f'PyTorch operators {where}', reason
     kernels = f'C++ kernels ({cpu.kernels.instruction_set()}) {where}'

@@ -1,5 +1,5 @@
 from .convneur import ConvNeur
-from .neural_memory import NeuralMemory
+from .global_branches import NeuralMemory
 from .overlock import OverLoCK
 
 __all__ = ['ConvNeur', 'NeuralMemory', 'OverLoCK']

@@ -71,7 +71,7 @@ class ConvNeurBlock(BaseModule):
     Args:
         channels (int): Number of channels, C.
         global_branch (nn.Module | None): Maps (N, C, H, W) to the same shape. With a state, it is called as
-            :class:`GlobalMemory`. Defaults to None.
+            :class:`GlobalBranch`. Defaults to None.
         fusion (str): 'gate', 'add' or 'concat'. Defaults to 'gate'.
         drop_path_rate (float): Stochastic depth rate. Defaults to 0.
         with_cp (bool): Whether to recompute the block in the backward pass to save memory. Defaults to False.
@@ -127,7 +127,7 @@ class ConvNeurBlock(BaseModule):
 
     def forward(self, x: Tensor, state: MemoryState | None = None,
                 return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
-        """(N, C, H, W) → (N, C, H, W), and the memory's state if asked for; states as in :class:`GlobalMemory`."""
+        """(N, C, H, W) → (N, C, H, W), and the memory's state if asked for; states as in :class:`GlobalBranch`."""
 
         def update(x: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
             local = self.local_features(x)

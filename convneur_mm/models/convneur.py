@@ -11,9 +11,8 @@ from ..ops.neural_memory import MemoryState
 from ._mmengine import MODELS, ModuleList, Sequential
 from .base import Backbone, as_output, check_common_options
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d, Stage
-from .global_branches import GLOBAL_BRANCHES, branch_options
-from .global_memory import GlobalMemory
-from .neural_memory import NeuralMemory
+from .global_branch import GlobalBranch
+from .global_branches import GLOBAL_BRANCHES, NeuralMemory, branch_options
 
 PLACEMENTS = ('stage', 'block', 'none')
 
@@ -134,7 +133,7 @@ class ConvNeur(Backbone):
             self.stages.append(Stage(*(
                 ConvNeurBlock(
                     channels,
-                    global_branch=GlobalMemory(channels, mem_channels, global_branch, **memory_cfg)
+                    global_branch=GlobalBranch(channels, mem_channels, global_branch, **memory_cfg)
                     if placement == 'block' or (placement == 'stage' and j == 0) else None,
                     fusion=fusion,
                     drop_path_rate=drop_path_rates[first_blocks[i] + j],
@@ -154,7 +153,7 @@ class ConvNeur(Backbone):
         frame. The parallel rule still takes its gradients at the learned M_0. Where states are returned, the last
         chunk of the frame is written too, which this frame's own features do not depend on with 'previous'. So at each
         memory, frames one after the other equal one call on all their chunks, up to the limit of
-        :func:`~.global_memory.limit_norm`. Autograd records calls in sequence; detach the states to end that.
+        :func:`~.global_branch.limit_norm`. Autograd records calls in sequence; detach the states to end that.
 
         Args:
             x (Tensor): Images, (N, in_channels, H, W), of any size from 32 × 32 up.

@@ -1,26 +1,104 @@
 """Layers whose weights may be taken instead of calling them, and what is faster then."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.neural_memory.types import in_autocast, is_exporting, is_watched
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked in a call, it would part a compiled graph
 
 
-def does_as(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module does with its weights what its ``kind`` does, unlike an adapter or a quantised one."""
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module does with its weights what its ``kind`` does, unlike an adapter or a quantised one."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether, besides, no hook would miss the call."""
-    return does_as(module, kind) and not (
+    """Return whether a module has the forward of its ``kind``, and no hook that would miss the call."""
+    return has_forward_of(module, kind) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def are_plain(*layers: nn.Linear) -> bool:
+    """Return whether linear layers are plain ones without biases, so that their weights may be put together."""
+    return all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers)
+
+
+def may_fuse(x: Tensor) -> bool:
+    """Return whether products may be put together: not in a graph for others, nor where FLOPs are counted."""
+    return not is_exporting() if torch.compiler.is_compiling() else not is_watched(x)
+
+
+def columns(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``weight`` (M, C) times tokens (B, N, C) as columns, (B, M, N), without a copy of either.
+
+    Args:
+        weight (Tensor): (M, C).
+        x (Tensor): (B, N, C).
+        out (Tensor | None): Takes the product if it fits, where no gradient is wanted. Defaults to None.
+    """
+    if torch.compiler.is_compiling() or in_autocast(x):
+        # Each image has a product of its own: under autocast their gradients are summed in the weight's dtype.
+        return torch.bmm(weight.expand(x.size(0), -1, -1), x.mT)
+    if torch.is_grad_enabled():
+        return _Columns.apply(weight, x)
+    fits = out is not None and out.shape == (x.size(0), weight.size(0), x.size(1)) and out.dtype == x.dtype
+    return torch.bmm(weight.expand(x.size(0), -1, -1), x.mT, out=out if fits else None)
+
+
+def rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``weight`` (M, C) times a view of columns (B, N, C), (B, N, M), without a copy of the columns."""
+    if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or in_autocast(x)):
+        return _Rows.apply(x, weight, bias)
+    return _rows(x, weight, bias)
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = weight.mT.expand(x.size(0), -1, -1)
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+
+
+class _Columns(torch.autograd.Function):
+    """The product of :func:`columns`; autograd's own derivative would transpose the gradient of the tokens."""
+
+    @staticmethod
+    def forward(weight: Tensor, x: Tensor) -> Tensor:
+        return torch.bmm(weight.expand(x.size(0), -1, -1), x.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weight, x = ctx.saved_tensors
+        return torch.bmm(grad, x).sum(0), torch.bmm(grad.mT, weight.expand(x.size(0), -1, -1))
+
+
+class _Rows(torch.autograd.Function):
+    """The product of :func:`rows`; autograd's own derivative would transpose the gradient of the columns."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _rows(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = torch.bmm(weight.mT.expand(x.size(0), -1, -1), grad.mT).mT
+        return grad_x, torch.bmm(grad.mT, x).sum(0), grad.sum((0, 1)) if ctx.needs_input_grad[2] else None
+
+
 def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """What a plain linear layer or 1×1 convolution makes of (N, C, H, W) in channels_last memory.
+    """Apply a plain linear layer or 1×1 convolution to (N, C, H, W) in channels_last memory.
 
     On a CPU as a convolution, which oneDNN does up to 1.7 times as fast as MKL a matrix product with so few columns,
     and never slower; elsewhere, and in float64, which oneDNN does not know, as a matrix product.

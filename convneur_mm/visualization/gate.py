@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models import ConvNeur
 from ..models.blocks import ConvNeurBlock
-from ..models.global_memory import GlobalMemory
+from ..models.global_branch import GlobalBranch
 from ..ops.neural_memory import MemoryState
 from .trace import ChunkTrace, trace
 
@@ -114,9 +114,10 @@ class GateRecorder:
             self._handles.append(block.global_branch.register_forward_hook(
                 lambda module, args, output, block=block: self._contexts.update({block: context_of(output)})))
             if block.global_branch.branch == 'neural_memory':
-                self._handles.append(block.global_branch.memory.register_forward_pre_hook(
-                    lambda memory, args, kwargs, block=block: self._traces.update(
-                        {block: trace(memory, *args, **kwargs)}), with_kwargs=True))
+                # Not of the memory itself, which would then be called apart from the convolution behind it.
+                self._handles.append(block.global_branch.register_forward_pre_hook(
+                    lambda branch, args, kwargs, block=block: self._traces.update(
+                        {block: trace(branch.memory, branch.tokens(args[0]), *args[1:], **kwargs)}), with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -164,7 +165,7 @@ def find_backbone(model: nn.Module) -> ConvNeur:
 def gated_blocks(backbone: ConvNeur) -> dict[tuple[int, int], ConvNeurBlock]:
     """The blocks with a global branch by stage and place within it, both counted from 1."""
     return {(i, j): block for i, stage in enumerate(backbone.stages, 1) for j, block in enumerate(stage, 1)
-            if isinstance(block.global_branch, GlobalMemory)}
+            if isinstance(block.global_branch, GlobalBranch)}
 
 
 @torch.no_grad()

@@ -4,15 +4,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import NeuralMemory
-from ..ops.neural_memory import NORMALIZE_EPS, LayerWeights, MemoryOptions, MemoryState
-from ..ops.neural_memory.memory import kernels_for
+from ..ops.neural_memory import MemoryState, UpdateGenerators
+from ..ops.neural_memory.memory import begin, write_all
 from ..ops.neural_memory.op import resolve_backend
-from ..ops.neural_memory.reference import bound
-from ..ops.neural_memory.types import no_autocast, pack
+from ..ops.neural_memory.operators import implementation
+from ..ops.neural_memory.rule import bounded, coefficients
+from ..ops.neural_memory.types import no_autocast
 
 
 class ChunkTrace(NamedTuple):
@@ -46,7 +46,7 @@ class ChunkTrace(NamedTuple):
 
 @torch.no_grad()
 def trace(memory: NeuralMemory, x: Tensor, state: MemoryState | None = None, return_state: bool = False) -> ChunkTrace:
-    """Writes a memory once more, by the kernels that it uses itself, and keeps what its forward drops.
+    """Write a memory once more, with the operators that it uses itself, and keep what its forward drops.
 
     Args:
         memory (NeuralMemory): Is not changed.
@@ -57,30 +57,20 @@ def trace(memory: NeuralMemory, x: Tensor, state: MemoryState | None = None, ret
     Returns:
         ChunkTrace: In float32, or float64 where the parameters are.
     """
-    dtype = torch.promote_types(memory.query.weight.dtype, torch.float32)
-    weights = LayerWeights(*(weight.to(dtype) for weight in memory.weights))
-    options = MemoryOptions(memory.tokens_per_chunk(x.size(1)), memory.inner_step, memory.max_write_norm,
-                            memory.update_rule, memory.retrieve, return_state)
-    tokens = F.layer_norm(x.to(dtype), x.shape[-1:], weights.norm_weight, weights.norm_bias, memory.norm.eps)
-    # Outside no_autocast, as the memory projects in autocast's precision too.
-    product = F.linear(tokens, torch.cat((weights.key, weights.value)))
+    options = memory.options(x.size(1), return_state)
+    qkv = memory.project(memory.norm(x))  # outside no_autocast, as the memory projects in autocast's precision too
     with no_autocast(x):
-        product = product.to(dtype).mT.contiguous().unflatten(1, (2, memory.num_heads, memory.head_dim))
-        k, v = product[..., :options.written_tokens(x.size(1))].unbind(1)  # (B, h, d, ≤ N)
-        initial = weights.memory.initial
-        if state is None:
-            rows = initial.expand(len(x), -1, -1, -1)
-            momentum = torch.zeros_like(rows)
-        else:
-            rows, momentum = pack(state.w1, state.w2), pack(state.p1, state.p2)
-        backend = resolve_backend(memory.backend)
-        kernels = kernels_for('chunked' if backend == 'reference' else backend, k, rows, options)
-        kernels.normalize_(k, NORMALIZE_EPS)
-        written = kernels.write_all(k, v, initial, weights.memory.generators, rows, momentum, options)
-        step, eta, alpha = written.coefficients.chunk(3, dim=-1)
-        step = options.inner_step * step
-        # The states hold ∇L over 2/d; θ acts on d, their last axis.
-        write = step.unflatten(-1, (memory.num_heads, 1, -1)) * written.states[:-1, 0] * (2 / memory.head_dim)
-        norm = torch.linalg.vector_norm(write, dim=(-2, -1))
-        write_norm = norm * bound((norm / options.max_write_norm)**2)
-    return ChunkTrace(options.chunk_size, x.size(1), written.surprises, step, eta, alpha, write_norm)
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        w1, w2, *generators = (parameter.to(dtype) for parameter in (
+            memory.w1, memory.w2, *(p for layer in memory.generators[::2] for p in (layer.weight, layer.bias))))
+        start = begin(len(x), w1, w2, state)
+        *written, _ = write_all(qkv, *start, UpdateGenerators(*generators), options,
+                                implementation(resolve_backend(memory.backend), start[1]))
+        errors, outputs = (torch.stack([chunk[i].view(len(x), -1) for chunk in written]) if written else
+                           w1.new_empty(0, len(x), factor * memory.channels) for i, factor in ((3, 1), (5, 3)))
+        step, eta, alpha = outputs.sigmoid().chunk(3, dim=-1)
+        norms = [torch.linalg.vector_norm(bounded(
+            options.inner_step * coefficients(output, memory.head_dim)[0] * gradient, options.max_write_norm),
+            dim=(-2, -1)).view(len(x), -1) for _, _, gradient, _, _, output in written]
+    return ChunkTrace(options.chunk_size, x.size(1), errors, options.inner_step * step, eta, alpha,
+                      torch.stack(norms) if norms else w1.new_empty(0, len(x), memory.num_heads))

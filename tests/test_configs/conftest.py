@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convneur_mm import config
 from convneur_mm.models.blocks import GRN
-from convneur_mm.models.neural_memory import NeuralMemory
+from convneur_mm.models.global_branches.neural_memory import NeuralMemory
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from convneur_mm.models.neural_memory import NeuralMemory
+from convneur_mm.models.global_branches.neural_memory import NeuralMemory
 
 ARCHS = ('m1', 'm2', 'm3', 'm4')
 

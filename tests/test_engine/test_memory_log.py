@@ -11,7 +11,7 @@ from convneur_mm.engine import MemoryLogHook
 from convneur_mm.engine.errors import LaunchError
 from convneur_mm.engine.memory_log import gated_stages
 from convneur_mm.models import ConvNeur, NeuralMemory
-from convneur_mm.models.global_memory import GlobalMemory
+from convneur_mm.models.global_branch import GlobalBranch
 from convneur_mm.visualization import trace
 
 GATES = {f'gate/stage{i}/{name}' for i in (1, 2, 3, 4) for name in ('mean', 'spread')}
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_forward_pass(with_cp, make_runner):
     seen = {}
     for name, module in runner.model.named_modules():
         stage = f'stage{int(name.split("stages.")[1][0]) + 1}' if 'stages.' in name else ''
-        if isinstance(module, GlobalMemory):
+        if isinstance(module, GlobalBranch):
             module.register_forward_hook(lambda module, args, output, stage=stage: seen.setdefault(
                 stage, []).append(output.detach().sigmoid()))
         elif isinstance(module, NeuralMemory):

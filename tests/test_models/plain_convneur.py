@@ -26,7 +26,7 @@ MEMORY_DEFAULTS = dict(chunk_size=196, inner_step=1.0, head_dim=16, hidden_dim=8
                        retrieve='previous', max_write_norm=1.0)
 ARCHS = {'m1': dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320], mem_channels=80)}
 
-# Options of GlobalMemory(in_channels, mem_channels, **memory_cfg), and the shape of its input.
+# Options of GlobalBranch(in_channels, mem_channels, **memory_cfg), and the shape of its input.
 GLOBAL = dict(in_channels=6, mem_channels=32, chunk_size=9)
 GLOBAL_CASES = {name: (dict(GLOBAL, **options), (2, 6, 5, 8)) for name, options in {
     'chunks of 9': dict(),
@@ -45,7 +45,7 @@ GLOBAL_CASES['one image'] = (GLOBAL, (1, 6, 7, 3))
 GLOBAL_CASES['one token'] = (GLOBAL, (1, 6, 1, 1))
 GLOBAL_CASES['defaults'] = (dict(in_channels=6, mem_channels=16), (1, 6, 15, 17))
 
-# Options of a block (memory: those of its GlobalMemory, None for a block without), and the shape of its input: of fewer
+# Options of a block (memory: those of its GlobalBranch, None for a block without), and the shape of its input: of fewer
 # and of more positions than the block has hidden channels.
 BLOCK_MEMORY = dict(mem_channels=16, chunk_size=4)
 BLOCK_CASES = {

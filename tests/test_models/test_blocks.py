@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from convneur_mm.models.blocks import GRN, ConvNeurBlock, LayerNorm2d
-from convneur_mm.models.global_memory import GlobalMemory
+from convneur_mm.models.global_branch import GlobalBranch
 
 
 def make_block(channels: int, memory: dict | None, fusion: str, **kwargs) -> ConvNeurBlock:
-    return ConvNeurBlock(channels, None if memory is None else GlobalMemory(channels, **memory), fusion, **kwargs)
+    return ConvNeurBlock(channels, None if memory is None else GlobalBranch(channels, **memory), fusion, **kwargs)
 
 
 @pytest.mark.parametrize('name', plain.BLOCK_CASES)
@@ -179,7 +179,7 @@ def test_with_cp_keeps_less(fusion):
 def test_block_compiles_in_one_graph(rule, dtype, tolerance):
     """Three chunks, two of them written; the compiler's own kernels are left out, as they take a minute to build."""
     torch.manual_seed(0)
-    block = ConvNeurBlock(8, GlobalMemory(8, 16, chunk_size=16, update_rule=rule)).to(dtype)
+    block = ConvNeurBlock(8, GlobalBranch(8, 16, chunk_size=16, update_rule=rule)).to(dtype)
     torch.nn.init.normal_(block.grn.gamma)
     x = torch.randn(2, 8, 6, 6, dtype=dtype, requires_grad=True)
     inputs = [x, *block.parameters()]
@@ -209,7 +209,7 @@ class Adapted(nn.Module):
                                   'global_branch.reduce', 'global_branch.memory', 'global_branch.expand'])
 def test_hooks_run_at_every_size(name, size):
     """And change nothing: what is faster than a call gives way to it."""
-    block = ConvNeurBlock(8, GlobalMemory(8, 16)).double()
+    block = ConvNeurBlock(8, GlobalBranch(8, 16)).double()
     for p in block.parameters():
         nn.init.normal_(p)
     x, calls = torch.randn(2, 8, *size, dtype=torch.float64), []
@@ -222,7 +222,7 @@ def test_hooks_run_at_every_size(name, size):
 @pytest.mark.parametrize('size', [(1, 3), (12, 16)])
 @pytest.mark.parametrize('name', ['pointwise_conv1', 'pointwise_conv2', 'global_branch.reduce', 'global_branch.expand'])
 def test_adapters_work_at_every_size(name, size):
-    block = ConvNeurBlock(8, GlobalMemory(8, 16)).double()
+    block = ConvNeurBlock(8, GlobalBranch(8, 16)).double()
     for p in block.parameters():
         nn.init.normal_(p)
     merged, x = copy.deepcopy(block), torch.randn(2, 8, *size, dtype=torch.float64)

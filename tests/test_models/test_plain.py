@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convneur_mm.models.plain import does_as, is_plain, pointwise
+from convneur_mm.models.plain import has_forward_of, is_plain, pointwise
 
 
 class Scaled(nn.Linear):
@@ -27,7 +27,7 @@ class Borrowed(nn.Module):
 @pytest.mark.parametrize('module, does', [
     (nn.Linear(2, 2), True), (Named(2, 2), True), (Scaled(2, 2), False), (Borrowed(), False), (nn.Identity(), False)])
 def test_layers_that_do_as_a_linear_one(module, does):
-    assert does_as(module, nn.Linear) is does
+    assert has_forward_of(module, nn.Linear) is does
     assert is_plain(module, nn.Linear) is does
 
 
@@ -37,7 +37,7 @@ def test_layers_that_do_as_a_linear_one(module, does):
 def test_a_layer_with_a_hook_is_not_plain(register):
     layer = nn.Linear(2, 2)
     hook = getattr(layer, register)(lambda *_: None)
-    assert does_as(layer, nn.Linear) and not is_plain(layer, nn.Linear)
+    assert has_forward_of(layer, nn.Linear) and not is_plain(layer, nn.Linear)
     hook.remove()
     assert is_plain(layer, nn.Linear)
 

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.ops.neural_memory import cpu
 
 KEYS, VALUES, TOKENS = 12, 8, 256
 
@@ -50,9 +49,8 @@ def test_recall(options):
     assert recall_accuracy(**options) >= 0.99
 
 
-def test_recall_with_the_kernels_in_pytorch(monkeypatch):
-    monkeypatch.setattr(cpu, 'kernels', None)
-    assert recall_accuracy() >= 0.99
+def test_recall_with_the_kernels_in_pytorch():
+    assert recall_accuracy(backend='torch') >= 0.99
 
 
 def test_no_recall_without_writing():

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from convneur_mm.models import ConvNeur, OverLoCK, global_memory
-from convneur_mm.models.global_memory import MAX_STATE_NORM, GlobalMemory
+from convneur_mm.models import ConvNeur, OverLoCK, global_branch
+from convneur_mm.models.global_branch import MAX_STATE_NORM, GlobalBranch
 from convneur_mm.models.stream import detach_states, reset_states, stream
 
 TINY = dict(depths=[1, 1], channels=[8, 12], mem_channels=16)
@@ -155,20 +155,20 @@ def test_ten_thousand_frames():
     Without the limit, the norms are over a million times those of the learned memory at the end.
     """
     torch.manual_seed(0)
-    branch = GlobalMemory(4, 16, chunk_size=4, update_rule='parallel')
+    branch = GlobalBranch(4, 16, chunk_size=4, update_rule='parallel')
     memory = branch.memory
     step, momentum, decay = memory.generators[2].bias.data.chunk(3)
     step.fill_(4)
     momentum.fill_(20)  # to float32 a sigmoid of one
     decay.fill_(-200)
     still = torch.randn(4, 2, 2)
-    limit = MAX_STATE_NORM * global_memory._norm(memory.w1, memory.w2)
+    limit = MAX_STATE_NORM * global_branch._norm(memory.w1, memory.w2)
     state = None
     with torch.inference_mode():
         for _ in range(10_000):
             y, state = branch(torch.stack((still, 1e3 * torch.randn(4, 2, 2))), state, return_state=True)
     assert y.isfinite().all()
     for pair in (state[:2], state[2:]):
-        norms = global_memory._norm(*pair)
+        norms = global_branch._norm(*pair)
         assert norms.isfinite().all() and (norms <= 1.0001 * limit).all()
-    assert (global_memory._norm(*state[:2]) > 0.99 * limit).all(), 'the limit was reached'
+    assert (global_branch._norm(*state[:2]) > 0.99 * limit).all(), 'the limit was reached'

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from convneur_mm.models import NeuralMemory
-from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import MemoryState, UpdateGenerators, neural_memory, pytorch
 from convneur_mm.ops.neural_memory import triton as backend
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -108,16 +108,15 @@ def test_lengths(small_tiles, rule, tokens, chunk_size, return_state):
 
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('heads, d, e', [(3, 5, 3), (1, 20, 17)])
-def test_widths(small_tiles, rule, heads, d, e, monkeypatch):
-    monkeypatch.setattr(backend, 'BLOCK', 16)  # the generators' weights take several blocks, the last ones in part
+def test_widths(small_tiles, rule, heads, d, e):
     assert_equals_reference(make_tensors(heads=heads, d=d, e=e, tokens=24), return_state=True, update_rule=rule)
 
 
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('batch, heads, d, e', [(1, 1, 16, 8), (1, 1, 20, 8)])
 def test_tiles_that_would_run(rule, batch, heads, d, e):
-    """Tiles and blocks as large as a GPU works with, 64 and 32 tokens; a chunk takes whole tiles and a ragged one."""
-    assert backend._tile(backend._sizes(torch.empty(2 * e, d))) == {16: 64, 20: 32}[d] and backend.BLOCK == 64
+    """Tiles as large as a GPU works with, 64 and 32 tokens; a chunk takes whole tiles and a ragged one."""
+    assert backend.tile_of(16 if d == 16 else 32) == {16: 64, 20: 32}[d]
     assert_equals_reference(make_tensors(batch, heads, 150, d, e), chunk_size=70, return_state=True, update_rule=rule)
 
 
@@ -171,6 +170,19 @@ def test_half_precision(small_tiles):
     assert_close([found[1]], [expected[1]], 2**-8)
     assert_close([found[2]], [expected[2]], 2**-11)
     assert_close(found[3:], expected[3:])
+
+
+@pytest.mark.parametrize('name', ['surprise', 'surprise_backward', 'read', 'read_backward'])
+def test_operators_equal_pytorch(small_tiles, name):
+    """With normalised tokens, some of them short, and the curvature bound and its gradient."""
+    from test_memory import arguments
+    given = [x.float().to(DEVICE) if torch.is_tensor(x) else x for x in arguments(name)]
+    found = {}
+    for module in (backend, pytorch):
+        copies = [x.clone() if torch.is_tensor(x) else x for x in given]
+        outputs = getattr(module, name)(*copies)
+        found[module] = [*(outputs if isinstance(outputs, tuple) else (outputs,)), *filter(torch.is_tensor, copies)]
+    assert_close(found[backend], [x.double() for x in found[pytorch]])
 
 
 def test_strides(small_tiles):
@@ -250,7 +262,7 @@ def test_returned_state_may_change_in_place():
 
 def test_what_it_does_not_take():
     tensors = make_tensors(tokens=4)
-    with pytest.raises(ValueError, match="backend 'triton' takes tensors of up to 32 bits, got torch.float64"):
+    with pytest.raises(ValueError, match="backend 'triton' takes memories in float32, got torch.float64"):
         call('triton', doubled(tensors))
     with pytest.raises(ValueError, match='takes heads of at most 64 channels and hidden units, got 65 and 8'):
         call('triton', make_tensors(tokens=4, d=65))

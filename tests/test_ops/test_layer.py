@@ -1,9 +1,10 @@
-"""The layer's function: stored vectors, bad and empty inputs, sums in float32, and CUDA tensors.
+"""The memory's layer with weights of its own: stored vectors, empty inputs, sums in float32, and CUDA tensors.
 
-How it chains, compiles and learns is tested with the module, tests/test_models/test_neural_memory.py.
+How it chains, compiles and learns is tested in tests/test_models/test_neural_memory.py.
 """
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,14 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from convneur_mm.ops.neural_memory import (
-    RETRIEVALS,
-    UPDATE_RULES,
-    LayerWeights,
-    MemoryOptions,
-    MemoryState,
-    neural_memory_layer,
-)
+from convneur_mm.models import NeuralMemory
+from convneur_mm.ops.neural_memory import RETRIEVALS, UPDATE_RULES, MemoryOptions, MemoryState, UpdateGenerators
 from convneur_mm.ops.neural_memory import memory as memory_module
 
 pytestmark = pytest.mark.usefixtures('both_codes')
@@ -30,6 +25,27 @@ STORED = [
     *(dict(update_rule=rule, retrieve=retrieve, inner_step=step)
       for rule, retrieve, step in product(UPDATE_RULES, RETRIEVALS, (1.0, 1e-3))),
     dict(max_write_norm=0.3), dict(max_write_norm=0.3, update_rule='parallel'), dict(chunk_size=5), dict(eps=0.1)]
+
+
+class LayerWeights(NamedTuple):
+    """A layer's parameters, in the order of the stored ones."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    proj: Tensor
+    w1: Tensor
+    w2: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+NAMES = ('norm.weight', 'norm.bias', *(f'{name}.weight' for name in ('query', 'key', 'value', 'proj')), 'w1', 'w2',
+         'generators.0.weight', 'generators.0.bias', 'generators.2.weight', 'generators.2.bias')
 
 
 def make_inputs(batch: int = 2, tokens: int = 21, heads: int = 2) -> tuple[Tensor, LayerWeights]:
@@ -53,8 +69,18 @@ def as_leaves(*tensors: Tensor, dtype: torch.dtype = torch.float64) -> list[Tens
     return [x.detach().to(dtype).requires_grad_() for x in tensors]
 
 
-def call(x: Tensor, weights: LayerWeights, backend: str = 'chunked', **options) -> tuple[Tensor, MemoryState | None]:
-    return neural_memory_layer(x, weights, backend=backend, **{**DEFAULTS, **options})
+def call(x: Tensor, weights: LayerWeights, backend: str = 'auto', **options) -> tuple[Tensor, MemoryState | None]:
+    options = {**DEFAULTS, **options}
+    return_state, eps = options.pop('return_state'), options.pop('eps')
+    layer = NeuralMemory(len(weights.norm_weight), backend=backend, **options)
+    layer.norm.eps = eps
+    return call_layer(layer, x, weights, return_state)
+
+
+def call_layer(layer: NeuralMemory, x: Tensor, weights: LayerWeights,
+               return_state: bool) -> tuple[Tensor, MemoryState | None]:
+    found = torch.func.functional_call(layer, dict(zip(NAMES, weights)), x, dict(return_state=return_state))
+    return found if return_state else (found, None)
 
 
 def stored(y: Tensor, state: MemoryState) -> dict[str, Tensor]:
@@ -72,7 +98,7 @@ def write_vectors() -> None:
     np.savez_compressed(VECTORS, **found)
 
 
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('backend', ['reference', 'auto'])
 @pytest.mark.parametrize('options', STORED, ids=str)
 def test_stored_vectors(backend, options):
     """They hold each option in place, which all backends could otherwise ignore together."""
@@ -91,7 +117,7 @@ def test_stored_vectors_are_bounded():
     assert (state.p1.square().sum((-2, -1)) + state.p2.square().sum((-2, -1))).sqrt().min() > 1
 
 
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('backend', ['reference', 'auto'])
 def test_short_queries_are_not_stretched_to_unit_length(backend):
     """Below a length of 0.01 they keep a hundredfold of theirs; a memory of zeros returns them as they are."""
     x, weights = make_inputs(tokens=8)
@@ -104,7 +130,7 @@ def test_short_queries_are_not_stretched_to_unit_length(backend):
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('backend', ['reference', 'auto'])
 @pytest.mark.parametrize('batch, tokens', [(0, 21), (2, 0), (0, 0)])
 def test_nothing_to_read(backend, batch, tokens):
     """As torch.nn's layers: an empty output, and gradients of zero for all parameters. The states are test_op.py's."""
@@ -117,8 +143,10 @@ def test_nothing_to_read(backend, batch, tokens):
 
 @pytest.mark.parametrize('batch, tokens', [(0, 21), (2, 0)])
 def test_nothing_to_read_compiled(batch, tokens):
+    layer = NeuralMemory(32, chunk_size=8)
+
     def forward(x, *weights):
-        return call(x, LayerWeights(*weights))
+        return call_layer(layer, x, LayerWeights(*weights), True)
 
     inputs = as_leaves(*make_inputs(batch, tokens)[:1], *make_inputs()[1])
     y, state = torch.compile(forward, fullgraph=True, backend='aot_eager')(*inputs)
@@ -127,29 +155,8 @@ def test_nothing_to_read_compiled(batch, tokens):
     assert torch.equal(state.w1, inputs[7].expand(batch, -1, -1, -1))
 
 
-def test_tensors_that_do_not_fit_are_named():
-    """As by the operator, whose tests go through all of them; float64 would be rounded, half precision is no loss."""
-    x, weights = make_inputs()
-    single = LayerWeights(*(w.float() for w in weights))
-    state = call(x, weights)[1]
-    for args, options, message in (
-            ((x[..., :31], weights), {}, r'^x must have shape \(B, N, 32\), got \('),
-            ((x[0], weights), {}, r'^x must have shape \(B, N, 32\), got \('),
-            ((x, single), {}, '^x of dtype torch.float64 and norm_weight of dtype torch.float32 do'),
-            ((x.float(), single._replace(w2=weights.w2)), {}, '^x of dtype torch.float32 and w2 of dtype'),
-            ((x, weights), dict(state=state._replace(p2=state.p2[:1])), '^state.p2 must have shape'),
-            ((x, weights), dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0')):
-        with pytest.raises(ValueError, match=message):
-            call(*args, **options)
-    exact, _ = call(x.bfloat16().float(), single)
-    found, state = call(x.bfloat16(), single)
-    assert torch.equal(found.float(), exact.to(found.dtype).float()) and state.w1.dtype == torch.float32
-
-
-@pytest.mark.parametrize('segment_tokens', [1, 1000], ids='segment={}'.format)
-def test_images_are_summed_in_float32(monkeypatch, segment_tokens):
+def test_images_are_summed_in_float32():
     """Under autocast each image's gradients are products in half precision, and their sum is not rounded to that."""
-    monkeypatch.setattr(memory_module, 'CPU_SEGMENT_TOKENS_TO_KEEP', segment_tokens)
     x, *weights = as_leaves(*make_inputs(batch=24)[:1], *make_inputs()[1], dtype=torch.float32)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -170,28 +177,23 @@ def test_images_are_summed_in_float32(monkeypatch, segment_tokens):
 @pytest.mark.parametrize('retrieve', RETRIEVALS)
 @pytest.mark.parametrize('return_state', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_cuda_tensors_that_are_not_there(monkeypatch, rule, retrieve, return_state, dtype):
+def test_cuda_tensors_that_are_not_there(rule, retrieve, return_state, dtype):
     """Neither tensors of the host nor their own numbers decide what is done with them: both would raise here.
 
-    The backward is called by hand, as autograd would look for the device. 21 tokens are two segments, the last chunk a
-    ragged one.
+    The backward is called by hand, as autograd would look for the device. The last chunk is a ragged one.
     """
-    monkeypatch.setattr(memory_module, 'SEGMENT_TOKENS', 32)
-    real = make_inputs()
-    options = dict(DEFAULTS, update_rule=rule, retrieve=retrieve, return_state=return_state)
-    inner = MemoryOptions(**{name: value for name, value in options.items() if name != 'eps'})
-    settings = memory_module.Settings(True, options['eps'], dtype, 'chunked', inner)
+    options = MemoryOptions(8, update_rule=rule, retrieve=retrieve, return_state=return_state, qk_norm_eps=1e-2)
+    x, weights = make_inputs()
     with FakeTensorMode(), torch.no_grad():
-        x, *weights = (torch.empty(z.shape, device='cuda') for z in (real[0], *real[1]))
-        rows = torch.empty(2, 2, 16, 16, device='cuda')
-        weights = LayerWeights(*weights)
-        y, state = call(x, weights, **options)
-        call(x, weights, state=state, **options)
-        tensors = rows, rows, x, *weights
-        results = memory_module._forward(tensors, settings)
-        grads = memory_module._backward(tensors, results[3:], results[:3], settings)
+        qkv = torch.empty(2, 3, 2, 16, 21, device='cuda', dtype=dtype)
+        w1, w2, *generators = (torch.empty(z.shape, device='cuda') for z in weights[-6:])
+        tensors = qkv, *memory_module.begin(2, w1, w2, None), *generators
+        y, memory, momentum, *kept = memory_module._forward(tensors, True, 'torch', options)
+        grads = memory_module._backward(tensors, kept, (y, memory, momentum), 'torch', options)
+        y, state = memory_module.run(qkv, w1, w2, UpdateGenerators(*generators), None, 'torch', options)
     assert [g.shape for g in grads] == [z.shape for z in tensors]
-    assert y.device == grads[0].device == torch.device('cuda', 0)
+    assert grads[0].dtype == y.dtype == dtype and y.device == grads[0].device == torch.device('cuda', 0)
+    assert (state is None) is not return_state
 
 
 if __name__ == '__main__':

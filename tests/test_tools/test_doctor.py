@@ -53,7 +53,7 @@ def test_a_whole_environment(run):
     for text in (f'Python {sys.version.split()[0]}', f'torch {torch.__version__.split("+")[0]}', 'mmdet imports',
                  'mmseg imports', 'mmpretrain imports', 'neural memory: compiled kernels on a CPU',
                  'mmcv\'s operators: ',
-                 'neural memory on cpu: backend chunked (the default) agrees with the reference to '):
+                 'neural memory on cpu: backend auto (the default) agrees with the reference to '):
         assert any(text in line for line in lines), text
 
 
@@ -109,25 +109,18 @@ def test_the_backend_of_the_environment_is_taken_and_named(tool, monkeypatch):
 
 
 def test_kernels_that_compute_something_else_are_broken(tool, monkeypatch):
-    read = pytorch.read_all
-
-    def read_wrongly(q, memories, y, options):
-        read(q, memories, y, options)
-        y *= 1.01
-
-    monkeypatch.setattr(cpu, 'kernels', None)
-    monkeypatch.setattr(cpu, '_has_warned', True)
-    monkeypatch.setattr(pytorch, 'read_all', read_wrongly)
-    found = tool.check_backend('chunked', 'the default', 'cpu')
+    read = pytorch.read
+    monkeypatch.setattr(pytorch, 'read', lambda *args: 1.01 * read(*args))
+    found = tool.check_backend('torch', 'the default', 'cpu')
     assert found.state == 'broken'
-    assert 'backend chunked (the default): differs from the reference by ' in found.text
+    assert 'backend torch (the default): differs from the reference by ' in found.text
     assert found.text.endswith('CONVNEUR_MEMORY_BACKEND=reference sets another')
 
 
 def test_kernels_that_fail_are_broken(tool):
     found = tool.check_backend('triton', 'by CONVNEUR_MEMORY_BACKEND', 'cpu')
     assert found.state == 'broken'
-    assert 'CUDA tensors' in found.text and found.text.endswith('CONVNEUR_MEMORY_BACKEND=chunked sets another')
+    assert 'CUDA tensors' in found.text and found.text.endswith('CONVNEUR_MEMORY_BACKEND=torch sets another')
 
 
 class TestData:

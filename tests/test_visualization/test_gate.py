@@ -6,8 +6,8 @@ from torch import nn
 
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.blocks import ConvNeurBlock
-from convneur_mm.ops.neural_memory import MemoryOptions
-from convneur_mm.ops.neural_memory.reference import layer_reference
+from convneur_mm.ops.neural_memory import UpdateGenerators
+from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 from convneur_mm.visualization import GateRecorder, local_only_features
 from convneur_mm.visualization.gate import gated_blocks
 
@@ -39,10 +39,13 @@ def plain_context(block, x):
     """G by the layers and the reference of the memory."""
     branch = block.global_branch
     memory, tokens = branch.memory, branch.reduce(x).flatten(2).mT
-    options = MemoryOptions(memory.chunk_size, memory.inner_step, memory.max_write_norm, memory.update_rule,
-                            memory.retrieve)
-    y, _ = layer_reference(tokens, memory.weights, None, memory.norm.eps, options)
-    return branch.expand(y.mT.unflatten(2, x.shape[2:]))
+    q, k, v = (layer(memory.norm(tokens)).unflatten(2, (memory.num_heads, -1)).transpose(1, 2)
+               for layer in (memory.query, memory.key, memory.value))
+    first, _, last = memory.generators
+    y, _ = neural_memory_reference(
+        q, k, v, memory.w1, memory.w2, UpdateGenerators(first.weight, first.bias, last.weight, last.bias), None,
+        memory.options(tokens.size(1)))
+    return branch.expand(memory.proj(y.transpose(1, 2).flatten(2)).mT.unflatten(2, x.shape[2:]))
 
 
 @pytest.mark.parametrize('retrieve', ['previous', 'final'])

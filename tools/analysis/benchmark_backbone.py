@@ -28,7 +28,7 @@ from _flops import count_flops, count_parameters
 from torch import Tensor, nn
 
 from convneur_mm.models import ConvNeur
-from convneur_mm.models.global_memory import GlobalMemory
+from convneur_mm.models.global_branch import GlobalBranch
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES
 
 OURS = tuple(f'{arch}{suffix}' for arch in ConvNeur.arch_settings for suffix in ('', '-local'))
@@ -210,7 +210,7 @@ class Run:
         images = self.images(shape)
         model = build(name, shape, memory_cfg)
         parts = {}
-        for i, branch in enumerate(m for m in model.modules() if isinstance(m, GlobalMemory)):
+        for i, branch in enumerate(m for m in model.modules() if isinstance(m, GlobalBranch)):
             parts |= {f'branch {i + 1}': branch, f'memory {i + 1}': branch.memory}
         local = build(f'{name}-local', shape, {})
         model, local = (m.to(self.device, bench.weight_dtype(self.dtype)) for m in (model, local))

@@ -34,7 +34,7 @@ TASKS = {
     'Semantic FPN, 512 x 512': dict(batch=8, tokens=128 * 128, chunk_size=196, inner_step=1.0),
     'UperNet, 512 x 512': dict(batch=4, tokens=128 * 128, chunk_size=196, inner_step=1.0),
 }
-BACKENDS = ('chunked', 'triton')
+BACKENDS = ('torch', 'triton')
 # Relative, of float32 beside float64: rounding grows with the number of chunks that depend on one another.
 TOLERANCE = 1e-3
 
@@ -119,9 +119,9 @@ def advice(found: dict[str, dict[str, tuple[float, float]]], device: torch.devic
         return f'Do not train with {", ".join(wrong)}: please report the lines above.'
     if device.type == 'cpu':
         return "Both sets of kernels are right; times of Triton's interpreter say nothing of a GPU."
-    faster = [task for task, of in found.items() if of['triton'][1] < of['chunked'][1]]
+    faster = [task for task, of in found.items() if of['triton'][1] < of['torch'][1]]
     if not faster:
-        return "Leave memory_cfg.backend as it is: 'chunked' is the faster one for every task on this GPU."
+        return "Leave memory_cfg.backend as it is: 'torch' is the faster one for every task on this GPU."
     if len(faster) == len(found):
         return "Set memory_cfg=dict(backend='triton') or CONVNEUR_MEMORY_BACKEND=triton: the faster one for every task."
     return f"Set memory_cfg=dict(backend='triton') for {'; '.join(faster)}, and leave it as it is for the others."

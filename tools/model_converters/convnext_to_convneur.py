@@ -29,7 +29,7 @@ from torch import Tensor
 from convneur_mm.engine.checkpoint import checkpoint_weights, read_checkpoint
 from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError
 from convneur_mm.models import ConvNeur
-from convneur_mm.models.global_memory import GlobalMemory
+from convneur_mm.models.global_branch import GlobalBranch
 
 NAME = 'convnext_to_convneur'
 
@@ -115,7 +115,7 @@ def convert(weights: Mapping[str, Tensor], arch: str | None = None) -> Conversio
         result[f'{layer}.weight'] *= scale[:, None]
         result[f'{layer}.bias'] *= scale
     for name, module in backbone.named_modules():
-        if isinstance(module, GlobalMemory):
+        if isinstance(module, GlobalBranch):
             block = name.rpartition('.')[0]
             for part in ('weight', 'bias'):
                 result[f'{name}.expand.{part}'].zero_()
@@ -184,7 +184,7 @@ def _new_backbone(arch: str, values: Mapping[str, Tensor]) -> ConvNeur:
         torch.manual_seed(0)
         backbone = ConvNeur(arch, in_channels, out_indices=sorted({*norms, 3}))
         for module in backbone.modules():
-            if isinstance(module, GlobalMemory):
+            if isinstance(module, GlobalBranch):
                 initialize(module, backbone.init_cfg)
                 module.memory.reset_parameters()
     return backbone

@@ -1,11 +1,11 @@
-"""What may stand in the bottleneck of the global branch: the neural memory and those it is compared with (Table 5)."""
+"""The branches that may stand in the bottleneck: the neural memory and those it is compared with (Table 5)."""
 from __future__ import annotations
 
 import inspect
 
 from .._mmengine import BaseModule
-from ..neural_memory import NeuralMemory
 from .cbam import CBAM
+from .neural_memory import NeuralMemory
 from .non_local import NonLocal
 from .rwkv import IRRWKV
 from .self_attention import SelfAttention
@@ -23,10 +23,10 @@ GLOBAL_BRANCHES: dict[str, type[BaseModule]] = {
 
 
 def branch_options(branch: str) -> tuple[str, ...]:
-    """The options that a branch of :data:`GLOBAL_BRANCHES` takes beside its number of channels."""
+    """Return the options that a branch of :data:`GLOBAL_BRANCHES` takes beside its number of channels."""
     parameters = inspect.signature(GLOBAL_BRANCHES[branch]).parameters
     return tuple(name for name in parameters if name not in ('channels', 'init_cfg'))
 
 
-__all__ = ['GLOBAL_BRANCHES', 'CBAM', 'IRRWKV', 'MemoryAsContext', 'NonLocal', 'SelfAttention', 'TokenMixer',
-           'branch_options']
+__all__ = ['GLOBAL_BRANCHES', 'CBAM', 'IRRWKV', 'MemoryAsContext', 'NeuralMemory', 'NonLocal', 'SelfAttention',
+           'TokenMixer', 'branch_options']

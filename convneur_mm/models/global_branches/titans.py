@@ -1,13 +1,14 @@
 """Titans' memory as context (Behrouz et al., "Titans: Learning to Memorize at Test Time", 2024) as a global branch."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.neural_memory import NORMALIZE_EPS, MemoryState, neural_memory
+from ...ops.neural_memory import NORMALIZE_EPS, MemoryState, UpdateGenerators, neural_memory
 from .._mmengine import BaseModule
-from ..neural_memory import NeuralMemory
+from .neural_memory import NeuralMemory
 from .self_attention import MultiHeadAttention
 
 
@@ -64,46 +65,40 @@ class MemoryAsContext(BaseModule):
         self.persistent = nn.Parameter(torch.empty(num_persistent, channels))
         nn.init.trunc_normal_(self.persistent, std=0.02)
 
+    @property
+    def proj(self) -> nn.Linear:
+        """Return the output projection."""
+        return self.memory.proj
+
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Mixes the tokens of a feature map, see :meth:`TokenMixer.forward`."""
+        """Mix the tokens of a feature map, see :meth:`TokenMixer.forward`."""
+        return self.mapped(x, size, self.proj)[0]
+
+    def mapped(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor]) -> tuple[Tensor, None]:
+        """See :meth:`TokenMixer.mapped`."""
         memory = self.memory
         if x.dim() != 3 or x.size(1) != size[0] * size[1] or x.size(2) != memory.channels:
             raise ValueError(f'expected tokens of shape (B, {size[0]} * {size[1]}, {memory.channels}), '
                              f'got {tuple(x.shape)}')
         persistent = self.persistent.expand(len(x), -1, -1)
-        state = None
-        outputs = []
+        outputs, state = [], None
         for segment in memory.norm(x).split(memory.tokens_per_chunk(x.size(1)), dim=1):
-            context = torch.cat((persistent.to(segment.dtype), self._read(segment, state), segment), dim=1)
-            y = self.attention(context, segment.size(1))
-            read, state = self._write_and_read(y, state)
-            outputs.append(y * read)
-        return memory.proj(torch.cat(outputs, dim=1))
-
-    def _read(self, segment: Tensor, state: MemoryState | None) -> Tensor:
-        """M_{t-1}(S_t W_Q), (B, L, Cm); a single chunk whose state is not asked for is not written."""
-        q = self._unit_heads(self.memory.query(segment))
-        return self._run(q, q, q, state)[0].to(segment.dtype)
-
-    def _write_and_read(self, y: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
-        """M_t(y_t), (B, L, Cm), and the state of M_t."""
-        k, v = self._unit_heads(self.memory.key(y)), self._heads(self.memory.value(y))
-        read, state = self._run(self._unit_heads(y), k, v, state, retrieve='final', return_state=True)
-        return read.to(y.dtype), state
+            q = memory.query(segment)
+            read = self._run(q, q, q, state)[0].to(segment.dtype)  # M_{t-1}(S_t W_Q); nothing is written
+            y = self.attention(torch.cat((persistent.to(segment.dtype), read, segment), dim=1), segment.size(1))
+            read, state = self._run(y, memory.key(y), memory.value(y), state, retrieve='final', return_state=True)
+            outputs.append(y * read.to(y.dtype))
+        return output(torch.cat(outputs, dim=1)), None
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None,
              **options: str | bool) -> tuple[Tensor, MemoryState | None]:
-        memory, weights = self.memory, self.memory.weights.memory
+        """Return what a chunk of tokens (B, L, Cm) reads, alike, and the state if it is asked for."""
+        memory = self.memory
+        first, _, last = memory.generators
+        q, k, v = (x.unflatten(2, (-1, memory.head_dim)).transpose(1, 2).to(
+            torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         y, state = neural_memory(
-            q, k, v, weights.w1, weights.w2, weights.generators, state=state, backend=memory.backend,
-            chunk_size=max(q.size(2), 1), inner_step=memory.inner_step, max_write_norm=memory.max_write_norm, **options)
+            q, k, v, memory.w1, memory.w2, UpdateGenerators(first.weight, first.bias, last.weight, last.bias),
+            state=state, backend=memory.backend, chunk_size=max(q.size(2), 1), inner_step=memory.inner_step,
+            max_write_norm=memory.max_write_norm, qk_norm_eps=NORMALIZE_EPS, **options)
         return y.transpose(1, 2).flatten(2), state
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, L, Cm) → (B, h, L, d), in at least float32."""
-        return x.unflatten(2, (-1, self.memory.head_dim)).transpose(1, 2).to(
-            torch.promote_types(x.dtype, torch.float32))
-
-    def _unit_heads(self, x: Tensor) -> Tensor:
-        """The same, each of unit length."""
-        return F.normalize(self._heads(x), dim=-1, eps=NORMALIZE_EPS)

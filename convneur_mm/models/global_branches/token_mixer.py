@@ -1,5 +1,7 @@
-"""What the global branches that are compared with the neural memory share with it."""
+"""The protocol of all global branches, and the layers around the mixing that they share with the neural memory."""
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -10,7 +12,8 @@ class TokenMixer(BaseModule):
     """LayerNorm, a mixing of tokens that a subclass defines as :meth:`mix`, and an output projection.
 
     The neural memory has the same norm and the same projection (Cm→Cm, without bias), so that branches in the same
-    bottleneck differ in nothing but the mixing.
+    bottleneck differ in nothing but the mixing. Every branch has :meth:`forward`, :meth:`mapped` and ``proj``, a
+    linear map that :class:`GlobalBranch` may put together with the convolution behind it.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -28,7 +31,7 @@ class TokenMixer(BaseModule):
         raise NotImplementedError
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Mixes the tokens of a feature map.
+        """Mix the tokens of a feature map.
 
         Args:
             x (Tensor): Tokens in row-major order, (B, H·W, channels), of a floating-point dtype.
@@ -40,7 +43,11 @@ class TokenMixer(BaseModule):
         Raises:
             ValueError: If ``x`` is not (B, H·W, channels).
         """
+        return self.mapped(x, size, self.proj)[0]
+
+    def mapped(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor]) -> tuple[Tensor, None]:
+        """Return :meth:`forward` with another linear map in place of ``proj``, and no state, as the memory has one."""
         if x.dim() != 3 or x.size(1) != size[0] * size[1] or x.size(2) != self.channels:
             raise ValueError(f'expected tokens of shape (B, {size[0]} * {size[1]}, {self.channels}), '
                              f'got {tuple(x.shape)}')
-        return self.proj(self.mix(self.norm(x), size))
+        return output(self.mix(self.norm(x), size)), None

@@ -1,4 +1,4 @@
-"""The neural memory as an operator on queries, keys and values, and the choice between its implementations."""
+"""The neural memory as a function of queries, keys and values, and the checks of its arguments."""
 from __future__ import annotations
 
 import os
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from .exported import neural_memory_exported
-from .memory import Settings, run
+from .memory import run as run_loop
+from .operators import BACKENDS
 from .reference import neural_memory_reference
-from .types import MemoryOptions, MemoryState, MemoryWeights, UpdateGenerators, check_choice, is_exporting
-
-BACKENDS = ('reference', 'chunked', 'triton')
+from .types import MemoryOptions, MemoryState, UpdateGenerators, check_choice, is_exporting, no_autocast
 
 
 def neural_memory(
@@ -27,7 +26,7 @@ def neural_memory(
     backend: str = 'auto',
     **options: Any,
 ) -> tuple[Tensor, MemoryState | None]:
-    """Reads and rewrites a small per-image memory, chunk by chunk (Eqs. 2-4).
+    """Read and rewrite a small per-image memory, chunk by chunk (Eqs. 2-4).
 
     With fast weights ``M(z) = z + GELU(z·W1)·W2`` per head, for each chunk t of ``chunk_size`` tokens:
 
@@ -50,10 +49,10 @@ def neural_memory(
         state (MemoryState | None): Memory and momentum to go on from, as returned by an earlier call. Two calls
             split at a chunk boundary equal one. Its dtype is the inner loop's. None starts at M_0 with no momentum.
             Defaults to None.
-        backend (str): 'reference' (autograd for the inner gradient, slow), 'chunked' (closed forms in PyTorch, on a CPU
-            in C++ where that is compiled), 'triton' (kernels for CUDA, not chosen by themselves as they have yet to run
-            on a GPU) or 'auto': what the environment variable CONVNEUR_MEMORY_BACKEND names, or else 'chunked'.
-            Defaults to 'auto'.
+        backend (str): Whose operators: 'torch' (closed forms in PyTorch, any device), 'cpp' (compiled, CPU), 'triton'
+            (CUDA; it has not run on a GPU yet), 'reference' (autograd for the inner gradient, slow), or 'auto': what
+            the environment variable CONVNEUR_MEMORY_BACKEND names, or else 'cpp' where it is compiled and takes the
+            tensors, and 'torch' otherwise. Defaults to 'auto'.
         **options: Those of :class:`MemoryOptions`.
 
     Returns:
@@ -72,45 +71,80 @@ def neural_memory(
             raise ValueError(f'{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}')
     batch, heads, _, d = q.shape
     check_tensors(dict(q=q, k=k, v=v), batch, heads, d, w1, w2, generators, state)
-    weights = MemoryWeights(w1, w2, *generators)
+    with no_autocast(q):
+        qkv = torch.stack((q.mT, k.mT, v.mT), dim=1)
+    return _run(qkv, w1, w2, generators, state, backend, options)
+
+
+def run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,
+        options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
+    """Return :func:`neural_memory` of queries, keys and values in one tensor, as columns.
+
+    Args:
+        qkv (Tensor): (B, 3, h, d, N), of which B and N may be 0.
+        w1 (Tensor): See :func:`neural_memory`, also for the rest.
+        w2 (Tensor): See there.
+        generators (UpdateGenerators): See there.
+        state (MemoryState | None): See there.
+        backend (str): See there.
+        options (MemoryOptions): See there.
+
+    Returns:
+        tuple[Tensor, MemoryState | None]: Reads (B, h, d, N) in the dtype of ``qkv``, and the state if asked for.
+
+    Raises:
+        ValueError: As :func:`neural_memory`.
+    """
+    check_tensors(dict(qkv=qkv), qkv.size(0), qkv.size(2), qkv.size(3), w1, w2, generators, state)
+    y, state = _run(qkv, w1, w2, generators, state, resolve_backend(backend), options.check())
+    return y.mT, state
+
+
+def _run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,
+         options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    w1, w2, *generators = (w.to(dtype) for w in (w1, w2, *generators))
+    generators = UpdateGenerators(*generators)
     if is_exporting():
         refuse_state(state, options)
-        return neural_memory_exported(q, k, v, weights, options).to(q.dtype), None
-    if backend == 'reference' and q.numel():
-        y, state = neural_memory_reference(q, k, v, weights, state, options)
-        return y.to(q.dtype), state
-    inner_dtype = torch.promote_types(q.dtype, torch.float32)
-    return run([x.to(inner_dtype) for x in (q, k, v)], MemoryWeights(*(w.to(inner_dtype) for w in weights)), state,
-               Settings(False, 0.0, q.dtype, backend, options))
+        return neural_memory_exported(qkv, w1, w2, generators, options).mT, None
+    if backend == 'reference' and qkv.numel():
+        if not options.written_tokens(qkv.size(-1)):
+            # The generators have no part in the output then, and plain DDP refuses parameters without a gradient.
+            w1 = w1 + sum(p.flatten()[:0].sum() for p in generators)
+        y, state = neural_memory_reference(*qkv.mT.unbind(1), w1, w2, generators, state, options)
+        return y.to(qkv.dtype), state
+    y, state = run_loop(qkv, w1, w2, generators, state, backend, options)
+    return y.mT, state
 
 
 def refuse_state(state: MemoryState | None, options: MemoryOptions) -> None:
-    """Raises a ValueError if a memory that is exported is to go on from a state or return one."""
+    """Raise a ValueError if a memory that is exported is to go on from a state or return one."""
     if state is not None or options.return_state:
         raise ValueError('an exported memory begins anew with each image: call it without state and return_state')
 
 
 def check_backend(backend: str, name: str = 'backend') -> None:
-    """Raises a ValueError unless ``backend`` is known."""
+    """Raise a ValueError unless ``backend`` is known."""
     check_choice(name, backend, ('auto', *BACKENDS))
 
 
 def resolve_backend(backend: str) -> str:
-    """The implementation that ``backend`` stands for.
+    """Return 'auto' or the backend that ``backend`` or, for 'auto', CONVNEUR_MEMORY_BACKEND names.
 
     Raises:
-        ValueError: If neither it nor, for 'auto', the environment variable names one.
+        ValueError: If one of the two is unknown.
     """
     check_backend(backend)
     if backend == 'auto':
         backend = os.environ.get('CONVNEUR_MEMORY_BACKEND', 'auto')
         check_backend(backend, 'CONVNEUR_MEMORY_BACKEND')
-    return 'chunked' if backend == 'auto' else backend
+    return backend
 
 
 def check_tensors(inputs: dict[str, Tensor], batch: int, heads: int, d: int, w1: Tensor, w2: Tensor,
                   generators: UpdateGenerators, state: MemoryState | None) -> None:
-    """Raises a ValueError that names the first tensor that does not fit ``batch`` images of ``heads`` heads of ``d``.
+    """Raise a ValueError that names the first tensor that does not fit ``batch`` images of ``heads`` heads of ``d``.
 
     ``inputs`` holds the tokens first, and what else must fit their dtype and device. Float64 goes with float64 alone,
     as all else would round it. A state has the inner loop's dtype.

@@ -9,16 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import (
-    NORMALIZE_EPS,
-    LayerWeights,
-    MemoryOptions,
-    MemoryState,
-    MemoryWeights,
-    UpdateGenerators,
-    check_inner_dtype,
-    no_autocast,
-)
+from .types import MemoryOptions, MemoryState, UpdateGenerators, check_inner_dtype, no_autocast
 
 
 def read(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -39,7 +30,8 @@ def bound(relative: Tensor) -> Tensor:
     return (1 + relative).rsqrt()
 
 
-def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, weights: MemoryWeights, state: MemoryState | None,
+def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators,
+                            state: MemoryState | None,
                             options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
     """See :func:`convneur_mm.ops.neural_memory.neural_memory`; the reads come in the inner loop's dtype.
 
@@ -47,11 +39,14 @@ def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, weights: MemoryWeig
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q):
-        q, k, v, w1, w2, *generators = (x.to(dtype) for x in (q, k, v, *weights))
+        q, k, v, w1, w2, *generators = (x.to(dtype) for x in (q, k, v, w1, w2, *generators))
+        if options.qk_norm_eps:
+            q, k = (F.normalize(z, dim=-1, eps=options.qk_norm_eps) for z in (q, k))
         if state is None:
             m1, m2 = (w.expand(len(q), *w.shape) for w in (w1, w2))
             state = MemoryState(m1, m2, torch.zeros_like(m1), torch.zeros_like(m2))
-        check_inner_dtype(**state._asdict())
+        for name, tensor in state._asdict().items():
+            check_inner_dtype(tensor, name)
         return _read_and_write(q, k, v, w1, w2, UpdateGenerators(*generators), state, options)
 
 
@@ -91,26 +86,3 @@ def _read_and_write(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, gen
 
     y = read(q, m1, m2) if options.retrieve == 'final' else torch.cat(outputs, dim=2)
     return y, MemoryState(m1, m2, p1, p2) if options.return_state else None
-
-
-def layer_reference(x: Tensor, weights: LayerWeights, state: MemoryState | None, eps: float,
-                    options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """See :func:`convneur_mm.ops.neural_memory.neural_memory_layer`."""
-    x = x.to(torch.promote_types(x.dtype, weights.query.dtype))
-    tokens = F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
-
-    def project(weight: Tensor) -> Tensor:
-        return F.linear(tokens, weight).unflatten(2, (len(weights.w1), -1)).transpose(1, 2)
-
-    def unit(z: Tensor) -> Tensor:
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1, eps=NORMALIZE_EPS)
-
-    memory = weights.memory
-    if not options.written_tokens(x.size(1)):
-        # Keys, values and generators have no part in the output then, and plain DDP refuses parameters without a
-        # gradient. Sums of no elements tie them to it.
-        unused = (weights.key, weights.value, *memory.generators)
-        memory = memory._replace(w1=memory.w1 + sum(p.flatten()[:0].sum() for p in unused))
-    y, state = neural_memory_reference(unit(project(weights.query)), unit(project(weights.key)),
-                                       project(weights.value), memory, state, options)
-    return F.linear(y.transpose(1, 2).flatten(2).to(weights.proj.dtype), weights.proj), state

@@ -1,190 +1,158 @@
-"""The memory's kernels for CUDA, in Triton; see :mod:`.contract`.
+"""The memory's operators for CUDA, in Triton; see :mod:`.operators`.
 
-Whatever has the size of the tokens is computed anew tile by tile in the backward, and the number of launches does not
-depend on the number of chunks. Reads need no write of their own chunk, so all of them are one launch after the writes.
-Sequential writes are another, in which one program carries one image through all chunks: the generators see all heads
-of an image, so heads cannot part. Under the parallel rule the gradients of all chunks are one launch, of several
-programs a chunk, the generators are PyTorch's products, and Eq. 4 is a third one.
+Surprise and reads run on a grid of images, heads, chunks and ``splits`` programs for each chunk, so that few images
+with long chunks fill a GPU too; parts of sums over tokens are added in a fixed order. Eq. 4 is one kernel. None waits
+for the device. The environment variable CONVNEUR_MEMORY_PRECISION names how ``tl.dot`` multiplies: 'ieee', the default,
+or 'tf32x3', which tensor cores do with nearly the same rounding.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import WriteGradients, Written
-from .pytorch import generate, generate_backward, normalize_, normalize_backward_
-from .types import MemoryOptions, UpdateGenerators
+from .rule import generate, generate_backward
+from .types import UpdateGenerators, check_choice
 
 try:
     import triton
-except ImportError:
-    HAS_TRITON = False
-else:
+
     from . import triton_kernels as kernels
+except ImportError:
+    triton = kernels = None
 
-    HAS_TRITON = True
-
-__all__ = ['HAS_TRITON', 'normalize_', 'normalize_backward_', 'read_all', 'read_all_backward', 'refuses', 'write_all',
-           'write_all_backward']
-
-# Of d and of e: a head's weights and their gradients stay in registers, of which widths above 32 spill some.
-MAX_WIDTH = 64
+MAX_WIDTH = 64  # of d and of e: a head's weights and their gradients stay in registers, of which wider heads spill some
 TILE = 64  # tokens that a program works on at a time, in heads of up to 16 channels
-BLOCK = 64  # rows and columns of the generators' weights, likewise
+PRECISIONS = ('ieee', 'tf32x3')
 
 
 def is_available(x: Tensor) -> bool:
-    """Whether the kernels can run where a tensor is: on CUDA, or anywhere in Triton's interpreter."""
-    if not HAS_TRITON:
-        return False
+    """Return whether the kernels can run where a tensor is: on CUDA, or anywhere in Triton's interpreter."""
     # TRITON_INTERPRET=1 makes something else of a kernel, provided that it was set when Triton was first imported.
-    interpreted = not isinstance(kernels.read_kernel, triton.JITFunction)
-    return interpreted or x.is_cuda
+    return triton is not None and (x.is_cuda or not isinstance(kernels.read_kernel, triton.JITFunction))
 
 
-def refuses(tokens: Tensor, rows: Tensor, options: MemoryOptions) -> str | None:
-    if not is_available(tokens):
-        return f'needs Triton and CUDA tensors, got tensors on {tokens.device}'
-    if tokens.dtype != torch.float32:
-        return f'takes tensors of up to 32 bits, got {tokens.dtype}'
-    d, e = rows.size(-1), rows.size(-2) // 2
-    if max(d, e) > MAX_WIDTH:
-        return f'takes heads of at most {MAX_WIDTH} channels and hidden units, got {d} and {e}'
+def refuses(memories: Tensor) -> str | None:
+    """Return why there are no kernels for memories of rows (…, 2e, d), or None if there are."""
+    if not is_available(memories):
+        return f'needs Triton and CUDA tensors, got tensors on {memories.device}'
+    if memories.dtype != torch.float32:
+        return f'takes memories in float32, got {memories.dtype}'
+    hidden, d = memories.size(-2) // 2, memories.size(-1)
+    if max(d, hidden) > MAX_WIDTH:
+        return f'takes heads of at most {MAX_WIDTH} channels and hidden units, got {d} and {hidden}'
     return None
 
 
-def on_its_device(function: Callable) -> Callable:
-    """Triton launches on the current device, which need not be that of the first argument."""
-    @wraps(function)
-    def run(tokens: Tensor, *args: Any) -> Any:
-        with torch.cuda.device_of(tokens):
-            return function(tokens, *args)
-    return run
+def read(q: Tensor, memories: Tensor, chunk_size: int, eps: float) -> Tensor:
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _launch('read_kernel', q, memories, chunk_size, eps, lambda parts: (
+        q, memories, y, q.stride(), y.stride(), memories.stride(0)), precision=True)
+    return y
 
 
-@on_its_device
-def write_all(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, rows: Tensor, momentum: Tensor,
-              options: MemoryOptions) -> Written:
-    (batch, heads, d, num_tokens), sizes = k.shape, _sizes(rows)
-    chunks = math.ceil(num_tokens / options.chunk_size)
-    states = rows.new_empty(chunks + 1, 3, *rows.shape)
-    states[0, 1], states[0, 2] = momentum, rows
-    states[-1, 0].zero_()
-    surprises, pre_hidden, coefficients = (rows.new_empty(chunks, batch, f * heads * d) for f in (1, 4, 3))
-    if not chunks:
-        return Written(states, surprises, pre_hidden, coefficients)
-    if options.update_rule == 'sequential':
-        kernels.fused_kernel[(batch,)](
-            k, v, states, surprises, pre_hidden, coefficients, *(x.contiguous() for x in generators), k.stride(),
-            v.stride(), batch, heads, num_tokens, options.chunk_size, kernels.rule_of(options, d), **sizes,
-            TILE=_tile(sizes), BLOCK=BLOCK, num_warps=8, num_stages=1)
-        return Written(states, surprises, pre_hidden, coefficients)
-    splits, part_size = _splits(options.chunk_size, num_tokens, batch * heads, sizes, k.device)
-    parts = states.new_empty(splits, chunks, *rows.shape)
-    squares = states.new_empty(splits, *surprises.shape)
-    kernels.surprise_kernel[(splits * chunks * batch * heads,)](
-        k, v, initial, parts, squares, k.stride(), v.stride(), batch, heads, num_tokens, options.chunk_size, chunks,
-        part_size, **sizes, TILE=_tile(sizes))
-    surprises = squares.sum(0)
-    pre_hidden, coefficients = generate(surprises, generators)
-    kernels.write_kernel[(batch * heads,)](
-        parts, states, coefficients, splits, batch * heads, chunks, kernels.rule_of(options, d), heads, **sizes)
-    return Written(states, surprises, pre_hidden, coefficients)
+def read_backward(grad_y: Tensor, q: Tensor, memories: Tensor, chunk_size: int, eps: float, grad_q: Tensor) -> Tensor:
+    return _launch('read_backward_kernel', q, memories, chunk_size, eps, lambda parts: (
+        grad_y, q, memories, grad_q, parts, grad_y.stride(), q.stride(), grad_q.stride(), memories.stride(0)),
+        part=memories.shape, num_warps=8).view(memories.shape)
 
 
-@on_its_device
-def write_all_backward(k: Tensor, v: Tensor, initial: Tensor, generators: UpdateGenerators, written: Written,
-                       grad_memories: Tensor, grad_momentum: Tensor | None, grad_k: Tensor, grad_v: Tensor,
-                       options: MemoryOptions) -> WriteGradients:
-    states, _, pre_hidden, coefficients = written
-    (batch, heads, d, num_tokens), sizes = k.shape, _sizes(states)
-    chunks, rule = len(states) - 1, kernels.rule_of(options, d)
-    grad_outputs = torch.empty_like(coefficients)
-    grad_m = torch.zeros_like(grad_memories[0])
-    grad_p = torch.zeros_like(grad_m) if grad_momentum is None else grad_momentum.clone(
-        memory_format=torch.contiguous_format)
-    if options.update_rule == 'sequential':
-        grad_pre_hidden = torch.empty_like(pre_hidden)
-        kernels.fused_backward_kernel[(batch,)](
-            k, v, states, pre_hidden, coefficients, generators.in_weight.contiguous(),
-            generators.out_weight.contiguous(), grad_memories, grad_m, grad_p, torch.empty_like(grad_m), grad_outputs,
-            grad_pre_hidden, states.new_empty(batch, heads * d), grad_k, grad_v, k.stride(), v.stride(),
-            grad_k.stride(), grad_v.stride(), batch, heads, num_tokens, options.chunk_size, rule, **sizes,
-            TILE=_tile(sizes), BLOCK=BLOCK, num_warps=8, num_stages=1)
-        return WriteGradients(None, grad_outputs, grad_pre_hidden, grad_m + grad_memories[0], grad_p)
-    grad_gradients = torch.empty_like(grad_memories[1:])
-    kernels.write_backward_kernel[(batch * heads,)](
-        grad_m, grad_p, grad_memories, states, coefficients, grad_gradients, grad_outputs, batch * heads, chunks,
-        rule, heads, **sizes)
-    grad_pre_hidden, grad_surprises = generate_backward(grad_outputs, pre_hidden, generators)
-    splits, part_size = _splits(options.chunk_size, num_tokens, batch * heads, sizes, k.device)
-    parts = states.new_empty(splits, *grad_gradients.shape)
-    kernels.surprise_backward_kernel[(splits * chunks * batch * heads,)](
-        k, v, initial, grad_gradients, grad_surprises, grad_k, grad_v, parts, k.stride(), v.stride(), grad_k.stride(),
-        grad_v.stride(), batch, heads, num_tokens, options.chunk_size, chunks, part_size, **sizes, TILE=_tile(sizes),
-        num_warps=8)  # with 4, registers are spilled
-    return WriteGradients(parts.sum((0, 1, 2)), grad_outputs, grad_pre_hidden, grad_m + grad_memories[0], grad_p)
+def surprise(k: Tensor, v: Tensor, memories: Tensor, chunk_size: int, eps: float,
+             curvature: bool) -> tuple[Tensor, Tensor, Tensor]:
+    chunks, n, rows, d = memories.shape
+    sizes = chunks * n * rows * d, chunks * n * d, chunks * n * curvature
+
+    def arguments(parts: Tensor) -> tuple:
+        return k, v, memories, *parts[0].split(sizes), parts.stride(0), k.stride(), v.stride(), memories.stride(0)
+
+    gradient, errors, bounds = _launch(
+        'surprise_kernel', k, memories, chunk_size, eps, arguments, part=(sum(sizes),), CURVATURE=curvature,
+    ).split(sizes)
+    return gradient.view(memories.shape), errors.view(chunks, n, d), bounds.view((chunks, n) if curvature else 0)
 
 
-@on_its_device
-def read_all(q: Tensor, memories: Tensor, y: Tensor, options: MemoryOptions) -> None:
-    (batch, heads, _, num_tokens), sizes = q.shape, _sizes(memories)
-    which, read_size = _reads(options, num_tokens, memories)
-    chunks, tile = math.ceil(num_tokens / read_size), _tile(sizes)
-    kernels.read_kernel[(batch * heads * chunks * math.ceil(min(read_size, num_tokens) / tile),)](
-        q, memories[which], y, q.stride(), y.stride(), memories.stride(0), batch, heads, num_tokens, read_size, chunks,
-        tile, **sizes, TILE=tile)
+def surprise_backward(grad_gradient: Tensor, grad_errors: Tensor, grad_curvature: Tensor, k: Tensor, v: Tensor,
+                      memories: Tensor, chunk_size: int, eps: float, curvature: bool, grad_k: Tensor,
+                      grad_v: Tensor) -> Tensor:
+    given = [x.contiguous() for x in (grad_gradient, grad_errors, grad_curvature)]
+    return _launch('surprise_backward_kernel', k, memories, chunk_size, eps, lambda parts: (
+        *given, k, v, memories, grad_k, grad_v, parts, k.stride(), v.stride(), grad_k.stride(), grad_v.stride(),
+        memories.stride(0)), part=memories.shape, CURVATURE=curvature, num_warps=8)  # with 4, registers are spilled
 
 
-@on_its_device
-def read_all_backward(q: Tensor, memories: Tensor, grad_y: Tensor, grad_memories: Tensor, grad_q: Tensor,
-                      y: Tensor | None, options: MemoryOptions) -> None:
-    (batch, heads, _, num_tokens), sizes = q.shape, _sizes(memories)
-    which, read_size = _reads(options, num_tokens, memories)
-    chunks = math.ceil(num_tokens / read_size)
-    splits, part_size = _splits(read_size, num_tokens, batch * heads, sizes, q.device)
-    parts = memories.new_empty(splits, chunks, *memories.shape[1:])
-    out = grad_q if y is None else y
-    kernels.read_backward_kernel[(splits * batch * heads * chunks,)](
-        q, grad_y, memories[which], grad_q, out, parts, q.stride(), grad_y.stride(), grad_q.stride(), out.stride(),
-        memories.stride(0), batch, heads, num_tokens, read_size, chunks, part_size, **sizes, TILE=_tile(sizes),
-        READS=int(y is not None), num_warps=8)
-    grad_memories[which] += parts.sum(0)
+def step(gradient: Tensor, errors: Tensor, memory: Tensor, momentum: Tensor, in_weight: Tensor, in_bias: Tensor,
+         out_weight: Tensor, out_bias: Tensor, inner_step: float, max_write_norm: float) -> tuple[Tensor, ...]:
+    hidden, outputs = generate(errors, UpdateGenerators(in_weight, in_bias, out_weight, out_bias))
+    return *_launch_write('write_kernel', (gradient, outputs, memory, momentum), outputs, (memory, memory), inner_step,
+                          max_write_norm), hidden, outputs
 
 
-def _sizes(rows: Tensor) -> dict[str, int]:
-    """The kernels' compile-time sizes: d, e and both padded to powers of two that ``tl.dot`` takes."""
-    e, d = rows.size(-2) // 2, rows.size(-1)
-    padded_d, padded_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
-    return dict(D=d, E=e, DP=padded_d, EP=padded_e)
+def step_backward(grad_memory: Tensor, grad_momentum: Tensor, gradient: Tensor, hidden: Tensor, outputs: Tensor,
+                  memory: Tensor, momentum: Tensor, in_weight: Tensor, out_weight: Tensor, inner_step: float,
+                  max_write_norm: float) -> tuple[Tensor, ...]:
+    grad_gradient, grad_outputs, grad_memory, grad_momentum = _launch_write(
+        'write_backward_kernel', (grad_memory, grad_momentum, gradient, outputs, memory, momentum), outputs,
+        (memory, outputs, memory, memory), inner_step, max_write_norm)
+    grad_hidden, grad_errors = generate_backward(grad_outputs, hidden, in_weight, out_weight)
+    grad_errors = grad_errors.view(*memory.shape[:-2], -1)
+    return grad_gradient, grad_errors, grad_memory, grad_momentum, grad_hidden, grad_outputs
 
 
-def _tile(sizes: dict[str, int]) -> int:
-    """Tokens that a program works on at a time: fewer in wider heads, but no fewer than ``tl.dot`` takes."""
-    return max(16, TILE * 16 // max(sizes['DP'], sizes['EP']))
+def _launch_write(name: str, given: tuple[Tensor, ...], outputs: Tensor, like: tuple[Tensor, ...],
+                  *rule: float) -> tuple[Tensor, ...]:
+    """Launch one program for each of n memories, and return what it fills, in the shapes of ``like``."""
+    rows, d = like[0].shape[-2:]
+    filled = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
+    with torch.cuda.device_of(outputs):  # Triton launches on the current device
+        getattr(kernels, name)[(like[0].numel() // (rows * d),)](
+            *(x.contiguous() for x in given), *filled, outputs.size(1) // (3 * d), *rule, **_sizes(rows, d))
+    return filled
 
 
-def _splits(chunk_size: int, num_tokens: int, pairs: int, sizes: dict[str, int],
-            device: torch.device) -> tuple[int, int]:
-    """How many programs share a chunk, of as many as there are anyway, and the tokens of each."""
-    tile, programs = _tile(sizes), pairs * math.ceil(num_tokens / chunk_size)
+def _launch(name: str, tokens: Tensor, memories: Tensor, chunk_size: int, eps: float, arguments: Any,
+            part: tuple[int, ...] = (), precision: bool = True, **options: Any) -> Tensor | None:
+    """Launch a kernel over all chunks of all heads; return the sum of the parts, of the shape ``part``, if it has any.
+
+    ``arguments`` makes the kernel's first arguments of the parts (splits, *part).
+    """
+    (batch, heads, _, length), (chunks, _, rows, d) = tokens.shape, memories.shape
+    sizes = _sizes(rows, d)
+    grid, part_size = grid_of(batch * heads, length, chunk_size, max(sizes['DP'], sizes['EP']), tokens.device)
+    tile = tile_of(max(sizes['DP'], sizes['EP']))
+    if not part:  # nothing is added up: every tile is a program
+        part_size, grid = tile, batch * heads * chunks * math.ceil(min(chunk_size, length) / tile)
+    parts = memories.new_empty(grid // (batch * heads * chunks), *part) if part else memories
+    kind = os.environ.get('CONVNEUR_MEMORY_PRECISION', 'ieee')
+    check_choice('CONVNEUR_MEMORY_PRECISION', kind, PRECISIONS)
+    with torch.cuda.device_of(tokens):
+        getattr(kernels, name)[(grid,)](
+            *arguments(parts), batch, heads, length, chunk_size, chunks, part_size, eps, **sizes, TILE=tile,
+            NORMALIZE=eps > 0, PRECISION=kind, **options)
+    return None if not part else parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _sizes(rows: int, d: int) -> dict[str, int]:
+    """Return the kernels' compile-time sizes: d, e and both padded to powers of two that ``tl.dot`` takes."""
+    padded_d, padded_e = (max(16, triton.next_power_of_2(x)) for x in (d, rows // 2))
+    return dict(D=d, E=rows // 2, DP=padded_d, EP=padded_e)
+
+
+def tile_of(width: int) -> int:
+    """Return the tokens that a program works on at a time: fewer in wider heads, but no fewer than ``tl.dot`` takes."""
+    return max(16, TILE * 16 // width)
+
+
+def grid_of(n: int, num_tokens: int, chunk_size: int, width: int, device: torch.device) -> tuple[int, int]:
+    """Return how many programs work on all chunks of n heads, and the tokens of each: four for each multiprocessor."""
+    tile, chunks = tile_of(width), math.ceil(num_tokens / chunk_size)
     tiles = math.ceil(min(chunk_size, num_tokens) / tile)
-    splits = min(tiles, max(1, 4 * _multiprocessors(device) // programs))
+    splits = min(tiles, max(1, 4 * _multiprocessors(device) // (n * chunks)))
     part_size = math.ceil(tiles / splits) * tile
-    return math.ceil(tiles * tile / part_size), part_size
+    return math.ceil(tiles * tile / part_size) * n * chunks, part_size
 
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
-
-
-def _reads(options: MemoryOptions, num_tokens: int, memories: Tensor) -> tuple[slice, int]:
-    """Which memories are read, each by how many tokens."""
-    if options.retrieve == 'final':
-        return slice(len(memories) - 1, None), num_tokens
-    return slice(0, math.ceil(num_tokens / options.chunk_size)), options.chunk_size

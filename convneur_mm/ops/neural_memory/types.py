@@ -1,4 +1,4 @@
-"""What every implementation of the neural memory shares: its options, tensors that travel together, small rules."""
+"""The memory's options, the tensors that belong together, and small functions that all implementations share."""
 from __future__ import annotations
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 # 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
 NORMALIZE_EPS = 1e-2
 
-# float32 holds the powers of a bound that its gradient needs, and those of writes beside it, from here on.
+# The smallest bound whose gradient does not underflow in float32.
 MIN_WRITE_NORM = 1e-6
 
 UPDATE_RULES = ('sequential', 'parallel')
@@ -26,12 +26,14 @@ class MemoryOptions(NamedTuple):
     Attributes:
         chunk_size (int): Tokens per chunk, L. The last chunk may be shorter. Defaults to 196.
         inner_step (float): Factor of the step θ. 0 never writes. Defaults to 1.0.
-        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. One far above the norms that there
-            are is none: under the sequential rule a memory may then grow without end. Defaults to 1.0.
+        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. A bound far above typical norms
+            has no effect, and under the sequential rule a memory may then grow without end. Defaults to 1.0.
         update_rule (str): 'sequential' takes the gradient of Eq. 3 at M_{t-1}; 'parallel' takes those of all chunks
             at M_0. Defaults to 'sequential'.
         retrieve (str): 'previous' reads as Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
+        qk_norm_eps (float): If above 0, queries and keys are divided by their norms over d, or by this where their norm
+            is smaller. Defaults to 0.0, which takes them as they are.
     """
 
     chunk_size: int = 196
@@ -40,12 +42,13 @@ class MemoryOptions(NamedTuple):
     update_rule: str = 'sequential'
     retrieve: str = 'previous'
     return_state: bool = False
+    qk_norm_eps: float = 0.0
 
     def check(self) -> MemoryOptions:
-        """Returns itself.
+        """Return the options.
 
         Raises:
-            ValueError: That names the first option outside its range.
+            ValueError: If an option is outside its range.
         """
         # A SymInt is that of a graph for all sizes, whose number of chunks is fixed.
         known = isinstance(self.chunk_size, (int, torch.SymInt)) and not isinstance(self.chunk_size, bool)
@@ -56,17 +59,19 @@ class MemoryOptions(NamedTuple):
         if not (isinstance(self.max_write_norm, (int, float)) and MIN_WRITE_NORM <= self.max_write_norm < math.inf):
             raise ValueError(f'max_write_norm must be a finite number of at least {MIN_WRITE_NORM}, got '
                              f'{self.max_write_norm!r}')
+        if not (isinstance(self.qk_norm_eps, (int, float)) and 0 <= self.qk_norm_eps < math.inf):
+            raise ValueError(f'qk_norm_eps must be a finite number of at least 0, got {self.qk_norm_eps!r}')
         check_choice('update_rule', self.update_rule, UPDATE_RULES)
         check_choice('retrieve', self.retrieve, RETRIEVALS)
         return self
 
     def written_tokens(self, num_tokens: int) -> int:
-        """See :func:`written_tokens`."""
+        """Return how many of the first tokens are written, see :func:`written_tokens`."""
         return written_tokens(num_tokens, self.chunk_size, self.retrieve, self.return_state)
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises a ValueError unless ``value`` is known."""
+    """Raise a ValueError unless ``value`` is known."""
     if value not in known:
         raise ValueError(f'{name} must be one of {known}, got {value!r}')
 
@@ -105,84 +110,14 @@ class UpdateGenerators(NamedTuple):
     out_bias: Tensor
 
 
-class MemoryWeights(NamedTuple):
-    """Parameters of the memory for Cm channels in h heads of d, e hidden units a head.
-
-    Attributes:
-        w1 (Tensor): First weight of the initial memory M_0, (h, d, e).
-        w2 (Tensor): Second weight of M_0, (h, e, d).
-        in_weight (Tensor): See :class:`UpdateGenerators`, also for the rest.
-        in_bias (Tensor): See there.
-        out_weight (Tensor): See there.
-        out_bias (Tensor): See there.
-    """
-
-    w1: Tensor
-    w2: Tensor
-    in_weight: Tensor
-    in_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-
-    @property
-    def generators(self) -> UpdateGenerators:
-        return UpdateGenerators(*self[2:])
-
-    @property
-    def initial(self) -> Tensor:
-        """M_0 as rows, (h, 2e, d)."""
-        return pack(self.w1, self.w2)
-
-
-class LayerWeights(NamedTuple):
-    """Parameters of the layer around the memory.
-
-    Attributes:
-        norm_weight (Tensor): Of the LayerNorm, (Cm,).
-        norm_bias (Tensor): (Cm,).
-        query (Tensor): (Cm, Cm), as are ``key``, ``value`` and ``proj``.
-        key (Tensor): See ``query``.
-        value (Tensor): See ``query``.
-        proj (Tensor): See ``query``.
-        w1 (Tensor): See :class:`MemoryWeights`, also for the rest.
-        w2 (Tensor): See there.
-        in_weight (Tensor): See there.
-        in_bias (Tensor): See there.
-        out_weight (Tensor): See there.
-        out_bias (Tensor): See there.
-    """
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    proj: Tensor
-    w1: Tensor
-    w2: Tensor
-    in_weight: Tensor
-    in_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-
-    @property
-    def memory(self) -> MemoryWeights:
-        return MemoryWeights(*self[-len(MemoryWeights._fields):])
-
-    @property
-    def projections(self) -> Tensor:
-        """Of queries, keys and values, (3Cm, Cm)."""
-        return torch.cat((self.query, self.key, self.value))
-
-
 def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous', return_state: bool = False) -> int:
-    """How many of the first tokens are written to the memory at all.
+    """Return how many of the first tokens are written to the memory; the sizes may be symbolic.
 
-    What the last chunk would write is read by nobody, unless the state is returned or every token reads M_T.
+    The last chunk is not, as no token reads what it would write, unless the state is returned or every token reads M_T.
     """
-    if return_state or retrieve == 'final':
+    if return_state or retrieve == 'final' or isinstance(num_tokens, int) and not num_tokens:
         return num_tokens
-    return max(0, math.ceil(num_tokens / chunk_size) - 1) * chunk_size
+    return (num_tokens - 1) // chunk_size * chunk_size
 
 
 def is_exporting() -> bool:
@@ -190,28 +125,37 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
+def is_watched(x: Tensor) -> bool:
+    """Return whether modes such as FlopCounterMode, or the tensor itself, want to see every operator."""
+    return type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # of which no public name tells
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Return whether autocast is on where a tensor is; it does not know the meta device, where FLOPs are counted."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Keeps autocast out, which does not know the meta device, where shapes and FLOPs are counted without memory."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """Turn autocast off."""
+    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
 
 
-def check_inner_dtype(**tensors: Tensor) -> None:
-    """Raises a ValueError that names the first tensor whose dtype is none of the inner loop's.
+def check_inner_dtype(x: Tensor, name: str) -> None:
+    """Raise a ValueError unless the dtype of a tensor is one of the inner loop's.
 
     The inner loop adds up to thousands of small writes, which half precision would round away, and squares what it adds
     up, which overflows in float16. So it runs in float32, or float64, whatever autocast does around it.
     """
-    for name, x in tensors.items():
-        if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f'the inner loop of a memory runs in float32 or float64, got {name} in {x.dtype}')
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'the inner loop of a memory runs in float32 or float64, got {name} in {x.dtype}')
 
 
 def pack(w1: Tensor, w2: Tensor) -> Tensor:
-    """Both weights (…, d, e) and (…, e, d) of a memory as rows, (…, 2e, d)."""
+    """Return both weights (…, d, e) and (…, e, d) of a memory as rows, (…, 2e, d)."""
     return torch.cat((w1.mT, w2), dim=-2)
 
 
 def unpack(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The other way round."""
+    """Return the weights that :func:`pack` made ``rows`` of."""
     w1, w2 = rows.chunk(2, dim=-2)
     return w1.mT, w2

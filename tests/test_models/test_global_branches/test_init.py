@@ -3,17 +3,17 @@ import pytest
 import torch
 
 from convneur_mm.models import ConvNeur, NeuralMemory
+from convneur_mm.models.global_branch import GlobalBranch
 from convneur_mm.models.global_branches import GLOBAL_BRANCHES, branch_options
-from convneur_mm.models.global_memory import GlobalMemory
 
 OTHERS = tuple(name for name in GLOBAL_BRANCHES if name != 'neural_memory')
 TINY = dict(depths=[1, 1], channels=[8, 12], mem_channels=16)
 OPTIONS = {'titans': dict(chunk_size=9)}  # so that the maps below have several segments, the last one short
 
 
-def make(branch: str, **kwargs) -> GlobalMemory:
+def make(branch: str, **kwargs) -> GlobalBranch:
     """A branch whose parameters are far enough from their initial values for all of them to show."""
-    model = GlobalMemory(6, 16, branch, **OPTIONS.get(branch, {}), **kwargs)
+    model = GlobalBranch(6, 16, branch, **OPTIONS.get(branch, {}), **kwargs)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.3 * torch.randn_like(param))
@@ -25,7 +25,7 @@ def test_names():
     with pytest.raises(ValueError, match=r"global_branch must be one of .*'titans'.*got 'memory'"):
         ConvNeur(TINY, global_branch='memory', out_indices=0)
     with pytest.raises(ValueError, match=r"global_branch must be one of .*'titans'.*got 'memory'"):
-        GlobalMemory(6, 16, 'memory')
+        GlobalBranch(6, 16, 'memory')
 
 
 @pytest.mark.parametrize('branch', GLOBAL_BRANCHES)
@@ -35,7 +35,7 @@ def test_backbone_has_the_branch_where_it_is_placed(branch, placement, blocks):
                      memory_cfg=dict(mem_channels=32))
     assert [sum(isinstance(m, GLOBAL_BRANCHES[branch]) for m in stage.modules()) for stage in model.stages] == blocks
     for module in model.modules():
-        if isinstance(module, GlobalMemory):
+        if isinstance(module, GlobalBranch):
             assert module.reduce.out_channels == module.expand.in_channels == 32
 
 
@@ -47,7 +47,7 @@ def test_a_branch_without_a_place_is_refused():
 def test_all_have_the_memorys_bottleneck():
     """The same convolutions, norm and output projection around all, under names that tell the branches apart."""
     shared = ('reduce.weight', 'reduce.bias', 'expand.weight', 'expand.bias')
-    memory = GlobalMemory(6, 16).state_dict()
+    memory = GlobalBranch(6, 16).state_dict()
     assert set(memory) > {*shared, 'memory.norm.weight', 'memory.norm.bias', 'memory.proj.weight', 'memory.w1'}
     for branch in OTHERS:
         state = make(branch).state_dict()
@@ -95,7 +95,7 @@ def test_images_do_not_see_each_other(branch):
 
 @pytest.mark.parametrize('branch', OTHERS)
 def test_gradients(branch):
-    model = GlobalMemory(3, 4, branch, **{'titans': dict(chunk_size=4, head_dim=2, hidden_dim=2, num_persistent=1),
+    model = GlobalBranch(3, 4, branch, **{'titans': dict(chunk_size=4, head_dim=2, hidden_dim=2, num_persistent=1),
                                           'self_attention': dict(head_dim=2)}.get(branch, {})).double()
     names, params = zip(*model.named_parameters())
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_deep_inputs_stay_finite(branch):
 
 
 def test_default_branch_is_the_memory():
-    default, named = (GlobalMemory(6, 16, *args, chunk_size=9) for args in ((), ('neural_memory',)))
+    default, named = (GlobalBranch(6, 16, *args, chunk_size=9) for args in ((), ('neural_memory',)))
     assert list(default.state_dict()) == list(named.state_dict())
     assert [name for name, _ in default.named_children()] == ['reduce', 'memory', 'expand']
     assert type(default.memory) is NeuralMemory

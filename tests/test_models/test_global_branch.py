@@ -3,7 +3,7 @@ import plain_convneur as plain
 import pytest
 import torch
 
-from convneur_mm.models.global_memory import MAX_STATE_NORM, GlobalMemory, limit_norm
+from convneur_mm.models.global_branch import MAX_STATE_NORM, GlobalBranch, limit_norm
 from convneur_mm.ops.neural_memory import UPDATE_RULES, MemoryState
 
 pytestmark = pytest.mark.usefixtures('both_codes')
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures('both_codes')
 
 @pytest.mark.parametrize('name', plain.GLOBAL_CASES)
 def test_equals_the_equations_and_stored_vectors(name):
-    plain.check(GlobalMemory(**plain.GLOBAL_CASES[name][0]), 'global', name)
+    plain.check(GlobalBranch(**plain.GLOBAL_CASES[name][0]), 'global', name)
 
 
 def test_cases_show_the_memory():
@@ -38,7 +38,7 @@ def test_no_two_cases_store_the_same(kind):
 def test_tokens_are_in_row_major_order():
     """With chunks of one row each, what a row sees depends on the rows above it and on no column to its right."""
     torch.manual_seed(0)
-    model = GlobalMemory(4, 16, chunk_size=5).double()
+    model = GlobalBranch(4, 16, chunk_size=5).double()
     x = torch.randn(1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
     seen, = torch.autograd.grad(model(x)[0, :, 1].sum(), x)
     assert (seen[0].abs().sum((0, 2)) > 0).tolist() == [True, True, False]
@@ -46,22 +46,22 @@ def test_tokens_are_in_row_major_order():
 
 def test_works_on_any_memory_format():
     torch.manual_seed(0)
-    model = GlobalMemory(4, 16, chunk_size=5).double()
+    model = GlobalBranch(4, 16, chunk_size=5).double()
     x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     plain.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x), 'the map')
 
 
 def test_init_cfg():
-    model = GlobalMemory(4, 16, init_cfg=dict(type='Constant', layer='Conv2d', val=0.5, bias=0.25))
+    model = GlobalBranch(4, 16, init_cfg=dict(type='Constant', layer='Conv2d', val=0.5, bias=0.25))
     model.init_weights()
     for conv in (model.reduce, model.expand):
         assert (conv.weight == 0.5).all() and (conv.bias == 0.25).all()
 
 
-def make_memory(**options) -> GlobalMemory:
+def make_memory(**options) -> GlobalBranch:
     """In float64, with weights that write much."""
     torch.manual_seed(0)
-    model = GlobalMemory(4, 32, **options).double()
+    model = GlobalBranch(4, 32, **options).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -73,7 +73,7 @@ def assert_same(found, expected):
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
-@pytest.mark.parametrize('backend', ['chunked', 'reference'])
+@pytest.mark.parametrize('backend', ['auto', 'reference'])
 @pytest.mark.parametrize('rule', UPDATE_RULES)
 def test_frames_equal_one_call_on_all_chunks(backend, rule):
     """Three frames of two chunks each, and all gradients back through them."""
@@ -93,7 +93,7 @@ def test_frames_equal_one_call_on_all_chunks(backend, rule):
                   for y, last in ((joined, state), (whole, expected))))
 
 
-@pytest.mark.parametrize('backend', ['chunked', 'reference'])
+@pytest.mark.parametrize('backend', ['auto', 'reference'])
 @pytest.mark.parametrize('retrieve', ['previous', 'final'])
 def test_frames_of_any_size_equal_their_chunks_in_sequence(backend, retrieve):
     """Frames of 15 and 8 tokens in chunks of ten, the last of each shorter."""
@@ -143,4 +143,4 @@ def test_gradients_of_a_memory_that_was_never_written():
 @pytest.mark.parametrize('given', [dict(return_state=True), dict(state=())])
 def test_other_branches_have_no_state(given):
     with pytest.raises(ValueError, match="only global_branch='neural_memory' has a state to carry, got 'cbam'"):
-        GlobalMemory(4, 16, 'cbam')(torch.zeros(1, 4, 3, 5), **given)
+        GlobalBranch(4, 16, 'cbam')(torch.zeros(1, 4, 3, 5), **given)

@@ -5,23 +5,23 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.neural_memory import MemoryState
+from ..ops.neural_memory.types import no_autocast
 from ._mmengine import BaseModule
 from .global_branches import GLOBAL_BRANCHES
-from .plain import is_plain, pointwise
+from .plain import are_plain, is_plain, may_fuse, pointwise, rows
 
-# See limit_norm.
-MAX_STATE_NORM = 10.0
+MAX_STATE_NORM = 10.0  # see limit_norm
 
 
-class GlobalMemory(BaseModule):
-    """Maps features X to the global context map G, of the same shape.
+class GlobalBranch(BaseModule):
+    """Map features X to the global context map G, of the same shape.
 
-    A 1×1 convolution to the memory's channels, the memory over all H·W tokens in row-major order, and a 1×1
+    A 1×1 convolution to the bottleneck's channels, the neural memory over all H·W tokens in row-major order, and a 1×1
     convolution back. Another branch takes the memory's place between the same convolutions.
 
     Args:
         in_channels (int): Channels of X, C.
-        mem_channels (int): Channels of the memory, Cm.
+        mem_channels (int): Channels of the bottleneck, Cm.
         branch (str): A name of :data:`GLOBAL_BRANCHES`. Defaults to 'neural_memory'.
         init_cfg (dict | list[dict] | None): MMEngine initialisation. Defaults to None.
         **memory_cfg: Options of the branch, see :func:`branch_options`.
@@ -46,7 +46,7 @@ class GlobalMemory(BaseModule):
 
     def forward(self, x: Tensor, state: MemoryState | None = None,
                 return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
-        """The context map of X.
+        """Return the context map of X.
 
         Args:
             x (Tensor): Features, (B, C, H, W).
@@ -63,20 +63,37 @@ class GlobalMemory(BaseModule):
         """
         if (state is not None or return_state) and self.branch != 'neural_memory':
             raise ValueError(f"only global_branch='neural_memory' has a state to carry, got {self.branch!r}")
-        tokens = _convolve(self.reduce, x).flatten(2).transpose(1, 2)  # (B, H·W, Cm)
-        if return_state:
-            tokens, state = self.memory(tokens, state, return_state=True)
-            state = limit_norm(state, self.memory.w1, self.memory.w2)
-        elif self.branch == 'neural_memory':
-            tokens = self.memory(tokens, state)
+        size = tuple(x.shape[2:])
+        tokens = self.tokens(x)
+        carry = (state, return_state) if self.branch == 'neural_memory' else ()
+        mixer = self.token_mixer
+        if may_fuse(x) and is_plain(mixer, type(mixer)) and are_plain(mixer.proj) and is_plain(self.expand, nn.Conv2d):
+            # Both are linear: one product with as many weights as the second has.
+            with no_autocast(x):
+                weight = self.expand.weight.flatten(1) @ mixer.proj.weight
+            tokens, state = mixer.mapped(tokens, size, lambda y: rows(y, weight, self.expand.bias), *carry)
+            out = tokens.mT.unflatten(2, size)
         else:
-            tokens = self.mixer(tokens, tuple(x.shape[2:]))
-        out = _convolve(self.expand, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
-        return (out, state) if return_state else out
+            tokens = mixer(tokens, *carry) if carry else mixer(tokens, size)
+            if return_state:
+                tokens, state = tokens
+            out = _convolve(self.expand, tokens.transpose(1, 2).unflatten(2, size))
+        if not return_state:
+            return out
+        return out, limit_norm(state, mixer.w1, mixer.w2)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return what the branch mixes of features (B, C, H, W): tokens in row-major order, (B, H·W, Cm)."""
+        return _convolve(self.reduce, x).flatten(2).transpose(1, 2)
+
+    @property
+    def token_mixer(self) -> BaseModule:
+        """Return what mixes the tokens. The neural memory's weights are named ``memory``, those of others ``mixer``."""
+        return self.memory if self.branch == 'neural_memory' else self.mixer
 
 
 def limit_norm(state: MemoryState, w1: Tensor, w2: Tensor) -> MemoryState:
-    """Scales down what would be carried on, for each head of each image where it is too large.
+    """Scale down the state that is carried on, for each head of each image where it is too large.
 
     Memory and momentum, each with both of its weights together, keep norms of at most :data:`MAX_STATE_NORM` times that
     of the head's M_0. Below that the state is returned unchanged, and two calls still equal one.
@@ -94,7 +111,7 @@ def limit_norm(state: MemoryState, w1: Tensor, w2: Tensor) -> MemoryState:
 
 @torch.no_grad()
 def _norm(w1: Tensor, w2: Tensor) -> Tensor:
-    """Of both weights of a head together, (…, h, 1, 1)."""
+    """Return the norm of both weights of a head together, (…, h, 1, 1)."""
     return (w1.square().sum((-2, -1), keepdim=True) + w2.square().sum((-2, -1), keepdim=True)).sqrt()
 
 

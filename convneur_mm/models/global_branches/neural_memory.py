@@ -1,13 +1,20 @@
 """The neural memory as a layer over a sequence of tokens (Sec. 3.3 of the paper, between the two 1×1 convolutions)."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..ops.neural_memory import LayerWeights, MemoryOptions, MemoryState, check_backend, neural_memory_layer
-from ._mmengine import BaseModule
-from .plain import does_as
+from ...ops.neural_memory import NORMALIZE_EPS, MemoryOptions, MemoryState, UpdateGenerators, check_backend
+from ...ops.neural_memory import run as run_memory
+from .._mmengine import BaseModule
+from ..plain import are_plain, columns, may_fuse, rows
+
+# Tokens, images times length, that pass at once where no gradient is wanted. On a CPU their tensors should fit in the
+# cache, and be small enough for the allocator to use them again: the system clears every page of a new large one.
+CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**19
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
@@ -16,8 +23,7 @@ STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
 class NeuralMemory(BaseModule):
     """Multi-head neural memory: LayerNorm, projections, chunk-wise retrieval and update, output projection.
 
-    All of it is one fused layer, which takes the weights of its submodules and never calls them: their forward hooks do
-    not run, and a submodule that does something else than its weight says is refused. Hooks of the memory itself run.
+    Its parts are ordinary modules: hooks, adapters, pruning and quantised layers act on them as on any.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -99,20 +105,25 @@ class NeuralMemory(BaseModule):
         decay.fill_(DECAY_BIAS)
 
     def init_weights(self) -> None:
-        """Resets the layer: a model-wide init_cfg may just have set its biases to zero and its scales to another."""
-        if not self.init_cfg and not self.is_init:
+        """Reset the layer, as an ``init_cfg`` around it may have set its biases, then apply its own ``init_cfg``."""
+        if not self.is_init:
             self.reset_parameters()
         super().init_weights()
 
     def tokens_per_chunk(self, num_tokens: int) -> int:
-        """L for an image of ``num_tokens`` tokens."""
+        """Return L for an image of ``num_tokens`` tokens."""
         # Nothing negative is divided: ONNX rounds that towards zero.
         return self.chunk_size if self.num_chunks is None else max(
             1, (num_tokens + self.num_chunks - 1) // self.num_chunks)
 
+    def options(self, num_tokens: int, return_state: bool = False) -> MemoryOptions:
+        """Return the memory's options for an image of ``num_tokens`` tokens."""
+        return MemoryOptions(self.tokens_per_chunk(num_tokens), self.inner_step, self.max_write_norm, self.update_rule,
+                             self.retrieve, return_state, NORMALIZE_EPS)
+
     def forward(self, x: Tensor, state: MemoryState | None = None,
                 return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
-        """Reads the memory for every token while it is rewritten chunk by chunk.
+        """Read the memory for every token while it is rewritten chunk by chunk.
 
         Args:
             x (Tensor): Tokens in row-major order, (B, N, channels), of which B and N may be 0.
@@ -126,29 +137,56 @@ class NeuralMemory(BaseModule):
         Raises:
             ValueError: If ``x`` is not (B, N, channels), or if its dtype or the state do not fit the parameters.
         """
-        if x.dim() != 3 or x.size(-1) != self.channels:
-            raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
-        y, state = neural_memory_layer(
-            x, self.weights, eps=self.norm.eps, chunk_size=self.tokens_per_chunk(x.size(1)), inner_step=self.inner_step,
-            max_write_norm=self.max_write_norm, update_rule=self.update_rule, retrieve=self.retrieve, state=state,
-            return_state=return_state, backend=self.backend)
+        output: Callable[[Tensor], Tensor] = self.proj
+        if may_fuse(x) and are_plain(self.proj):
+            def output(y: Tensor) -> Tensor:
+                return rows(y, self.proj.weight)
+        y, state = self.mapped(x, None, output, state, return_state)
         return (y, state) if return_state else y
 
-    @property
-    def weights(self) -> LayerWeights:
-        """The parameters as the op takes them.
+    def mapped(self, x: Tensor, size: tuple[int, int] | None, output: Callable[[Tensor], Tensor],
+               state: MemoryState | None = None, return_state: bool = False) -> tuple[Tensor, MemoryState | None]:
+        """Return :meth:`forward` with another linear map in place of the output projection, and the state.
 
-        Raises:
-            ValueError: If a submodule was replaced by one whose weight is not all that it does.
+        ``output`` maps (B, n, channels), a view of columns, to (B, n, M); the size of the map is not needed. Where no
+        gradient is wanted long inputs pass in segments of whole chunks.
         """
+        if x.dim() != 3 or x.size(-1) != self.channels:
+            raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
+        options, num_tokens, length = self.options(x.size(1), return_state), x.size(1), x.size(1)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.retrieve == 'final'):
+            most = CPU_SEGMENT_TOKENS if x.device.type == 'cpu' else SEGMENT_TOKENS
+            length = max(1, most // (max(x.size(0), 1) * options.chunk_size)) * options.chunk_size
+        if length >= num_tokens:
+            y, state = self._read(self.project(self.norm(x)), state, options)
+            return output(y), state
+        out: Tensor | None = None
+        qkv: Tensor | None = None  # of the segment before, whose memory is in the cache
+        for start in range(0, num_tokens, length):
+            options = options._replace(return_state=return_state or start + length < num_tokens)
+            qkv = self.project(self.norm(x[:, start:start + length]), qkv)
+            y, state = self._read(qkv, state, options)
+            y = output(y)
+            if out is None:
+                out = y.new_empty(x.size(0), num_tokens, y.size(2))
+            out[:, start:start + length] = y
+        return out, state
+
+    def _read(self, qkv: Tensor, state: MemoryState | None,
+              options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
+        """Return what the queries read, (B, N, channels), a view of columns, and the state."""
         first, _, last = self.generators
-        parts = {'norm': self.norm, 'query': self.query, 'key': self.key, 'value': self.value, 'proj': self.proj,
-                 'generators.0': first, 'generators.2': last}
-        for name, part in parts.items():
-            if not does_as(part, nn.LayerNorm if name == 'norm' else nn.Linear):
-                raise ValueError(f'{name} of a NeuralMemory is a {type(part).__module__}.{type(part).__name__}, which '
-                                 'would have no effect: the memory is one layer, which takes the weights of its parts '
-                                 'and never calls them. Merge an adapter, or leave these parts out')
-        return LayerWeights(
-            self.norm.weight, self.norm.bias, self.query.weight, self.key.weight, self.value.weight, self.proj.weight,
-            self.w1, self.w2, first.weight, first.bias, last.weight, last.bias)
+        y, state = run_memory(qkv, self.w1, self.w2, UpdateGenerators(
+            first.weight, first.bias, last.weight, last.bias), state, self.backend, options)
+        return y.flatten(1, 2).mT, state
+
+    def project(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return queries, keys and values (B, 3, h, d, N) of normalised tokens (B, N, channels), in ``out`` if it fits.
+        """
+        layers = self.query, self.key, self.value
+        if are_plain(*layers):  # one product for all three
+            qkv = columns(torch.cat([layer.weight for layer in layers]), tokens,
+                          None if out is None else out.flatten(1, 3))
+        else:
+            qkv = torch.cat([layer(tokens).mT for layer in layers], dim=1)
+        return qkv.unflatten(1, (3, self.num_heads, self.head_dim))
