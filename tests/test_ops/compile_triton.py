@@ -24,7 +24,7 @@ from convneur_mm.ops.neural_memory import triton as backend
 
 SETTINGS = {
     'classification': dict(batch=128, heads=8, tokens=3136, chunk_size=196),
-    'detection': dict(batch=2, heads=8, tokens=67000, chunk_size=4096, update_rule='parallel'),
+    'detection': dict(batch=2, heads=8, tokens=67000, chunk_size=4096),
     # Triton compiles sizes of 1 into a kernel, which then sees no tensor in their place.
     'ones': dict(batch=1, heads=1, tokens=1, chunk_size=1, d=3, e=2),
     'ones_parallel': dict(batch=1, heads=1, tokens=1, chunk_size=1, d=3, e=2, update_rule='parallel'),

@@ -48,6 +48,7 @@ def compiled(tmp_path_factory) -> list[tuple[str, ...]]:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize('capability, settings', [(80, 2), (90, 4), (120, 2)])
 def test_compiles(capability, settings, compiled):
     """Every kernel, with hardly a register spilled."""
@@ -85,3 +86,40 @@ import torch
 from convneur_mm.ops.neural_memory.triton import refuses
 assert 'needs Triton and CUDA tensors' in refuses(torch.zeros(4, 2))
 ''')
+
+
+@needs_triton
+@pytest.mark.parametrize('batch, tokens', [(64, 56 * 56), (2, 200 * 304)])
+def test_launches_of_a_chunk(monkeypatch, batch, tokens):
+    """Of one more written chunk: few, whatever the batch, and no copy to the host among them."""
+    from test_op import call, make_inputs
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    views = ('view', 'slice', 'select', 'split', 'unbind', 'expand', 'permute', 'transpose', 't.', 'as_strided',
+             'unsqueeze', 'squeeze', 'alias', 'detach', 'empty', 'new_empty', 'reshape')
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func).removeprefix('aten.')
+            assert '_local_scalar_dense' not in name and 'nonzero' not in name, name
+            launches.extend([] if name.lstrip('_').startswith(views) else [name])
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(JITFunction, 'run', lambda self, *args, **kwargs: launches.append(self.fn.__name__))
+    monkeypatch.setattr(backend, 'is_available', lambda tensor: True)
+    monkeypatch.setattr(backend, '_multiprocessors', lambda device: 132)
+    counts = []
+    for chunks in 5, 6:
+        inputs = [x.detach().float().to('meta').requires_grad_() for x in make_inputs(tokens=1)]
+        inputs[:3] = [torch.empty(batch, 2, tokens // 16 * chunks, 16, device='meta', requires_grad=True)
+                      for _ in range(3)]
+        launches.clear()
+        with Launches():
+            y, _ = call(inputs, chunk_size=tokens // 16, backend='triton')
+            forward = len(launches)
+            torch.autograd.grad(y, inputs, y)
+        counts.append((forward, len(launches) - forward))
+    (forward, backward), (more_forward, more_backward) = counts
+    assert more_forward - forward <= 6 and more_backward - backward <= 10
