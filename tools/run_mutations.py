@@ -54,10 +54,9 @@ PATHS = ('convneur_mm/ops', 'convneur_mm/models', 'convneur_mm/engine', 'convneu
 MORE_TESTS = {
     **{f'convneur_mm/ops/neural_memory/{name}.py': ['tests/test_models/test_neural_memory.py', *(
         f'tests/test_ops/test_{test}.py' for test in tests)] for name, tests in dict(
-            contract=('memory', 'op'), cpu=('cpu', ), exported=('exported', ), layer=('layer', 'memory', 'exported'),
-            memory=('memory', 'layer', 'op'), op=('op', ), pytorch=('pytorch', 'memory', 'op'),
-            reference=('memory', 'pytorch', 'op'), triton=('triton', ), triton_kernels=('triton', ),
-            types=('memory', 'op')).items()},
+            cpu=('cpu', ), exported=('exported', ), memory=('memory', 'layer', 'op'), op=('op', ),
+            operators=('memory', ), pytorch=('memory', 'op'), reference=('memory', 'op'), rule=('op', 'memory'),
+            triton=('triton', ), triton_kernels=('triton', ), types=('memory', 'op')).items()},
     'convneur_mm/engine/interrupts.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/loops.py': ['tests/test_engine/test_sigterm.py'],
     'convneur_mm/engine/model_wrappers.py': ['tests/test_engine/test_start_summary.py'],
@@ -66,7 +65,7 @@ MORE_TESTS = {
     'convneur_mm/engine/start_summary.py': ['tests/test_engine/test_quiet_console.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
     **{f'convneur_mm/models/{name}.py': [f'tests/test_models/test_{test}.py'] for name, test in dict(
-        blocks='stream', overlock_blocks='overlock', overlock_head='overlock').items()},
+        blocks='stream', **{'overlock/blocks': 'overlock', 'overlock/head': 'overlock'}).items()},
     'convneur_mm/models/base.py': ['tests/test_models/test_convneur.py', 'tests/test_models/test_overlock.py'],
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
     'convneur_mm/datasets/check/folders.py': ['tests/test_datasets/test_check/test_images.py'],

@@ -19,7 +19,7 @@ def as_output(x: Tensor) -> Tensor:
 
 
 class Backbone(BaseModule):
-    """A backbone of stages, from the first of which on some may be frozen.
+    """A backbone of stages, whose first stages can be frozen.
 
     A subclass has ``stage_modules`` and calls :meth:`_freeze_stages` once it has built its layers.
 
@@ -28,7 +28,7 @@ class Backbone(BaseModule):
         num_stages (int): Number of stages there are, built or not.
         drop_path_rate (float): In [0, 1), only checked here.
         out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last).
-        frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none.
+        frozen_stages (int): How many stages, from the first, are frozen; 0 and, as in mmdet, -1 freeze none.
         init_cfg (dict | list[dict] | None): See :class:`ConvNeur`.
 
     Raises:
@@ -44,8 +44,8 @@ class Backbone(BaseModule):
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         self.out_indices = _parse_out_indices(out_indices, num_stages)
-        if isinstance(frozen_stages, bool) or frozen_stages not in range(num_stages + 1):
-            raise ValueError(f'frozen_stages must be an integer from 0 to {num_stages}, got {frozen_stages!r}')
+        if isinstance(frozen_stages, bool) or frozen_stages not in range(-1, num_stages + 1):
+            raise ValueError(f'frozen_stages must be an integer from -1 to {num_stages}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
 
     def stage_modules(self) -> list[list[nn.Module]]:
@@ -85,7 +85,7 @@ class Backbone(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        for modules in self.stage_modules()[:self.frozen_stages]:
+        for modules in self.stage_modules()[:max(self.frozen_stages, 0)]:
             for module in modules:
                 module.eval().requires_grad_(False)
 

@@ -26,6 +26,11 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)
 
 
+def drop_path(rate: float) -> nn.Module:
+    """Return stochastic depth over the images of a batch, nothing at a rate of 0."""
+    return StochasticDepth(rate, 'row') if rate > 0 else nn.Identity()
+
+
 class GRN(nn.Module):
     """Global response normalisation of ConvNeXt-V2, on (N, H, W, C).
 
@@ -34,10 +39,12 @@ class GRN(nn.Module):
         eps (float): Added to the mean response. Defaults to 1e-6.
     """
 
+    dims, channel_dim, shape = (1, 2), -1, (-1,)  # what is summed over, where channels are, and weights' shapes
+
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
+        self.gamma = nn.Parameter(torch.zeros(channels).view(self.shape))
+        self.beta = nn.Parameter(torch.zeros(channels).view(self.shape))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,12 +55,12 @@ class GRN(nn.Module):
     def scale(self, x: Tensor) -> Tensor:
         """What GRN multiplies (N, H, W, C) by before it adds β, (N, 1, 1, C) of at least float32."""
         if x.dtype in (torch.float16, torch.bfloat16):
-            response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+            response = torch.linalg.vector_norm(x, dim=self.dims, keepdim=True, dtype=torch.float32)
         else:
             # On a CPU two to four times as fast as vector_norm over axes that are not the last. The bound keeps the
             # root's gradient finite where a channel is zero everywhere.
-            response = (x * x).sum(dim=(1, 2), keepdim=True).clamp_min(1e-30).sqrt()
-        relative = response / (response.mean(dim=-1, keepdim=True) + self.eps)
+            response = (x * x).sum(dim=self.dims, keepdim=True).clamp_min(1e-30).sqrt()
+        relative = response / (response.mean(dim=self.channel_dim, keepdim=True) + self.eps)
         return self.gamma * relative + 1
 
 
@@ -95,7 +102,7 @@ class ConvNeurBlock(BaseModule):
         self.global_branch = global_branch
         if global_branch is not None and fusion == 'concat':
             self.fuse = nn.Conv2d(2 * channels, channels, 1)
-        self.drop_path = StochasticDepth(drop_path_rate, 'row') if drop_path_rate > 0 else nn.Identity()
+        self.drop_path = drop_path(drop_path_rate)
 
     def local_features(self, x: Tensor) -> Tensor:
         """F_loc of (N, C, H, W)."""

@@ -54,7 +54,8 @@ class ConvNeur(Backbone):
             LayerNorm of its own; stages after the last one returned are not built. Defaults to (0, 1, 2, 3).
         gap_before_final_norm (bool): Whether each output is averaged over the image before its LayerNorm, as
             classification wants. Defaults to False.
-        frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none. Defaults to 0.
+        frozen_stages (int): How many stages, from the first, are frozen; 0 and, as in mmdet, -1 freeze none.
+            Defaults to 0.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
         channels_last (bool): Whether the image is brought to channels_last memory, in which all layers behind it leave
             their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases

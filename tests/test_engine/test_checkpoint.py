@@ -418,14 +418,14 @@ class TestBackbones:
 def test_the_file_of_overlocks_authors_is_tested_as_it_is(run, tiny_config):
     """Its names are those of backbone and head, without a word before them: the scores are the same."""
     cfg = tiny_config('')
-    cfg.custom_imports = dict(imports=['convneur_mm', 'convneur_mm.models.overlock_head'])
+    cfg.custom_imports = dict(imports=['convneur_mm', 'convneur_mm.models.overlock.head'])
     channels = [8, 16, 32, 32]
     cfg.model.backbone = dict(type='OverLoCK', out_indices=3, for_classifier=True, arch=dict(
         depths=[1] * 4, focus_depths=[1, 1], channels=channels, kernel_sizes=[7] * 4, groups=[2, 2]))
     cfg.model.head = dict(type='OverLoCKClsHead', num_classes=6, in_channels=40, overview_channels=32)
     cfg.dump('config.py')
     init_default_scope('mmpretrain')
-    import convneur_mm.models.overlock_head  # noqa: F401
+    import convneur_mm.models.overlock.head  # noqa: F401
     weights = MODELS.build(cfg.model).state_dict()
     torch.save(dict(state_dict=weights, meta={}), 'ours.pth')
     torch.save({name.removeprefix('backbone.').removeprefix('head.'): value for name, value in weights.items()},

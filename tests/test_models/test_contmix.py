@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from convneur_mm.models.contmix import neighborhood_sum, relative_position_bias, window_starts
+from convneur_mm.models.overlock.contmix import neighborhood_sum, relative_position_bias, window_starts
 
 
 def plain_start(position: int, size: int, kernel_size: int) -> int:

@@ -263,8 +263,8 @@ def test_drop_path_of_a_single_block():
     assert isinstance(model.stages[0][0].drop_path, nn.Identity)
 
 
-@pytest.mark.parametrize('frozen_stages, out_indices', [(0, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (2, (0, 1, 2, 3)),
-                                                        (4, (0, 1, 2, 3)), (4, 1)])
+@pytest.mark.parametrize('frozen_stages, out_indices', [
+    (-1, (0, 1, 2, 3)), (0, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (2, (0, 1, 2, 3)), (4, (0, 1, 2, 3)), (4, 1)])
 def test_frozen_stages(frozen_stages, out_indices):
     """Frozen from the start and after train(): no gradient, no drop path; what returns their features still learns."""
     model = ConvNeur(TINY, frozen_stages=frozen_stages, drop_path_rate=0.5, out_indices=out_indices)
@@ -428,9 +428,9 @@ def test_resolves_from_every_scope(scope):
     (dict(out_indices=()), r'out_indices must name stages from -4 to 3, got \(\)'),
     (dict(out_indices=(2, 1)), 'ascending order'),
     (dict(out_indices=(3, -1)), 'ascending order'),
-    (dict(frozen_stages=5), 'frozen_stages must be an integer from 0 to 4, got 5'),
-    (dict(frozen_stages=-1), 'frozen_stages must be an integer from 0 to 4, got -1'),
-    (dict(frozen_stages=True), 'frozen_stages must be an integer from 0 to 4, got True'),
+    (dict(frozen_stages=5), 'frozen_stages must be an integer from -1 to 4, got 5'),
+    (dict(frozen_stages=-2), 'frozen_stages must be an integer from -1 to 4, got -2'),
+    (dict(frozen_stages=True), 'frozen_stages must be an integer from -1 to 4, got True'),
     (dict(drop_path_rate=-0.1), r'drop_path_rate must be in \[0, 1\), got -0.1'),
     (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
 ])

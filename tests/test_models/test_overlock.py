@@ -5,7 +5,8 @@ from plain_overlock import BRANCHES, LIGHT, Plain, randomised
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convneur_mm.models import OverLoCK, overlock_blocks
+from convneur_mm.models import OverLoCK
+from convneur_mm.models.overlock import blocks as overlock_blocks
 
 ARCHS = ('xt', 't', 's', 'b')
 def light(**options) -> OverLoCK:
@@ -363,3 +364,14 @@ def test_what_overview_net_adds_starts_small():
     model = light(add_overview=True)
     model.init_weights()
     assert torch.equal(model.h_proj[1].weight, torch.full((40, 1, 1, 1), 1e-5))
+
+
+def test_norm_eval_keeps_running_statistics():
+    model, other = light(norm_eval=True).train(), light().train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms]
+    for m in (model, other):
+        m(torch.randn(2, 3, 64, 64))
+    assert norms and all(torch.equal(m.running_mean, mean) for m, mean in zip(norms, before))
+    assert any(m.running_mean.any() for m in other.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert model.training

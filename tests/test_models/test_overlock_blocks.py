@@ -3,7 +3,7 @@ import pytest
 import torch
 from plain_overlock import Plain, randomised
 
-from convneur_mm.models.overlock_blocks import BaseBlock, ChannelScale, DilatedRepConv, DynamicBlock, GRN2d
+from convneur_mm.models.overlock.blocks import BaseBlock, ChannelScale, DilatedRepConv, DynamicBlock, GRN2d
 
 
 @pytest.mark.parametrize('kernel_size', [7, 13, 15, 17])

@@ -18,7 +18,7 @@ def scope():
 
 
 def build_head(**options):
-    from convneur_mm.models.overlock_head import OverLoCKClsHead
+    from convneur_mm.models.overlock.head import OverLoCKClsHead
     defaults = dict(num_classes=5, in_channels=10, overview_channels=8, hidden_channels=16)
     return OverLoCKClsHead(**{**defaults, **options})
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_the_authors_fills_the_classifier(tmp_path):
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
 
-    import convneur_mm.models.overlock_head  # noqa: F401
+    import convneur_mm.models.overlock.head  # noqa: F401
     path = str(tmp_path / 'authors.pth')
     cfg = dict(
         type='ImageClassifier',

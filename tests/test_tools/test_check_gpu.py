@@ -51,6 +51,12 @@ def test_the_closing_line(triton, said, tool):
     assert re.search(said, tool.advice(found, torch.device('cuda')))
 
 
+def test_programs_fill_an_h100(tool, monkeypatch):
+    """Of each task, also of detection with its two images: sequential chunks come one after the other."""
+    monkeypatch.setattr(tool.triton, '_multiprocessors', lambda device: 132)
+    assert all(tool.programs_of_a_chunk(task, 8, torch.device('cpu')) >= 128 for task in tool.TASKS.values())
+
+
 def test_a_nan_is_an_error(tool):
     one = torch.ones(2)
     assert tool.largest_error([one, one * float('nan')], [one.double(), one.double()]) == float('inf')

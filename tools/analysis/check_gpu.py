@@ -5,9 +5,10 @@
     # of the check itself, where there is no GPU: Triton's kernels in its interpreter, a few tokens of each task
     TRITON_INTERPRET=1 tools/analysis/check_gpu.py --device cpu --tokens 40
 
-At the shapes of the four tasks it compares output and gradients of the layer, by each set of kernels, with the
-reference in float64, has a CUDA graph capture forward and backward, and takes the times of both. The last line says
-what to set. The exit code is 1 where a set of kernels is wrong.
+At the shapes of the four tasks it prints how many programs of a kernel work on a written chunk at once, beside the
+GPU's multiprocessors, compares output and gradients of the layer, by each set of operators, with the reference in
+float64, has a CUDA graph capture forward and backward, and takes the times of both. The last line says what to set. The
+exit code is 1 where a set of operators is wrong.
 """
 import argparse
 import os.path as osp
@@ -76,6 +77,11 @@ def captured(call: Callable[[], object]) -> str:
     return 'captured'
 
 
+def programs_of_a_chunk(task: dict, heads: int, device: torch.device) -> int:
+    """Return how many programs of Triton's surprise work on a chunk of all images and heads."""
+    return triton.grid_of(task['batch'] * heads, task['chunk_size'], task['chunk_size'], 16, device)[0]
+
+
 def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
     """Prints a line for each backend; returns its error and seconds of forward and backward."""
     torch.manual_seed(0)
@@ -90,6 +96,10 @@ def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str
     double = NeuralMemory(channels, chunk_size=task['chunk_size'], inner_step=task['inner_step'], backend='reference')
     double.load_state_dict(layer.state_dict())
     expected = results(double.to(device).double(), x[:2].double(), weight[:2].double())
+    programs = programs_of_a_chunk(task, layer.num_heads, device)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+    print(f'{name}: {programs} programs work on a written chunk of {task["chunk_size"]} tokens, on {units} '
+          'multiprocessors', flush=True)
     for backend in BACKENDS:
         layer.backend = backend
         errors[backend] = largest_error(results(layer, x[:2], weight[:2]), expected)

@@ -1,6 +1,6 @@
 _base_ = './convneur_classifier.py'
 # The head subclasses mmpretrain's and is not imported with the package.
-custom_imports = dict(imports=['convneur_mm', 'convneur_mm.models.overlock_head'])
+custom_imports = dict(imports=['convneur_mm', 'convneur_mm.models.overlock.head'])
 
 # All BatchNorms see the images of all GPUs.
 sync_bn = 'torch'

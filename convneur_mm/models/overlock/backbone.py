@@ -7,10 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._mmengine import MODELS, ModuleList
-from .base import Backbone, as_output, check_common_options
-from .blocks import LayerNorm2d
-from .overlock_blocks import BaseBlock, ChannelScale, ContextDownsample, DilatedRepConv, DynamicBlock, conv_bn
+from .._mmengine import MODELS, ModuleList
+from ..base import Backbone, as_output, check_common_options
+from ..blocks import LayerNorm2d
+from .blocks import BaseBlock, ChannelScale, ContextDownsample, DilatedRepConv, DynamicBlock, conv_bn
 
 CONTEXT_REDUCTION = 4  # The context prior has a quarter of the last stage's channels.
 
@@ -53,8 +53,10 @@ class OverLoCK(Backbone):
             and of Focus-Net, without LayerNorm. ``out_indices`` must then be 3. Defaults to False.
         add_overview (bool): Whether a projection of Overview-Net's features, at first of scale 1e-5, is added to the
             last stage's output, as in the authors' detectors. Defaults to False.
-        frozen_stages (int): How many stages, from the first, are frozen; 0 freezes none. Overview-Net is frozen with
-            the third. Defaults to 0.
+        frozen_stages (int): How many stages, from the first, are frozen; 0 and, as in mmdet, -1 freeze none.
+            Overview-Net is frozen with the third. Defaults to 0.
+        norm_eval (bool): Whether BatchNorms keep their running statistics in training, as detectors with few images on
+            each GPU want. Defaults to False.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
         deploy (bool): Whether the model is built merged, for weights saved after :meth:`switch_to_deploy`.
             Defaults to False.
@@ -86,15 +88,17 @@ class OverLoCK(Backbone):
         for_classifier: bool = False,
         add_overview: bool = False,
         frozen_stages: int = 0,
+        norm_eval: bool = False,
         with_cp: bool = False,
         deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        check_common_options(in_channels, for_classifier=for_classifier, add_overview=add_overview, with_cp=with_cp,
-                             deploy=deploy)
+        check_common_options(in_channels, for_classifier=for_classifier, add_overview=add_overview, norm_eval=norm_eval,
+                             with_cp=with_cp, deploy=deploy)
         super().__init__(arch, 4, drop_path_rate, out_indices, frozen_stages, init_cfg)
         settings = self._parse_arch(arch)
         channels, depths, focus_depths = settings['channels'], settings['depths'], settings['focus_depths']
+        self.norm_eval = norm_eval
         self.for_classifier = for_classifier
         if for_classifier and self.out_indices != (3,):
             raise ValueError(f'for_classifier needs out_indices=3, got {out_indices!r}')
@@ -202,6 +206,15 @@ class OverLoCK(Backbone):
     def _put_out(self, outs: list[Tensor], stage: int, x: Tensor) -> None:
         if stage in self.out_indices and not self.for_classifier:
             outs.append(as_output(self.extra_norm[str(stage)](x)))
+
+    def train(self, mode: bool = True) -> OverLoCK:
+        """Set the mode; with ``norm_eval`` all BatchNorms stay in evaluation mode."""
+        super().train(mode)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     def switch_to_deploy(self) -> None:
         """Merges every Dilated RepConv into one convolution; the outputs in evaluation mode stay the same."""

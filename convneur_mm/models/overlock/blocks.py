@@ -9,9 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch import Tensor
-from torchvision.ops import StochasticDepth
 
-from .blocks import LayerNorm2d
+from ..blocks import GRN, LayerNorm2d, drop_path
 from .contmix import neighborhood_sum, relative_position_bias
 
 SMALL_KERNEL = 5  # of half the channels of ContMix
@@ -55,24 +54,10 @@ class ChannelScale(nn.Module):
         return F.conv2d(x, self.weight, self.bias, groups=x.size(1))
 
 
-class GRN2d(nn.Module):
-    """Global response normalisation of ConvNeXt-V2, on (N, C, H, W).
+class GRN2d(GRN):
+    """:class:`GRN` on (N, C, H, W), with weights of the shapes of the authors' checkpoints."""
 
-    Args:
-        channels (int): Number of channels, C.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the same shape and dtype; the statistics are taken in at least float32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
-        relative = response / (response.mean(dim=1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * relative + 1).to(x.dtype))
+    dims, channel_dim, shape = (2, 3), 1, (1, -1, 1, 1)
 
 
 class SqueezeExcite(nn.Module):
@@ -170,10 +155,6 @@ def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int =
             nn.BatchNorm2d(out_channels)]
 
 
-def _drop_path(rate: float) -> nn.Module:
-    return StochasticDepth(rate, 'row') if rate > 0 else nn.Identity()
-
-
 @contextmanager
 def _batch_norms_kept(module: nn.Module) -> Iterator[None]:
     """Running statistics of the BatchNorms inside stay as they are."""
@@ -230,7 +211,7 @@ class BaseBlock(Block):
         self.dwconv = ResidualDWConv(channels)
         self.proj = nn.Sequential(
             LayerNorm2d(channels, eps=1e-6), DilatedRepConv(channels, kernel_size, deploy), nn.BatchNorm2d(channels),
-            SqueezeExcite(channels), *conv_ffn(channels, BASE_RATIO * channels), _drop_path(drop_path_rate))
+            SqueezeExcite(channels), *conv_ffn(channels, BASE_RATIO * channels), drop_path(drop_path_rate))
         self.ls = ChannelScale(channels) if scaled else nn.Identity()
 
     def update(self, x: Tensor) -> Tensor:
@@ -285,7 +266,7 @@ class DynamicBlock(Block):
         self.mlp = nn.Sequential(*conv_ffn(fused, FOCUS_RATIO * channels))
         self.ls1 = ChannelScale(fused)
         self.ls2 = ChannelScale(fused)
-        self.drop_path = _drop_path(drop_path_rate)
+        self.drop_path = drop_path(drop_path_rate)
 
     def update(self, x: Tensor, context: Tensor, initial: Tensor) -> Tensor:
         """Z (N, C, H, W), P and the initial P, (N, Cp, H, W) both → updated Z and P side by side, (N, C + Cp, H, W)."""
@@ -328,8 +309,8 @@ class DynamicBlock(Block):
         for part, table, value in zip(
                 kernels.split([size ** 2 for size in self.kernel_sizes], dim=-1), (self.rpb1, self.rpb2), values):
             weights = (part + relative_position_bias(table, height, width).flatten(3)).softmax(dim=-1)
-            kernel_size = table.size(1) // 2 + 1
-            mixed.append(neighborhood_sum(weights.to(value.dtype).unflatten(-1, (kernel_size, kernel_size)), value))
+            side = table.size(1) // 2 + 1
+            mixed.append(neighborhood_sum(weights.to(value.dtype).unflatten(-1, (side, side)), value))
         x = torch.stack(mixed, dim=1).permute(0, 1, 2, 5, 3, 4).flatten(1, 3)
         return F.adaptive_avg_pool2d(x, size) if smallest < kernel_size else x
 
