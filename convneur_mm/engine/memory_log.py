@@ -93,7 +93,7 @@ class _Watch:
         if block.fusion == 'gate':
             self._handles.append(branch.register_forward_hook(self._see_gate))
         if branch.branch == 'neural_memory':
-            self._handles.append(branch.memory.register_forward_pre_hook(self._see_memory, with_kwargs=True))
+            self._handles.append(branch.memory.register_forward_pre_hook(self._see_memory))
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -106,10 +106,10 @@ class _Watch:
         gate = context_of(output).float().sigmoid()
         self.seen.update({f'gate/{self.stage}/mean': gate.mean(), f'gate/{self.stage}/spread': gate.std()})
 
-    def _see_memory(self, memory: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _see_memory(self, memory: nn.Module, args: tuple) -> None:
         if f'memory/{self.stage}/surprise' in self.seen:
             return
-        found = trace(memory, *args, **kwargs)
+        found = trace(memory, *args)
         if found.surprise.numel():
             self.seen.update({f'memory/{self.stage}/{name}': getattr(found, name).mean()
                               for name in ('surprise', 'write_norm', 'decay')})

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.ops import StochasticDepth
 
 from ..ops.neural_memory import MemoryState
-from ..ops.neural_memory.types import is_exporting
 from ._mmengine import BaseModule, Sequential
 from .plain import is_plain, pointwise
 
@@ -116,7 +115,8 @@ class ConvNeurBlock(BaseModule):
         With GRN's scale s of each image and channel, W·(s ⊙ x + β) + b is (W ⊙ s)·x + (W·β + b): so the scale can
         multiply weights instead of features, which is less to do where there are more positions than channels.
         """
-        if is_exporting() or x.size(1) * x.size(2) < x.size(3) or not (
+        # A graph for all sizes must not ask for one, and compilers join the two by themselves.
+        if torch.compiler.is_compiling() or x.size(1) * x.size(2) < x.size(3) or not (
                 is_plain(self.grn, GRN) and is_plain(self.pointwise_conv2, nn.Linear)):
             return _linear(self.pointwise_conv2, self.grn(x))
         weight, bias = self.pointwise_conv2.weight, self.pointwise_conv2.bias

@@ -8,7 +8,7 @@ from ..ops.neural_memory import MemoryState
 from ..ops.neural_memory.types import no_autocast
 from ._mmengine import BaseModule
 from .global_branches import GLOBAL_BRANCHES
-from .plain import are_plain, is_plain, may_fuse, pointwise, rows
+from .plain import are_plain, has_output_hooks, is_plain, may_fuse, pointwise, rows
 
 MAX_STATE_NORM = 10.0  # see limit_norm
 
@@ -64,23 +64,23 @@ class GlobalBranch(BaseModule):
         if (state is not None or return_state) and self.branch != 'neural_memory':
             raise ValueError(f"only global_branch='neural_memory' has a state to carry, got {self.branch!r}")
         size = tuple(x.shape[2:])
-        tokens = self.tokens(x)
-        carry = (state, return_state) if self.branch == 'neural_memory' else ()
-        mixer = self.token_mixer
-        if may_fuse(x) and is_plain(mixer, type(mixer)) and are_plain(mixer.proj) and is_plain(self.expand, nn.Conv2d):
-            # Both are linear: one product with as many weights as the second has.
-            with no_autocast(x):
+        mixer, output, size = self.token_mixer, None, tuple(x.shape[2:])
+        if may_fuse(x) and are_plain(mixer.proj) and is_plain(self.expand, nn.Conv2d) and not has_output_hooks(mixer):
+            with no_autocast(x):  # both are linear: one product with as many weights as the second has
                 weight = self.expand.weight.flatten(1) @ mixer.proj.weight
-            tokens, state = mixer.mapped(tokens, size, lambda y: rows(y, weight, self.expand.bias), *carry)
-            out = tokens.mT.unflatten(2, size)
+
+            def output(y: Tensor) -> Tensor:
+                return rows(y, weight, self.expand.bias)
+
+        tokens = self.tokens(x)
+        if self.branch == 'neural_memory':
+            tokens = mixer(tokens, state, return_state, output=output)
         else:
-            tokens = mixer(tokens, *carry) if carry else mixer(tokens, size)
-            if return_state:
-                tokens, state = tokens
-            out = _convolve(self.expand, tokens.transpose(1, 2).unflatten(2, size))
-        if not return_state:
-            return out
-        return out, limit_norm(state, mixer.w1, mixer.w2)
+            tokens = mixer(tokens, size, output=output)
+        tokens, state = tokens if return_state else (tokens, None)
+        out = tokens.transpose(1, 2).unflatten(2, size)
+        out = out if output else _convolve(self.expand, out)
+        return (out, limit_norm(state, mixer.w1, mixer.w2)) if return_state else out
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return what the branch mixes of features (B, C, H, W): tokens in row-major order, (B, H·W, Cm)."""

@@ -19,8 +19,12 @@ def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module has the forward of its ``kind``, and no hook that would miss the call."""
-    return has_forward_of(module, kind) and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return has_forward_of(module, kind) and not (module._forward_pre_hooks or has_output_hooks(module))
+
+
+def has_output_hooks(module: nn.Module) -> bool:
+    """Return whether a hook would see what a module returns, or its gradient."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def are_plain(*layers: nn.Linear) -> bool:

@@ -114,10 +114,8 @@ class GateRecorder:
             self._handles.append(block.global_branch.register_forward_hook(
                 lambda module, args, output, block=block: self._contexts.update({block: context_of(output)})))
             if block.global_branch.branch == 'neural_memory':
-                # Not of the memory itself, which would then be called apart from the convolution behind it.
-                self._handles.append(block.global_branch.register_forward_pre_hook(
-                    lambda branch, args, kwargs, block=block: self._traces.update(
-                        {block: trace(branch.memory, branch.tokens(args[0]), *args[1:], **kwargs)}), with_kwargs=True))
+                self._handles.append(block.global_branch.memory.register_forward_pre_hook(
+                    lambda memory, args, block=block: self._traces.update({block: trace(memory, *args)})))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None

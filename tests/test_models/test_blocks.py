@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from convneur_mm.models.blocks import GRN, ConvNeurBlock, LayerNorm2d
 from convneur_mm.models.global_branch import GlobalBranch
@@ -252,3 +253,22 @@ def test_drop_path(rate):
     dropped = (found == 0).flatten(1).all(1)
     assert abs(dropped.float().mean() - rate) < 0.05
     assert torch.allclose(found[~dropped], full[~dropped] / (1 - rate), atol=1e-5)
+
+
+@pytest.mark.parametrize('rule', ['sequential', 'parallel'])
+def test_compiled_once_for_all_sizes(rule):
+    """Of six image sizes: once for the first, once for all others; outputs and gradients equal the eager ones."""
+    block = ConvNeurBlock(8, GlobalBranch(8, 16, chunk_size=30, update_rule=rule)).double()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for size in (9, 7), (4, 5), (12, 11), (3, 40), (16, 2), (10, 10):
+        x, results = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True), []
+        for function in (block, compiled):
+            y = function(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+        for a, b in zip(*results):
+            assert (a - b).norm() <= 1e-10 * a.norm()
+    assert counter.frame_count <= 2

@@ -385,4 +385,5 @@ def test_detectors_and_segmentors_start_from_it(tool, name, batch, tmp_path):
         for _ in range(2):
             losses = model.train_step(batch(), optim_wrapper)
             assert losses['loss'].isfinite()
-    assert reached == [('expand', True), ('memory.query', False), ('expand', True), ('memory.query', True)]
+    assert [sorted(reached[:2]), sorted(reached[2:])] == [
+        [('expand', True), ('memory.query', False)], [('expand', True), ('memory.query', True)]]

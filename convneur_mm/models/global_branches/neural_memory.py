@@ -121,15 +121,19 @@ class NeuralMemory(BaseModule):
         return MemoryOptions(self.tokens_per_chunk(num_tokens), self.inner_step, self.max_write_norm, self.update_rule,
                              self.retrieve, return_state, NORMALIZE_EPS)
 
-    def forward(self, x: Tensor, state: MemoryState | None = None,
-                return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
+    def forward(self, x: Tensor, state: MemoryState | None = None, return_state: bool = False,
+                output: Callable[[Tensor], Tensor] | None = None) -> Tensor | tuple[Tensor, MemoryState]:
         """Read the memory for every token while it is rewritten chunk by chunk.
+
+        Where no gradient is wanted long inputs pass in segments of whole chunks.
 
         Args:
             x (Tensor): Tokens in row-major order, (B, N, channels), of which B and N may be 0.
             state (MemoryState | None): Memory to go on from, as an earlier call returned it; None starts at the
                 learned M_0. Defaults to None.
             return_state (bool): Whether to return the memory after the last chunk too. Defaults to False.
+            output (Callable | None): A linear map in place of ``proj``, of (B, n, channels), a view of columns, to
+                (B, n, M). Defaults to None.
 
         Returns:
             Tensor | tuple[Tensor, MemoryState]: Tokens (B, N, channels), and the state if asked for.
@@ -137,29 +141,17 @@ class NeuralMemory(BaseModule):
         Raises:
             ValueError: If ``x`` is not (B, N, channels), or if its dtype or the state do not fit the parameters.
         """
-        output: Callable[[Tensor], Tensor] = self.proj
-        if may_fuse(x) and are_plain(self.proj):
-            def output(y: Tensor) -> Tensor:
-                return rows(y, self.proj.weight)
-        y, state = self.mapped(x, None, output, state, return_state)
-        return (y, state) if return_state else y
-
-    def mapped(self, x: Tensor, size: tuple[int, int] | None, output: Callable[[Tensor], Tensor],
-               state: MemoryState | None = None, return_state: bool = False) -> tuple[Tensor, MemoryState | None]:
-        """Return :meth:`forward` with another linear map in place of the output projection, and the state.
-
-        ``output`` maps (B, n, channels), a view of columns, to (B, n, M); the size of the map is not needed. Where no
-        gradient is wanted long inputs pass in segments of whole chunks.
-        """
         if x.dim() != 3 or x.size(-1) != self.channels:
             raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
+        if output is None:
+            output = (lambda y: rows(y, self.proj.weight)) if may_fuse(x) and are_plain(self.proj) else self.proj
         options, num_tokens, length = self.options(x.size(1), return_state), x.size(1), x.size(1)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.retrieve == 'final'):
             most = CPU_SEGMENT_TOKENS if x.device.type == 'cpu' else SEGMENT_TOKENS
             length = max(1, most // (max(x.size(0), 1) * options.chunk_size)) * options.chunk_size
         if length >= num_tokens:
             y, state = self._read(self.project(self.norm(x)), state, options)
-            return output(y), state
+            return (output(y), state) if return_state else output(y)
         out: Tensor | None = None
         qkv: Tensor | None = None  # of the segment before, whose memory is in the cache
         for start in range(0, num_tokens, length):
@@ -170,7 +162,7 @@ class NeuralMemory(BaseModule):
             if out is None:
                 out = y.new_empty(x.size(0), num_tokens, y.size(2))
             out[:, start:start + length] = y
-        return out, state
+        return (out, state) if return_state else out
 
     def _read(self, qkv: Tensor, state: MemoryState | None,
               options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:

@@ -70,12 +70,8 @@ class MemoryAsContext(BaseModule):
         """Return the output projection."""
         return self.memory.proj
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Mix the tokens of a feature map, see :meth:`TokenMixer.forward`."""
-        return self.mapped(x, size, self.proj)[0]
-
-    def mapped(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor]) -> tuple[Tensor, None]:
-        """See :meth:`TokenMixer.mapped`."""
         memory = self.memory
         if x.dim() != 3 or x.size(1) != size[0] * size[1] or x.size(2) != memory.channels:
             raise ValueError(f'expected tokens of shape (B, {size[0]} * {size[1]}, {memory.channels}), '
@@ -88,7 +84,7 @@ class MemoryAsContext(BaseModule):
             y = self.attention(torch.cat((persistent.to(segment.dtype), read, segment), dim=1), segment.size(1))
             read, state = self._run(y, memory.key(y), memory.value(y), state, retrieve='final', return_state=True)
             outputs.append(y * read.to(y.dtype))
-        return output(torch.cat(outputs, dim=1)), None
+        return (output or self.proj)(torch.cat(outputs, dim=1))
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None,
              **options: str | bool) -> tuple[Tensor, MemoryState | None]:

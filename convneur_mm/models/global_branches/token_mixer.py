@@ -12,8 +12,8 @@ class TokenMixer(BaseModule):
     """LayerNorm, a mixing of tokens that a subclass defines as :meth:`mix`, and an output projection.
 
     The neural memory has the same norm and the same projection (Cm→Cm, without bias), so that branches in the same
-    bottleneck differ in nothing but the mixing. Every branch has :meth:`forward`, :meth:`mapped` and ``proj``, a
-    linear map that :class:`GlobalBranch` may put together with the convolution behind it.
+    bottleneck differ in nothing but the mixing. Every branch has ``proj`` and takes another
+    linear map in its place, as :class:`GlobalBranch` may put it together with the convolution behind it.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -30,12 +30,13 @@ class TokenMixer(BaseModule):
         """Normalised tokens (B, H·W, Cm) of a map of ``size`` (H, W) → (B, H·W, Cm)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Mix the tokens of a feature map.
 
         Args:
             x (Tensor): Tokens in row-major order, (B, H·W, channels), of a floating-point dtype.
             size (tuple[int, int]): H and W.
+            output (Callable | None): A linear map of (B, H·W, channels) in place of ``proj``. Defaults to None.
 
         Returns:
             Tensor: Tokens of the same shape.
@@ -43,11 +44,7 @@ class TokenMixer(BaseModule):
         Raises:
             ValueError: If ``x`` is not (B, H·W, channels).
         """
-        return self.mapped(x, size, self.proj)[0]
-
-    def mapped(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor]) -> tuple[Tensor, None]:
-        """Return :meth:`forward` with another linear map in place of ``proj``, and no state, as the memory has one."""
         if x.dim() != 3 or x.size(1) != size[0] * size[1] or x.size(2) != self.channels:
             raise ValueError(f'expected tokens of shape (B, {size[0]} * {size[1]}, {self.channels}), '
                              f'got {tuple(x.shape)}')
-        return output(self.mix(self.norm(x), size)), None
+        return (output or self.proj)(self.mix(self.norm(x), size))

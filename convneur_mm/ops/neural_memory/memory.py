@@ -93,7 +93,7 @@ def _written(qkv: Tensor, options: MemoryOptions) -> list[tuple[Tensor, ...]]:
 def _points(qkv: Tensor, initial: Tensor, options: MemoryOptions) -> tuple[Any, ...]:
     """Return the first arguments of ``surprise`` where the gradients of all chunks are taken at M_0."""
     length = options.written_tokens(qkv.size(-1))
-    points = initial.repeat(qkv.size(0), 1, 1).expand(math.ceil(length / options.chunk_size), -1, -1, -1)
+    points = initial.repeat(qkv.size(0), 1, 1).expand(options.num_written(qkv.size(-1)), -1, -1, -1)
     return *(z[..., :length] for z in qkv[:, 1:].unbind(1)), points, options.chunk_size, options.qk_norm_eps
 
 
@@ -115,16 +115,19 @@ def _forward(tensors: Sequence[Tensor], keep: bool, backend: str, options: Memor
         y = operators.read(qkv[:, 0], _readable(memories, qkv.size(-1), options), options.chunk_size,
                            options.qk_norm_eps)
     y = [y, memory[0].clone(), momentum[0].clone()]
-    if keep:
-        y += [memories, *(map(torch.cat, [*zip(*found)][1:]) if found else _nothing(memories, generators))]
+    if keep and found:
+        y += [memories, *map(torch.cat, [*zip(*found)][1:])]
+    elif keep:
+        y += [memories, *(memories.new_empty(shape) for shape in _kept_shapes(0, qkv, memory[0], generators)[1:])]
     return y
 
 
-def _nothing(memories: Tensor, generators: Sequence[Tensor]) -> list[Tensor]:
-    """Return what is kept of no chunk beside the ``memories``."""
-    _, n, rows, d = memories.shape
-    shapes = (n, rows, d), (n, rows, d), (n, d), generators[1].shape, generators[3].shape
-    return [memories.new_empty(0, *shape) for shape in shapes]
+def _kept_shapes(chunks: int, qkv: Tensor, memory: Tensor, generators: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Return the shapes of what is kept of so many chunks: what :func:`write_all` returns of each, one after the other.
+    """
+    rows, batch = memory.shape, qkv.size(0)
+    return [(chunks + 1, *rows), (chunks, *rows), (chunks, *rows), (chunks, rows[0], rows[2]),
+            (chunks * batch, generators[1].size(0)), (chunks * batch, generators[3].size(0))]
 
 
 def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor], backend: str,
@@ -225,14 +228,20 @@ def _differentiable_gradients(tensors: Sequence[Tensor], grads: Sequence[Tensor]
 # ---- for compilers, to which a call is one operator: unrolled, its loop would be thousands of them
 
 
-def _memory(qkv, initial, memory, momentum, in_weight, in_bias, out_weight, out_bias, keep, backend,
-            *options) -> list[Tensor]:
-    return _forward((qkv, initial, memory, momentum, in_weight, in_bias, out_weight, out_bias), keep, backend,
-                    MemoryOptions(*options))
+def _memory(*args: Any) -> list[Tensor]:
+    tensors, (keep, backend, *options) = args[:len(TENSORS)], args[len(TENSORS):]
+    *found, = _forward(tensors, keep, backend, MemoryOptions(*options))
+    # What is kept is one tensor: a graph for all sizes must not ask whether there are no chunks, or one.
+    return [*found[:3], *([torch.cat([x.flatten() for x in found[3:]])] if keep else ())]
 
 
-def _memory_backward(tensors, kept, grads, backend, *options) -> list[Tensor]:
-    return _backward(tensors, kept, grads, backend, MemoryOptions(*options))
+def _memory_backward(tensors: Sequence[Tensor], kept: Tensor, grads: Sequence[Tensor], backend: str,
+                     *options: Any) -> list[Tensor]:
+    qkv, _, memory, _, *generators = tensors
+    options = MemoryOptions(*options)
+    shapes = _kept_shapes(options.num_written(qkv.size(-1)), qkv, memory, generators)
+    parts = [x.view(shape) for x, shape in zip(kept.split([math.prod(shape) for shape in shapes]), shapes)]
+    return _backward(tensors, parts, grads, backend, options)
 
 
 _KINDS = {int: 'SymInt', float: 'float', str: 'str', bool: 'bool'}
@@ -243,19 +252,16 @@ memory_operator = torch.library.custom_op(
     schema=f'({", ".join(f"Tensor {name}" for name in TENSORS)}, bool keep, {_SETTINGS}) -> Tensor[]')
 memory_backward_operator = torch.library.custom_op(
     'convneur_mm::memory_backward', _memory_backward, mutates_args=(),
-    schema=f'(Tensor[] tensors, Tensor[] kept, Tensor[] grads, {_SETTINGS}) -> Tensor[]')
+    schema=f'(Tensor[] tensors, Tensor kept, Tensor[] grads, {_SETTINGS}) -> Tensor[]')
 
 
 @memory_operator.register_fake
-def _(qkv, initial, memory, momentum, in_weight, in_bias, out_weight, out_bias, keep, backend, *options):
+def _(*args):
+    (qkv, _, memory, momentum, *generators), (keep, _, *options) = args[:len(TENSORS)], args[len(TENSORS):]
+    shapes = _kept_shapes(MemoryOptions(*options).num_written(qkv.size(-1)), qkv, memory, generators)
     batch, _, heads, d, length = qkv.shape
-    options, (n, rows, _) = MemoryOptions(*options), memory.shape
-    chunks = (options.written_tokens(length) + options.chunk_size - 1) // options.chunk_size
-    kept = [memory.new_empty(length, *shape) for length, shape in (
-        (chunks + 1, (n, rows, d)), (chunks, (n, rows, d)), (chunks, (n, rows, d)), (chunks, (n, d)),
-        (chunks * batch, in_bias.shape), (chunks * batch, out_bias.shape))]
-    return [qkv.new_empty(batch, heads, d, length), *(memory.new_empty(n, rows, d) for _ in range(2)),
-            *(kept if keep else ())]
+    return [qkv.new_empty(batch, heads, d, length), *(x.new_empty(x.shape) for x in (memory, momentum)),
+            *([memory.new_empty(sum(math.prod(shape) for shape in shapes))] if keep else ())]
 
 
 @memory_backward_operator.register_fake
@@ -269,8 +275,7 @@ def _keep(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    tensors, kept = saved[:len(TENSORS)], saved[len(TENSORS):]
+    *tensors, kept = ctx.saved_tensors
     return *memory_backward_operator(tensors, kept, grads[:3], *ctx.settings), *[None] * (1 + len(ctx.settings))
 
 

@@ -69,6 +69,10 @@ class MemoryOptions(NamedTuple):
         """Return how many of the first tokens are written, see :func:`written_tokens`."""
         return written_tokens(num_tokens, self.chunk_size, self.retrieve, self.return_state)
 
+    def num_written(self, num_tokens: int) -> int:
+        """Return how many chunks are written, T; the number of tokens may be symbolic."""
+        return (self.written_tokens(num_tokens) + self.chunk_size - 1) // self.chunk_size
+
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise a ValueError unless ``value`` is known."""
