@@ -162,6 +162,7 @@ def test_segments_without_gradients(monkeypatch, rule):
     layer = make_layer(chunk_size=8, update_rule=rule).double()
     x = torch.randn(2, 45, 32, dtype=torch.float64)
     expected, expected_state = layer(x, return_state=True)
+    monkeypatch.setattr(memory_module, 'CPU_TOKENS', 40)
     monkeypatch.setattr(memory_module, 'CPU_SEGMENT_TOKENS', 40)
     with torch.no_grad():
         y, state = layer(x, return_state=True)

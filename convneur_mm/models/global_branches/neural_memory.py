@@ -12,9 +12,10 @@ from ...ops.neural_memory import run as run_memory
 from .._mmengine import BaseModule
 from ..plain import are_plain, columns, may_fuse, rows
 
-# Tokens, images times length, that pass at once where no gradient is wanted. On a CPU their tensors should fit in the
-# cache, and be small enough for the allocator to use them again: the system clears every page of a new large one.
-CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**19
+# Where no gradient is wanted, inputs of more tokens (images times length) than the first pass in segments of the next.
+# On a CPU a segment's tensors should fit in the cache, and be small enough for the allocator to use them again: the
+# system clears every page of a new large one. On other devices only their memory counts.
+CPU_TOKENS, CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**12, 2**19
 
 # Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
@@ -147,8 +148,9 @@ class NeuralMemory(BaseModule):
             output = (lambda y: rows(y, self.proj.weight)) if may_fuse(x) and are_plain(self.proj) else self.proj
         options, num_tokens, length = self.options(x.size(1), return_state), x.size(1), x.size(1)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.retrieve == 'final'):
-            most = CPU_SEGMENT_TOKENS if x.device.type == 'cpu' else SEGMENT_TOKENS
-            length = max(1, most // (max(x.size(0), 1) * options.chunk_size)) * options.chunk_size
+            whole, most = (CPU_TOKENS, CPU_SEGMENT_TOKENS) if x.device.type == 'cpu' else (SEGMENT_TOKENS,) * 2
+            if x.size(0) * num_tokens > whole:
+                length = max(1, most // (x.size(0) * options.chunk_size)) * options.chunk_size
         if length >= num_tokens:
             y, state = self._read(self.project(self.norm(x)), state, options)
             return (output(y), state) if return_state else output(y)
