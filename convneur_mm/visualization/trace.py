@@ -61,8 +61,7 @@ def trace(memory: NeuralMemory, x: Tensor, state: MemoryState | None = None, ret
     qkv = memory.project(memory.norm(x))  # outside no_autocast, as the memory projects in autocast's precision too
     with no_autocast(x):
         dtype = torch.promote_types(qkv.dtype, torch.float32)
-        w1, w2, *generators = (parameter.to(dtype) for parameter in (
-            memory.w1, memory.w2, *(p for layer in memory.generators[::2] for p in (layer.weight, layer.bias))))
+        w1, w2, *generators = (weight.to(dtype) for weight in (memory.w1, memory.w2, *memory.update_generators))
         start = begin(len(x), w1, w2, state)
         *written, _ = write_all(qkv, *start, UpdateGenerators(*generators), options,
                                 implementation(resolve_backend(memory.backend), start[1]))

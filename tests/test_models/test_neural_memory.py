@@ -288,6 +288,19 @@ def test_hooks_of_every_part_run(name):
     assert len(seen) == 2 and not torch.allclose(found, before, atol=1e-4)
 
 
+@pytest.mark.parametrize('index', [0, 2])
+def test_generators_that_would_have_no_effect_are_refused(index):
+    """They are never called, so an adapter and pruning would be ignored in silence."""
+    pruned, adapted = make_layer(), make_layer()
+    prune.l1_unstructured(pruned.generators[index], 'weight', amount=0.5)
+    adapted.generators[index] = Adapter(adapted.generators[index])
+    for layer in pruned, adapted:
+        with pytest.raises(ValueError, match=f'generators.{index} of a NeuralMemory .* would have no effect'):
+            layer(torch.zeros(1, 3, 32))
+    prune.remove(pruned.generators[index], 'weight')
+    pruned(torch.zeros(1, 3, 32))
+
+
 def test_parametrised_weights_take_effect():
     class Double(nn.Module):
         def forward(self, weight):

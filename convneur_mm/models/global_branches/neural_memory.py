@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ops.neural_memory import NORMALIZE_EPS, MemoryOptions, MemoryState, UpdateGenerators, check_backend
 from ...ops.neural_memory import run as run_memory
 from .._mmengine import BaseModule
-from ..plain import are_plain, columns, may_fuse, rows
+from ..plain import are_plain, columns, is_plain, may_fuse, rows
 
 # Where no gradient is wanted, inputs of more tokens (images times length) than the first pass in segments of the next.
 # On a CPU a segment's tensors should fit in the cache, and be small enough for the allocator to use them again: the
@@ -24,7 +24,8 @@ STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
 class NeuralMemory(BaseModule):
     """Multi-head neural memory: LayerNorm, projections, chunk-wise retrieval and update, output projection.
 
-    Its parts are ordinary modules: hooks, adapters, pruning and quantised layers act on them as on any.
+    LayerNorm and projections are ordinary modules: hooks, adapters, pruning and quantised layers act on them as on any.
+    The update generators run inside the operators, once a chunk, and are refused if anything but their weights matters.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -140,7 +141,8 @@ class NeuralMemory(BaseModule):
             Tensor | tuple[Tensor, MemoryState]: Tokens (B, N, channels), and the state if asked for.
 
         Raises:
-            ValueError: If ``x`` is not (B, N, channels), or if its dtype or the state do not fit the parameters.
+            ValueError: If ``x`` is not (B, N, channels), if its dtype or the state do not fit the parameters, or if the
+                generators were replaced by layers whose weights are not all that they do.
         """
         if x.dim() != 3 or x.size(-1) != self.channels:
             raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
@@ -169,10 +171,24 @@ class NeuralMemory(BaseModule):
     def _read(self, qkv: Tensor, state: MemoryState | None,
               options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
         """Return what the queries read, (B, N, channels), a view of columns, and the state."""
-        first, _, last = self.generators
-        y, state = run_memory(qkv, self.w1, self.w2, UpdateGenerators(
-            first.weight, first.bias, last.weight, last.bias), state, self.backend, options)
+        y, state = run_memory(qkv, self.w1, self.w2, self.update_generators, state, self.backend, options)
         return y.flatten(1, 2).mT, state
+
+    @property
+    def update_generators(self) -> UpdateGenerators:
+        """Return the weights of the update generators.
+
+        Raises:
+            ValueError: If a layer of them does something else than its weights say, which would have no effect.
+        """
+        first, _, last = self.generators
+        for name, layer in (('0', first), ('2', last)):
+            if not is_plain(layer, nn.Linear):
+                raise ValueError(
+                    f'generators.{name} of a NeuralMemory is a {type(layer).__name__} with hooks or its own forward, '
+                    'which would have no effect: the operators take the weights of the generators and never call them. '
+                    'Merge an adapter, make pruning permanent, or leave the generators out')
+        return UpdateGenerators(first.weight, first.bias, last.weight, last.bias)
 
     def project(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """Return queries, keys and values (B, 3, h, d, N) of normalised tokens (B, N, channels), in ``out`` if it fits.

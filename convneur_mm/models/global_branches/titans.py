@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...ops.neural_memory import NORMALIZE_EPS, MemoryState, UpdateGenerators, neural_memory
+from ...ops.neural_memory import NORMALIZE_EPS, MemoryState, neural_memory
 from .._mmengine import BaseModule
 from .neural_memory import NeuralMemory
 from .self_attention import MultiHeadAttention
@@ -90,11 +90,10 @@ class MemoryAsContext(BaseModule):
              **options: str | bool) -> tuple[Tensor, MemoryState | None]:
         """Return what a chunk of tokens (B, L, Cm) reads, alike, and the state if it is asked for."""
         memory = self.memory
-        first, _, last = memory.generators
         q, k, v = (x.unflatten(2, (-1, memory.head_dim)).transpose(1, 2).to(
             torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         y, state = neural_memory(
-            q, k, v, memory.w1, memory.w2, UpdateGenerators(first.weight, first.bias, last.weight, last.bias),
-            state=state, backend=memory.backend, chunk_size=max(q.size(2), 1), inner_step=memory.inner_step,
-            max_write_norm=memory.max_write_norm, qk_norm_eps=NORMALIZE_EPS, **options)
+            q, k, v, memory.w1, memory.w2, memory.update_generators, state=state, backend=memory.backend,
+            chunk_size=max(q.size(2), 1), inner_step=memory.inner_step, max_write_norm=memory.max_write_norm,
+            qk_norm_eps=NORMALIZE_EPS, **options)
         return y.transpose(1, 2).flatten(2), state
