@@ -57,7 +57,7 @@ MODELS = [
         dict(ARCH, depths='1111', _delete_=True))),
     *(refused(BACKBONE + 'in_channels', value) for value in (0, 'three', 3.0)),
     *(refused(BACKBONE + 'drop_path_rate', value) for value in (1.0, -0.1, float('nan'), '0.1', None)),
-    *(refused(BACKBONE + 'frozen_stages', value) for value in (5, -1, 1.5, True, None)),
+    *(refused(BACKBONE + 'frozen_stages', value) for value in (5, -2, 1.5, True, None)),
     *(refused(BACKBONE + 'out_indices', value) for value in (4, (0, 9), (3, 0), (1, 1), (), 'last', None, (0.0, 1))),
     *(refused(BACKBONE + name, 'no') for name in ('with_cp', 'channels_last', 'gap_before_final_norm')),
 ]
