@@ -79,7 +79,7 @@ class GlobalBranch(BaseModule):
             tokens = mixer(tokens, size, output=output)
         tokens, state = tokens if return_state else (tokens, None)
         out = tokens.transpose(1, 2).unflatten(2, size)
-        out = out if output else _convolve(self.expand, out)
+        out = _convolve(self.expand, out) if output is None else out
         return (out, limit_norm(state, mixer.w1, mixer.w2)) if return_state else out
 
     def tokens(self, x: Tensor) -> Tensor:

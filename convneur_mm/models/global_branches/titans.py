@@ -84,7 +84,7 @@ class MemoryAsContext(BaseModule):
             y = self.attention(torch.cat((persistent.to(segment.dtype), read, segment), dim=1), segment.size(1))
             read, state = self._run(y, memory.key(y), memory.value(y), state, retrieve='final', return_state=True)
             outputs.append(y * read.to(y.dtype))
-        return (output or self.proj)(torch.cat(outputs, dim=1))
+        return (self.proj if output is None else output)(torch.cat(outputs, dim=1))
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None,
              **options: str | bool) -> tuple[Tensor, MemoryState | None]:

@@ -47,4 +47,4 @@ class TokenMixer(BaseModule):
         if x.dim() != 3 or x.size(1) != size[0] * size[1] or x.size(2) != self.channels:
             raise ValueError(f'expected tokens of shape (B, {size[0]} * {size[1]}, {self.channels}), '
                              f'got {tuple(x.shape)}')
-        return (output or self.proj)(self.mix(self.norm(x), size))
+        return (self.proj if output is None else output)(self.mix(self.norm(x), size))
