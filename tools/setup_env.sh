@@ -53,13 +53,12 @@ up_to_date() {
 
 # Runs a command with its output in a log, which is shown where the command fails. All that it has started ends with this.
 child='' kernels=''
-stop() {
+end_children() {
   local group
   for group in $child $kernels; do kill -- -"$group" 2>/dev/null || true; done
-  echo '[setup] interrupted; the same command goes on from here' >&2
-  exit 130
 }
-trap stop INT TERM HUP
+trap end_children EXIT
+trap "echo '[setup] interrupted; the same command goes on from here' >&2; exit 130" INT TERM HUP
 run() {
   local log="$venv/setup/$1.log" begun=$SECONDS shown=$SECONDS
   shift

@@ -63,7 +63,6 @@ class GlobalBranch(BaseModule):
         """
         if (state is not None or return_state) and self.branch != 'neural_memory':
             raise ValueError(f"only global_branch='neural_memory' has a state to carry, got {self.branch!r}")
-        size = tuple(x.shape[2:])
         mixer, output, size = self.token_mixer, None, tuple(x.shape[2:])
         if may_fuse(x) and are_plain(mixer.proj) and is_plain(self.expand, nn.Conv2d) and not has_output_hooks(mixer):
             with no_autocast(x):  # both are linear: one product with as many weights as the second has

@@ -78,9 +78,10 @@ class _Columns(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        weight, x = ctx.saved_tensors
-        return torch.bmm(grad, x).sum(0), torch.bmm(grad.mT, weight.expand(x.size(0), -1, -1))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight, x), (of_weight, of_x) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_weight = torch.bmm(grad, x).sum(0) if of_weight else None
+        return grad_weight, torch.bmm(grad.mT, weight.expand(x.size(0), -1, -1)) if of_x else None
 
 
 class _Rows(torch.autograd.Function):
@@ -95,10 +96,11 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x = torch.bmm(weight.mT.expand(x.size(0), -1, -1), grad.mT).mT
-        return grad_x, torch.bmm(grad.mT, x).sum(0), grad.sum((0, 1)) if ctx.needs_input_grad[2] else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_x = torch.bmm(weight.mT.expand(x.size(0), -1, -1), grad.mT).mT if of_x else None
+        grad_weight = torch.bmm(grad.mT, x).sum(0) if of_weight else None
+        return grad_x, grad_weight, grad.sum((0, 1)) if of_bias else None
 
 
 def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:

@@ -185,6 +185,15 @@ def test_operators_equal_pytorch(small_tiles, name):
     assert_close(found[backend], [x.double() for x in found[pytorch]])
 
 
+def test_precision(small_tiles, monkeypatch):
+    """The interpreter multiplies alike; a name that tl.dot does not know is named."""
+    monkeypatch.setenv('CONVNEUR_MEMORY_PRECISION', 'tf32x3')
+    assert_equals_reference(make_tensors(tokens=41))
+    monkeypatch.setenv('CONVNEUR_MEMORY_PRECISION', 'tf32')
+    with pytest.raises(ValueError, match="CONVNEUR_MEMORY_PRECISION must be one of .*, got 'tf32'"):
+        call('triton', make_tensors(tokens=41))
+
+
 def test_strides(small_tiles):
     """Views of any strides in, the gradient of y included."""
     leaves = make_tensors(batch=2, tokens=41)

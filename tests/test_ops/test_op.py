@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures('both_codes')
 
 RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
-# Of each option, for every set of kernels.
+# Of each option, for every implementation.
 CHANGES = (dict(chunk_size=12), dict(inner_step=0.9), dict(max_write_norm=0.9), dict(update_rule='parallel'),
            dict(retrieve='final'), dict(qk_norm_eps=2.0))
 VECTORS = Path(__file__).parents[1] / 'data' / 'neural_memory.npz'
@@ -285,6 +285,15 @@ def test_inner_loop_is_float32(dtype, rule, backend):
         assert torch.equal(found, expected.to(dtype))
         assert state.w1.dtype == torch.float32
         assert torch.equal(state.w1, expected_state.w1)
+
+
+def test_reads_have_the_dtype_of_the_queries():
+    """Whatever keys and values have; all of them are computed in float32."""
+    inputs = [x.detach().to(dtype) for x, dtype in zip(make_inputs(tokens=50), (
+        torch.bfloat16, torch.float16, *[torch.float32] * 7))]
+    found, _ = call(inputs, chunk_size=16)
+    expected, _ = call([x.float() for x in inputs], chunk_size=16)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
 
 
 @pytest.mark.parametrize('rule', RULES)

@@ -29,7 +29,7 @@ def test_in_the_interpreter():
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     assert len([line for line in lines if '(right)' in line]) == 8
-    assert last == "Both sets of kernels are right; times of Triton's interpreter say nothing of a GPU."
+    assert last == "Both sets of operators are right; times of Triton's interpreter say nothing of a GPU."
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -23,6 +23,7 @@ here=$(dirname "$0")
 case "$*" in
   *'-m venv'*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip" ;;
   *'-m pip'*) printf '%s|' "$@" >> "CALLS"; echo >> "CALLS"; echo "Downloading something"; . "CHECKOUT/on_pip" ;;
+  *build_ext*) [ ! -e "CHECKOUT/on_compile" ] || . "CHECKOUT/on_compile" ;;
   *version_info*) cat "CHECKOUT/version" ;;
   *base_executable*) echo "CHECKOUT/python" ;;
 esac
@@ -142,6 +143,16 @@ def test_a_failing_command_shows_the_end_of_its_output(checkout):
     assert 'line 1\n' in (checkout / '.venv' / 'setup' / 'torch.log').read_text()
     (checkout / 'on_pip').write_text('')
     assert 'done in' in run(checkout)  # goes on
+
+
+def test_a_failure_ends_the_compiler_too(checkout):
+    """It compiles beside pip, and would keep the lock that the next set-up waits for."""
+    (checkout / 'on_compile').write_text(f'sleep 300 & echo $! > "{checkout}/pids"; wait')
+    # The first call of pip installs PyTorch, before anything compiles.
+    (checkout / 'on_pip').write_text(
+        f'[[ "$*" != *mmcv* ]] || {{ until [ -s "{checkout}/pids" ]; do sleep 0.05; done; exit 3; }}')
+    assert 'the command above failed' in run(checkout, code=1, CXX='bash')
+    assert not Path('/proc', (checkout / 'pids').read_text().strip()).exists()
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

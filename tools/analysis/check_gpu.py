@@ -128,7 +128,7 @@ def advice(found: dict[str, dict[str, tuple[float, float]]], device: torch.devic
     if wrong:
         return f'Do not train with {", ".join(wrong)}: please report the lines above.'
     if device.type == 'cpu':
-        return "Both sets of kernels are right; times of Triton's interpreter say nothing of a GPU."
+        return "Both sets of operators are right; times of Triton's interpreter say nothing of a GPU."
     faster = [task for task, of in found.items() if of['triton'][1] < of['torch'][1]]
     if not faster:
         return "Leave memory_cfg.backend as it is: 'torch' is the faster one for every task on this GPU."

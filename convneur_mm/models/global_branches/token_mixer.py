@@ -12,8 +12,8 @@ class TokenMixer(BaseModule):
     """LayerNorm, a mixing of tokens that a subclass defines as :meth:`mix`, and an output projection.
 
     The neural memory has the same norm and the same projection (Cm→Cm, without bias), so that branches in the same
-    bottleneck differ in nothing but the mixing. Every branch has ``proj`` and takes another
-    linear map in its place, as :class:`GlobalBranch` may put it together with the convolution behind it.
+    bottleneck differ in nothing but the mixing. Every branch has ``proj`` and takes another linear map in its place, as
+    :class:`GlobalBranch` may put it together with the convolution behind it.
 
     Args:
         channels (int): Channels of the tokens, Cm.

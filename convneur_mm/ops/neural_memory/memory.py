@@ -1,4 +1,4 @@
-"""The memory over the operators: one loop over chunks and its derivative, for autograd, compilers and export."""
+"""The memory over the operators: one loop over chunks and its derivative, for autograd and for compilers."""
 from __future__ import annotations
 
 import math
@@ -114,12 +114,12 @@ def _forward(tensors: Sequence[Tensor], keep: bool, backend: str, options: Memor
         memories = torch.cat([*(x[0] for x in found), memory])
         y = operators.read(qkv[:, 0], _readable(memories, qkv.size(-1), options), options.chunk_size,
                            options.qk_norm_eps)
-    y = [y, memory[0].clone(), momentum[0].clone()]
+    kept = []
     if keep and found:
-        y += [memories, *map(torch.cat, [*zip(*found)][1:])]
+        kept = [memories, *map(torch.cat, [*zip(*found)][1:])]
     elif keep:
-        y += [memories, *(memories.new_empty(shape) for shape in _kept_shapes(0, qkv, memory[0], generators)[1:])]
-    return y
+        kept = [memories, *(memories.new_empty(shape) for shape in _kept_shapes(0, qkv, memory[0], generators)[1:])]
+    return [y, memory[0].clone(), momentum[0].clone(), *kept]
 
 
 def _kept_shapes(chunks: int, qkv: Tensor, memory: Tensor, generators: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -230,9 +230,9 @@ def _differentiable_gradients(tensors: Sequence[Tensor], grads: Sequence[Tensor]
 
 def _memory(*args: Any) -> list[Tensor]:
     tensors, (keep, backend, *options) = args[:len(TENSORS)], args[len(TENSORS):]
-    *found, = _forward(tensors, keep, backend, MemoryOptions(*options))
+    y, memory, momentum, *kept = _forward(tensors, keep, backend, MemoryOptions(*options))
     # What is kept is one tensor: a graph for all sizes must not ask whether there are no chunks, or one.
-    return [*found[:3], *([torch.cat([x.flatten() for x in found[3:]])] if keep else ())]
+    return [y, memory, momentum, *([torch.cat([x.flatten() for x in kept])] if keep else ())]
 
 
 def _memory_backward(tensors: Sequence[Tensor], kept: Tensor, grads: Sequence[Tensor], backend: str,

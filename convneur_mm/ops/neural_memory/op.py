@@ -73,7 +73,8 @@ def neural_memory(
     check_tensors(dict(q=q, k=k, v=v), batch, heads, d, w1, w2, generators, state)
     with no_autocast(q):
         qkv = torch.stack((q.mT, k.mT, v.mT), dim=1)
-    return _run(qkv, w1, w2, generators, state, backend, options)
+    y, state = _run(qkv, w1, w2, generators, state, backend, options)
+    return y.to(q.dtype), state
 
 
 def run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,

@@ -112,12 +112,12 @@ def _(grad_memory: Tensor, grad_momentum: Tensor, gradient: Tensor, hidden: Tens
 
 
 def _register_flops(name: str, tokens: int, products: int) -> None:
-    """Count ``products`` products of the memories' 2e·d / 2 weights with each token of the argument ``tokens``."""
+    """Count ``products`` products of a memory's weight, e·d numbers, with each token of the argument ``tokens``."""
 
     @register_flop_formula(getattr(torch.ops.convneur_mm, name))
     def _(*shapes: Sequence[int], out_shape: object = None, **kwargs) -> int:
         (batch, heads, d, length), rows = shapes[tokens], shapes[tokens + 1 + ('surprise' in name)][-2]
-        return 2 * products * batch * heads * d * length * rows // 2
+        return products * batch * heads * d * length * rows  # two operations a product, and rows are 2e
 
 
 @register_flop_formula(torch.ops.convneur_mm.step)

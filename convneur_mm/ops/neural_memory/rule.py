@@ -1,8 +1,8 @@
 """The memory's rule between surprise and memory: update generators, the bound of a write, and Eq. 4, with derivatives.
 
-Every implementation but :mod:`.reference` goes through these functions. Rows are cat(W1ᵀ, W2) of n = B·h memories,
-(n, 2e, d), as every coefficient acts on d. A change of the rule begins in :func:`write`; ``csrc/rule.h`` and
-``triton_kernels.py`` have the same function for their devices.
+Rows are cat(W1ᵀ, W2) of n = B·h memories, (n, 2e, d), as every coefficient acts on d. Export and PyTorch's operators
+take these functions as they are. A change of the rule begins in :func:`write` and :func:`write_backward`, which
+``csrc/rule.h`` and ``triton_kernels.py`` have for their devices under the same names.
 """
 from __future__ import annotations
 

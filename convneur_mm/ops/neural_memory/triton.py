@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def refuses(memories: Tensor) -> str | None:
 def read(q: Tensor, memories: Tensor, chunk_size: int, eps: float) -> Tensor:
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _launch('read_kernel', q, memories, chunk_size, eps, lambda parts: (
-        q, memories, y, q.stride(), y.stride(), memories.stride(0)), precision=True)
+        q, memories, y, q.stride(), y.stride(), memories.stride(0)))
     return y
 
 
@@ -112,8 +113,9 @@ def _launch_write(name: str, given: tuple[Tensor, ...], outputs: Tensor, like: t
     return filled
 
 
-def _launch(name: str, tokens: Tensor, memories: Tensor, chunk_size: int, eps: float, arguments: Any,
-            part: tuple[int, ...] = (), precision: bool = True, **options: Any) -> Tensor | None:
+def _launch(name: str, tokens: Tensor, memories: Tensor, chunk_size: int, eps: float,
+            arguments: Callable[[Tensor], tuple],
+            part: tuple[int, ...] = (), **options: Any) -> Tensor | None:
     """Launch a kernel over all chunks of all heads; return the sum of the parts, of the shape ``part``, if it has any.
 
     ``arguments`` makes the kernel's first arguments of the parts (splits, *part).
@@ -122,7 +124,7 @@ def _launch(name: str, tokens: Tensor, memories: Tensor, chunk_size: int, eps: f
     sizes = _sizes(rows, d)
     grid, part_size = grid_of(batch * heads, length, chunk_size, max(sizes['DP'], sizes['EP']), tokens.device)
     tile = tile_of(max(sizes['DP'], sizes['EP']))
-    if not part:  # nothing is added up: every tile is a program
+    if not part:  # nothing is added up, so every tile is a program
         part_size, grid = tile, batch * heads * chunks * math.ceil(min(chunk_size, length) / tile)
     parts = memories.new_empty(grid // (batch * heads * chunks), *part) if part else memories
     kind = os.environ.get('CONVNEUR_MEMORY_PRECISION', 'ieee')
