@@ -144,3 +144,17 @@ def test_gradients_of_a_memory_that_was_never_written():
 def test_other_branches_have_no_state(given):
     with pytest.raises(ValueError, match="only global_branch='neural_memory' has a state to carry, got 'cbam'"):
         GlobalBranch(4, 16, 'cbam')(torch.zeros(1, 4, 3, 5), **given)
+
+
+@pytest.mark.parametrize('branch', ['neural_memory', 'cbam'])
+def test_a_hook_sees_and_changes_what_a_branch_returns(branch):
+    """It sees tokens of the bottleneck's channels, which are else never made apart from the last convolution."""
+    model, x, seen = GlobalBranch(6, 16, branch), torch.randn(2, 6, 3, 5), []
+    before = model(x)
+    handle = model.token_mixer.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(model(x), before)
+    assert seen[0].shape == (2, 15, 16)
+    torch.testing.assert_close(model.expand(seen[0].mT.unflatten(2, (3, 5))), before)
+    handle.remove()
+    model.token_mixer.register_forward_hook(lambda module, args, output: 0 * output)
+    torch.testing.assert_close(model(x), model.expand.bias[:, None, None].expand_as(x))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convneur_mm.models.plain import has_forward_of, is_plain, pointwise
+from convneur_mm.models.plain import columns, has_forward_of, is_plain, pointwise, rows
 
 
 class Scaled(nn.Linear):
@@ -60,6 +60,36 @@ def test_pointwise_is_a_linear_map_of_the_channels(kind, size, dtype, tolerance)
                     [wanted, *torch.autograd.grad(wanted, weights, grad)]):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert found.permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.parametrize('name', ['columns', 'rows', 'rows with a bias'])
+def test_products_of_columns_are_linear_maps(name):
+    """Values and gradients, each alone, and second derivatives; without gradients in what is given, if it fits."""
+    weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (7,)))
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    given = (x, weight, bias) if 'bias' in name else (x, weight)
+
+    def function(x, weight, bias=None):
+        return columns(weight, x) if name == 'columns' else rows(x.mT.contiguous().mT, weight, bias)
+
+    def expected(x, weight, bias=None):
+        y = torch.einsum('bnc,mc->bnm', x, weight) + (0 if bias is None else bias)
+        return y.mT if name == 'columns' else y
+
+    torch.testing.assert_close(function(*given), expected(*given))
+    grad = torch.randn_like(expected(*given))
+    for wanted in given:
+        alone = [z if z is wanted else z.detach() for z in given]
+        torch.testing.assert_close(torch.autograd.grad(function(*alone), wanted, grad),
+                                   torch.autograd.grad(expected(*given), wanted, grad))
+    assert torch.autograd.gradgradcheck(function, given)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*given), expected(*given))
+        for length in 4, 9:
+            out = torch.empty(3, 7, length, dtype=torch.float64)
+            y = columns(weight, x, out)
+            torch.testing.assert_close(y, torch.einsum('bnc,mc->bmn', x, weight))
+            assert (y is out) is (length == 4)
 
 
 def test_half_precision_under_autocast():

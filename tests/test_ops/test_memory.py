@@ -11,6 +11,7 @@ from convneur_mm.ops.neural_memory.operators import implementation
 from convneur_mm.ops.neural_memory.reference import neural_memory_reference
 
 BATCH, HEADS, TOKENS, D, E = 2, 2, 25, 16, 8
+EPS = 1.2  # about the median of the tokens' norms
 N, CHANNELS = BATCH * HEADS, HEADS * D
 
 
@@ -35,10 +36,10 @@ def arguments(name: str, chunk_size: int = 10) -> tuple:
     rows = [draw(1, N, 2 * E, D) for _ in range(5)]
     outputs, rule = draw(BATCH, 3 * CHANNELS), (0.9, 0.7)
     return dict(
-        read=(tokens(), memories, chunk_size, 0.5),
-        read_backward=(tokens(), tokens(), memories, chunk_size, 0.5, tokens()),
-        surprise=(tokens(), tokens(), memories, chunk_size, 0.5, True),
-        surprise_backward=(draw(*memories.shape), errors, bounds, tokens(), tokens(), memories, chunk_size, 0.5, True,
+        read=(tokens(), memories, chunk_size, EPS),
+        read_backward=(tokens(), tokens(), memories, chunk_size, EPS, tokens()),
+        surprise=(tokens(), tokens(), memories, chunk_size, EPS, True),
+        surprise_backward=(draw(*memories.shape), errors, bounds, tokens(), tokens(), memories, chunk_size, EPS, True,
                            tokens(), tokens()),
         step=(rows[0], draw(1, N, D), *rows[1:3], *weights(torch.float64)[2:], *rule),
         step_backward=(*rows[:3], draw(BATCH, 4 * CHANNELS), outputs, *rows[3:5], *weights(torch.float64)[2::2],
