@@ -67,7 +67,7 @@ def kernels() -> dict:
     source = hashlib.sha256(b''.join(path.read_bytes() for path in sorted((ROOT / KERNELS).iterdir()))).hexdigest()
     extension = CppExtension(
         f'convneur_mm.ops.neural_memory._cpu_{version}', [f'{KERNELS}/memory.cpp'],
-        depends=[f'{KERNELS}/{name}.h' for name in ('vectors', 'kernels', 'rule')],
+        depends=[f'{KERNELS}/{path.name}' for path in (ROOT / KERNELS).glob('*.h')],
         define_macros=[('SOURCE', f'"{source}"')],
         # GOMP's functions are torch's own: linked with -fopenmp, the module might bring a second pool of threads.
         extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno', '-ffp-contract=fast', '-Wno-psabi'],

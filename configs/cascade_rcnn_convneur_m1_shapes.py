@@ -12,7 +12,7 @@ val_ann, val_images = 'annotations/instances_val.json', 'val/'
 classes = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
 # Width and height; pictures of another shape are fitted in.
 image_size = (160, 160)
-max_epochs = 5
+max_epochs = 4
 pretrained = dict(m1=None)
 
 ious = (0.5, 0.6, 0.7)
@@ -49,7 +49,7 @@ model = dict(
                     type='MaxIoUAssigner', pos_iou_thr=iou, neg_iou_thr=iou, min_pos_iou=iou,
                     match_low_quality=False, ignore_iof_thr=-1),
                 sampler=dict(
-                    type='RandomSampler', num=64, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
+                    type='RandomSampler', num=32, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
                 mask_size=28,
                 pos_weight=-1,
                 debug=False) for iou in ious

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlparse
 
 if __name__ == '__main__':
     # While Python's modules are imported, Ctrl-C ends this without a traceback.
@@ -144,7 +145,8 @@ def find_weights(args: argparse.Namespace, out: Path) -> tuple[str, str | None]:
             if args.arch not in (None, arch):
                 raise LaunchError(f'--checkpoint: {args.checkpoint} is of {arch}, and --arch is {args.arch}')
             say('weights', f'backbone of {args.checkpoint}, {arch}')
-            return arch, str(Path(args.checkpoint).absolute())
+            is_path = not urlparse(args.checkpoint).scheme
+            return arch, str(Path(args.checkpoint).expanduser().absolute()) if is_path else args.checkpoint
     raise LaunchError(f'--checkpoint: the backbone of {args.checkpoint} is of none of the archs '
                       f'{", ".join(ConvNeur.arch_settings)}')
 

@@ -80,8 +80,11 @@ def _device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ('cpu', 'cuda'):
-        raise LaunchError(f'device must be cpu, cuda or a GPU by number such as cuda:1, got {str(name)!r}')
+    others = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = {'cpu', 'cuda', *([others.type] if others else [])}
+    if device is None or device.type not in known:
+        raise LaunchError(f'device must be one of {", ".join(sorted(known))} on this machine, or one of several by '
+                          f'number such as cuda:1, got {str(name)!r}')
     if device.type == 'cuda':
         if not torch.cuda.is_available():
             raise LaunchError(f'device {str(name)!r}: no GPU, {why_no_gpu()}; use the device cpu')

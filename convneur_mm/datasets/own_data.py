@@ -492,8 +492,8 @@ def split(labels: Sequence[Collection[object]]) -> tuple[list[int], list[int]]:
         if len(val) < wanted and all(left[label] > 1 for label in labels[i]):
             val.append(i)
             left.subtract(set(labels[i]))
-    val = val or order[:1]
-    return [i for i in range(len(labels)) if i not in set(val)], sorted(val)
+    chosen = set(val or order[:1])
+    return [i for i in range(len(labels)) if i not in chosen], sorted(chosen)
 
 
 def _chosen(names: Sequence[str] | None, found: Sequence[str], where: Path, what: str) -> list[str]:

@@ -8,7 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from .safe_files import PICKLE_ALLOWED, safe_loading
+from .safe_files import pickle_is_allowed, safe_loading
 from .weights_file import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -37,9 +37,11 @@ CONVERTER = 'tools/model_converters/convnext_to_convneur.py'
 
 
 def fetch_checkpoint(filename: str) -> str:
-    """A local path of a checkpoint given by path or URL; downloads go to torch's hub folder, once on each machine.
+    """Return a local path of a checkpoint given by path or URL.
 
-    Of a URL all processes of a group ask at the same time, and all fail if one cannot get it.
+    Downloads go to torch's hub folder, once on each machine, below the name of their host, so that files of one name at
+    several addresses are kept apart. Of a URL all processes of a group ask at the same time, and all fail if one cannot
+    get it.
 
     Raises:
         CheckpointNotFoundError: If ``filename`` is a path and no such file exists.
@@ -50,7 +52,9 @@ def fetch_checkpoint(filename: str) -> str:
         if not osp.isfile(path):
             raise CheckpointNotFoundError(f'no such checkpoint: {filename}')
         return path
-    path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(filename).path))
+    url = urlparse(filename)
+    address = f'/{url.netloc}/{unquote(url.path)}{"?" if url.query else ""}{url.query}'
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.normpath(address).lstrip('/'))
     error = None
     try:
         _download(filename, path)
@@ -100,7 +104,7 @@ def read_checkpoint(filename: str, allow_pickle: bool = False, mmap: bool = Fals
         UnsafeCheckpointError: If the file needs pickle and that is not allowed.
         CheckpointError: If the file is no checkpoint at all.
     """
-    allow_pickle = allow_pickle or PICKLE_ALLOWED.get()
+    allow_pickle = allow_pickle or pickle_is_allowed()
     if is_mmengine_name(filename):
         with safe_loading(allow_pickle):
             return CheckpointLoader.load_checkpoint(filename, 'cpu')

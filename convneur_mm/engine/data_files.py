@@ -17,6 +17,8 @@ from .file_checks import data_sets, local_path
 from .weights_file import CheckpointError, one_line
 
 CHECK = 'tools/check_dataset.py finds all such faults at once'
+# Where MMEngine's data sets read their annotations, and mmpretrain's CustomDataset its class folders.
+READING = {'full_init', 'load_data_list', '_find_samples'}
 
 
 class DataError(LaunchError):
@@ -115,23 +117,28 @@ class _Files:
 
 @contextmanager
 def naming_annotations(loader: object) -> Iterator[None]:
-    """Has errors within it, while a data loader is built, name the annotation file, or the folder, of its data.
+    """Have errors that reading annotations raises, while a data loader is built, name their file or folder.
+
+    Other errors, such as those of a sampler that is spelt wrongly, pass as they are.
 
     Args:
         loader (object): The config of the data loader.
 
     Raises:
-        DataError: In place of any error.
+        DataError: In place of any error that a data set raises while it reads its annotations.
     """
     try:
         yield
     except (LaunchError, CheckpointError):
         raise
     except Exception as error:  # what odd annotations make the data sets raise can be anything
+        frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if not frames & READING:
+            raise
         dataset = next(data_sets(dict(data_dataloader=loader), 'data'), ('', {}))[1]
         path = local_path(dataset, 'ann_file') or dataset.get('data_root') or 'the data set'
         # MMEngine joins what there is of all images, which fails if there are none.
-        if any(frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__)):
+        if '_serialize_data' in frames:
             raise DataError(_no_images(path)) from error
         raise DataError(f'{path} cannot be read: {_raised(error)}') from error
 
@@ -152,6 +159,7 @@ class NamingPipeline(Compose):
 
     def __init__(self, pipeline: Compose) -> None:
         self.transforms = pipeline.transforms
+        self._seen: set[str] = set()  # files whose headers were looked at, once in each process
 
     def __call__(self, data: dict) -> dict | None:
         """See :class:`Compose`.
@@ -160,7 +168,7 @@ class NamingPipeline(Compose):
             DataError: Names image or label map, transform and reason.
         """
         image, labels = data.get('img_path'), data.get('seg_map_path')
-        fault = too_large(image) if image else None
+        fault = too_large(image) if image and self._is_new(image) else None
         if fault:
             raise DataError(f'{image} {fault.reason}')
         for transform in self.transforms:
@@ -176,8 +184,13 @@ class NamingPipeline(Compose):
             if data is None:
                 return None
             if labels and name == 'LoadAnnotations' and type(transform).__module__.startswith('mmseg.'):
-                _check_label_map(labels, data)
+                _check_label_map(labels, data, look_inside=self._is_new(labels))
         return data
+
+    def _is_new(self, path: str) -> bool:
+        is_new = path not in self._seen
+        self._seen.add(path)
+        return is_new
 
 
 def _reason(error: Exception, transform: str) -> str:
@@ -192,8 +205,8 @@ def _raised(error: Exception) -> str:
     return f'{type(error).__name__}: {one_line(error)} ({place.filename}:{place.lineno})'
 
 
-def _check_label_map(path: str, data: dict) -> None:
-    if osp.isfile(path):
+def _check_label_map(path: str, data: dict, look_inside: bool) -> None:
+    if look_inside and osp.isfile(path):
         with Image.open(path) as labels:
             fault = label_fault(labels)
         if fault:

@@ -1,12 +1,10 @@
 """Hooks of the training and test loops."""
 from __future__ import annotations
 
-import copy
 import os.path as osp
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmengine import fileio
@@ -123,11 +121,8 @@ class SaveThenDeleteHook(CheckpointHook):
             super()._save_best_checkpoint(runner, metrics)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        # MMEngine opens last_checkpoint itself, in the Runner's work dir.
-        with TemporaryDirectory() as folder:
-            elsewhere = copy.copy(runner)
-            elsewhere._work_dir = folder
-            super()._save_checkpoint_with_step(elsewhere, step, meta)
+        super()._save_checkpoint_with_step(runner, step, meta)
+        # MMEngine has written last_checkpoint in place.
         record_checkpoint(runner, self.last_ckpt)
         if dist_utils.is_main_process():
             Path(runner.work_dir, INTERRUPTED).unlink(missing_ok=True)

@@ -4,15 +4,17 @@ A label that is of no class ends in an obscure error of the loss, or of CUDA.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .data_files import check_samples
+from .data_files import DataError, check_samples
 from .errors import LaunchError
 from .model_wrappers import unwrapped
 
@@ -58,9 +60,10 @@ class LabelRangeHook(Hook):
         Raises:
             DataError: Names data set and file.
         """
-        check_samples(runner.train_dataloader.dataset, 'train_dataloader.dataset')
+        datasets = {'train_dataloader.dataset': runner.train_dataloader.dataset}
         if runner.val_loop is not None:
-            check_samples(runner.val_dataloader.dataset, 'val_dataloader.dataset')
+            datasets['val_dataloader.dataset'] = runner.val_dataloader.dataset
+        _check_once(datasets)
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of a test.
@@ -68,7 +71,7 @@ class LabelRangeHook(Hook):
         Raises:
             DataError: Names data set and file.
         """
-        check_samples(runner.test_dataloader.dataset, 'test_dataloader.dataset')
+        _check_once({'test_dataloader.dataset': runner.test_dataloader.dataset})
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Looks at the labels, the first time.
@@ -87,6 +90,24 @@ class LabelRangeHook(Hook):
             _check_label_map(model, sample)
             _check_boxes(model, sample)
             _check_image_label(model, sample)
+
+
+def _check_once(datasets: dict[str, object]) -> None:
+    """Check samples in one process of each machine, as its files may differ from those of another.
+
+    Raises:
+        DataError: In all processes, with what the first of them found.
+    """
+    error = None
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        try:
+            for key, dataset in datasets.items():
+                check_samples(dataset, key)
+        except DataError as found:
+            error = str(found)
+    errors = [found for found in all_gather_object(error) if found]
+    if errors:
+        raise DataError(error or errors[0])
 
 
 def _check_label_map(model: nn.Module, sample: object) -> None:

@@ -175,6 +175,9 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
                           'tools/dist_train.sh or dist_test.sh')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(find_config(args.config), args.cfg_options)
+    if 'train' not in splits:
+        # The training's own start, which a config in a work dir names, may be gone, and is not what is tested.
+        cfg.load_from, cfg.resume = None, False
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])

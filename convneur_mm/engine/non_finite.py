@@ -9,10 +9,10 @@ from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import LaunchError
-from .model_wrappers import unwrapped
+from .model_wrappers import own_weights
 
 # Of the batches that were left out, in the message hub and so in checkpoints.
 SKIPPED = 'skipped_batches'
@@ -94,8 +94,8 @@ class NonFiniteLossHook(Hook):
             LaunchError: If one is not finite. The checkpoint before is then still there.
         """
         weights = checkpoint['state_dict']
-        broken = [name for name, _ in unwrapped(runner.model).named_parameters()
-                  if name in weights and not torch.isfinite(weights[name]).all()]
+        broken = [name for name, value in own_weights(runner).items() if isinstance(value, nn.Parameter)
+                  and name in weights and not torch.isfinite(weights[name]).all()]
         if broken:
             raise LaunchError(f'after iteration {checkpoint["meta"]["iter"]} these weights are not finite, and were '
                               f'not saved: {_some(broken)}; go on from the checkpoint before, with a lower '

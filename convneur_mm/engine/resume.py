@@ -106,7 +106,9 @@ def check_same_checkpoint(filename: str | None) -> None:
 def saved_checkpoints(work_dir: str) -> list[str]:
     """Paths of the checkpoints of a work dir: first that of the record ``last_checkpoint``, then by falling number."""
     record = Path(work_dir, 'last_checkpoint')
-    newest = [record.read_text().strip()] if record.is_file() else []
+    # A run that was killed while MMEngine wrote the record has left a part of the name, or none.
+    name = record.read_text().strip() if record.is_file() else ''
+    newest = [name] if name else []
     numbers = {str(path): int(match[1]) for path in Path(work_dir).glob('*.pth')
                if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))}
     others = [path for path in numbers if osp.realpath(path) not in map(osp.realpath, newest)]
@@ -121,8 +123,8 @@ def _others(work_dir: str, config: str) -> str:
                for record in parent.glob(f'{depth}/last_checkpoint')}
     # MMEngine writes the config of a run into its work dir.
     dirs = [record.parent for record in sorted(records.values(), key=osp.getmtime, reverse=True)
-            if record.with_name(f'{name}.py').is_file()]
+            if record.with_name(f'{name}.py').is_file() and saved_checkpoints(str(record.parent))]
     if not dirs:
         return ''
-    shown = ', '.join(f'{folder} ({osp.basename(next(iter(saved_checkpoints(str(folder)))))})' for folder in dirs[:3])
+    shown = ', '.join(f'{folder} ({osp.basename(saved_checkpoints(str(folder))[0])})' for folder in dirs[:3])
     return f', but in {shown}{", …" if len(dirs) > 3 else ""} of the same config'

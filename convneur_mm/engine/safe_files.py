@@ -5,9 +5,10 @@ import functools
 import io
 import os
 import os.path as osp
+import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,8 +33,15 @@ from .weights_file import (
 
 # MMEngine looks for a config of another package in all of that package's model cards: seconds in pure Python.
 SAFE_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
-# Whether :func:`safe_loading` lets all files of the process run code.
-PICKLE_ALLOWED = ContextVar('pickle_allowed', default=False)
+# What the calls of :func:`safe_loading` that are under way allow, in all threads of this process.
+_ACTIVE: list[bool] = []
+_LOCK = threading.Lock()
+_PATCHES = ExitStack()
+
+
+def pickle_is_allowed() -> bool:
+    """Return whether every call of :func:`safe_loading` under way lets files run code; without one, nothing does."""
+    return bool(_ACTIVE) and all(_ACTIVE)
 
 
 @contextmanager
@@ -43,7 +51,8 @@ def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
     This holds for everything that goes through ``torch.load``, MMEngine's checkpoint loader, ``mmengine.load`` or
     ``numpy.load``: weights that a config names (``load_from``, ``resume``, ``init_cfg``), those of the inferencers of
     mmdet, mmseg and mmpretrain, pickled and YAML annotation files. Config files are Python programs and do run. It acts
-    on the whole process, its threads and the workers forked from it included. ::
+    on the whole process, its threads and the workers forked from it included, until the last call of it ends; where
+    several are under way, all must allow what runs code. ::
 
         with convneur_mm.engine.safe_loading():
             inferencer = DetInferencer(config, checkpoint)
@@ -56,27 +65,42 @@ def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
         UnsafeCheckpointError: At the load of a file that could run code.
         CheckpointError: At the load of a file that is no checkpoint.
     """
-    def load(f: str | os.PathLike | BinaryIO, map_location: Any = None, *args: object, **kwargs: object) -> Any:
-        """``torch.load``, of files onto the CPU by default; how safely is not for its caller to say."""
-        if map_location is None and isinstance(f, (str, os.PathLike)):
-            map_location = 'cpu'
-        return load_file(f, map_location, allow_pickle)
-
-    with ExitStack() as stack:
-        token = PICKLE_ALLOWED.set(allow_pickle)
-        stack.callback(PICKLE_ALLOWED.reset, token)
-        for owner in (torch, torch.serialization):
-            stack.enter_context(_replaced(owner, 'load', load))
-        stack.enter_context(_replaced(torch.storage, '_load_from_bytes', _storage_from_bytes))
-        stack.enter_context(_replaced(CheckpointLoader, 'load_checkpoint', _checkpoint_loader(allow_pickle)))
-        if not allow_pickle:
-            stack.enter_context(_replaced(Config, 'fromstring', _config_from_string()))
-            stack.enter_context(_replaced(np, 'load', _numpy_loader(np.load)))
-            previous = dict(file_handlers)
-            stack.callback(file_handlers.update, previous)
-            file_handlers.update(pkl=_NoPickleHandler(), pickle=_NoPickleHandler(), yml=_SafeYamlHandler(),
-                                 yaml=_SafeYamlHandler())
+    with _LOCK:
+        if not _ACTIVE:
+            _patch()
+        _ACTIVE.append(allow_pickle)
+    try:
         yield
+    finally:
+        with _LOCK:
+            _ACTIVE.remove(allow_pickle)
+            if not _ACTIVE:
+                _PATCHES.close()
+
+
+def _patch() -> None:
+    for owner in (torch, torch.serialization):
+        _PATCHES.enter_context(_replaced(owner, 'load', _load))
+    for owner, name, value in ((torch.storage, '_load_from_bytes', _storage_from_bytes),
+                               (CheckpointLoader, 'load_checkpoint', _checkpoint_loader()),
+                               (Config, 'fromstring', _config_from_string()), (np, 'load', _numpy_loader(np.load))):
+        _PATCHES.enter_context(_replaced(owner, name, value))
+    _PATCHES.callback(file_handlers.update, dict(file_handlers))
+    file_handlers.update(pkl=_NoPickleHandler(), pickle=_NoPickleHandler(), yml=_SafeYamlHandler(),
+                         yaml=_SafeYamlHandler())
+
+
+def _load(f: str | os.PathLike | BinaryIO, map_location: Any = None, *args: object, weights_only: bool | None = None,
+          **kwargs: object) -> Any:
+    """Load as ``torch.load``, files onto the CPU by default; its caller may ask for more safety, not for less."""
+    if map_location is None and isinstance(f, (str, os.PathLike)):
+        map_location = 'cpu'
+    try:
+        return load_file(f, map_location, pickle_is_allowed() and not weights_only)
+    except UnsafeCheckpointError as error:
+        if pickle_is_allowed():  # as torch.load fails with weights_only=True, which some then leave out
+            raise pickle.UnpicklingError(str(error)) from error
+        raise
 
 
 @functools.wraps(torch.storage._load_from_bytes)  # other processes know it by that name
@@ -96,7 +120,7 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _checkpoint_loader(allow_pickle: bool) -> classmethod:
+def _checkpoint_loader() -> classmethod:
     """MMEngine's way to load a checkpoint by any name, with errors of one line and without what it would act upon."""
     load_checkpoint = vars(CheckpointLoader)['load_checkpoint'].__func__
 
@@ -112,7 +136,7 @@ def _checkpoint_loader(allow_pickle: bool) -> classmethod:
             raise CheckpointError(f'{filename} could not be fetched ({reason}); check the name, or download the file '
                                   'and give its path') from error
         check_structure(checkpoint, filename)
-        if not allow_pickle:
+        if not pickle_is_allowed():
             _drop_instructions(checkpoint, filename)
         # MMEngine's hooks look for the weights there alone.
         return checkpoint if 'state_dict' in checkpoint else dict(state_dict=weights_of(checkpoint))
@@ -151,7 +175,7 @@ def _config_from_string() -> staticmethod:
     from_string = Config.fromstring
 
     def refuse_python(cfg_str: str, file_format: str) -> Config:
-        if file_format == '.py':
+        if file_format == '.py' and not pickle_is_allowed():
             raise UnsafeCheckpointError('the config in a checkpoint was not run, as it is a Python program: name the '
                                         f'config file too, or, {ALLOW}')
         return from_string(cfg_str, file_format)
@@ -162,9 +186,9 @@ def _config_from_string() -> staticmethod:
 def _numpy_loader(numpy_load: Callable) -> Callable:
     def load(file: Any, mmap_mode: str | None = None, allow_pickle: bool = False, *args: Any, **kwargs: Any) -> Any:
         try:
-            return numpy_load(file, mmap_mode, False, *args, **kwargs)
+            return numpy_load(file, mmap_mode, allow_pickle and pickle_is_allowed(), *args, **kwargs)
         except ValueError as error:
-            if 'allow_pickle' not in str(error):
+            if pickle_is_allowed() or 'allow_pickle' not in str(error):
                 raise
             raise UnsafeCheckpointError(f'{file} was not loaded, because it holds pickled objects, which can run any '
                                         f'code; {ALLOW}') from None
@@ -173,9 +197,11 @@ def _numpy_loader(numpy_load: Callable) -> Callable:
 
 
 class _NoPickleHandler(PickleHandler):
-    """Still writes pickle files, but reads none."""
+    """Still writes pickle files, but reads none that could run code."""
 
     def load_from_fileobj(self, file: BinaryIO, **kwargs: Any) -> Any:
+        if pickle_is_allowed():
+            return super().load_from_fileobj(file, **kwargs)
         raise UnsafeCheckpointError(f'{getattr(file, "name", "a pickle file (.pkl)")} was not loaded, because '
                                     f'unpickling can run any code; {ALLOW}')
 
@@ -184,6 +210,8 @@ class _SafeYamlHandler(YamlHandler):
     """Reads plain values alone; MMEngine's takes tags such as ``!!python/object/apply``, which call functions."""
 
     def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
+        if pickle_is_allowed():
+            return super().load_from_fileobj(file, **kwargs)
         try:
             return super().load_from_fileobj(file, Loader=SAFE_LOADER)
         except yaml.constructor.ConstructorError as error:

@@ -84,6 +84,10 @@ class WholeFileBackend(LocalBackend):
         mkdir_or_exist(osp.dirname(filepath))
         write_whole(filepath, obj)
 
+    def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
+        """Write text as :meth:`put` writes bytes."""
+        self.put(obj.encode(encoding), filepath)
+
 
 def write_files_whole() -> None:
     """From here on, whatever this process writes through MMEngine to local files is written whole."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.neural_memory.types import in_autocast, is_exporting, is_watched
+from ..ops.neural_memory.types import in_autocast, is_exporting
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked in a call, it would part a compiled graph
 
@@ -34,7 +34,9 @@ def are_plain(*layers: nn.Linear) -> bool:
 
 def may_fuse(x: Tensor) -> bool:
     """Return whether products may be put together: not in a graph for others, nor where FLOPs are counted."""
-    return not is_exporting() if torch.compiler.is_compiling() else not is_watched(x)
+    if torch.compiler.is_compiling():
+        return not is_exporting()
+    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()  # modes, of which no public name tells
 
 
 def columns(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

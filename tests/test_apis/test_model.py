@@ -183,8 +183,16 @@ def test_sync_bn_works_without_a_gpu():
 
 @pytest.mark.parametrize('device', ['gpu', 'mps', 'cuda:x'])
 def test_a_device_of_another_kind_is_refused(device):
-    with pytest.raises(LaunchError, match=f"^device must be cpu, cuda or a GPU .* cuda:1, got '{device}'$"):
+    with pytest.raises(LaunchError, match=f"^device must be one of cpu, cuda on this machine, .* cuda:1, got '{device}'$"):
         init_model('missing', device=device)
+
+
+def test_other_accelerators_are_taken(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device('mps'))
+    assert module._device('mps') == torch.device('mps')
+    with pytest.raises(LaunchError, match="^device must be one of cpu, cuda, mps on this machine, .* got 'xpu'$"):
+        module._device('xpu')
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

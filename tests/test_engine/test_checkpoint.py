@@ -133,9 +133,27 @@ def test_urls_are_fetched_once(tmp_path, monkeypatch):
     torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'source.pth')
     url = (tmp_path / 'source.pth').as_uri()
     path = readable_checkpoint(url, 'checkpoint', False)
-    assert path == str(tmp_path / 'checkpoints' / 'source.pth')
+    assert path == f'{tmp_path}/checkpoints{tmp_path}/source.pth'
     (tmp_path / 'source.pth').unlink()
     assert read_checkpoint(url)['state_dict']['w'].sum() == 2
+
+
+def test_files_of_one_name_at_several_addresses_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, dst: Path(dst).write_text(url))
+    urls = [f'https://{place}' for place in ('a/epoch_12.pth', 'b/epoch_12.pth', 'b/c/epoch_12.pth', 'b/get?id=1',
+                                             'b/get?id=2', 'b/../../outside')]
+    assert [Path(fetch_checkpoint(url)).read_text() for url in [*urls, *urls]] == [*urls, *urls]
+    assert os.listdir(tmp_path) == ['checkpoints']
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_what_the_training_began_with_is_not_tested(resume, trained, run):
+    """A config in a work dir names it, where it may be gone; the checkpoint that is tested is the command line's."""
+    with open('config.py', 'a') as file:
+        file.write(f'\nload_from = "gone.pth"\nresume = {resume}\n')
+    assert run('test', trained / 'epoch_2.pth') is None
+    assert run('train') == 'load_from: no such file: gone.pth'
 
 
 @pytest.mark.parametrize('args', [['test', 'other.pth'], ['train', '--cfg-options', 'load_from=other.pth']])
@@ -169,7 +187,7 @@ def test_processes_of_two_machines_meet_whichever_has_the_file(tmp_path):
     """The one that has it would else go on without the other, which would wait for it for ever."""
     torch.save(dict(state_dict={'w': torch.ones(2)}), tmp_path / 'there.pth')
     there, gone = (tmp_path / 'there.pth').as_uri(), (tmp_path / 'gone.pth').as_uri()
-    hubs = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' for rank in range(2)]
+    hubs = [tmp_path / f'hub{rank}' / 'hub' / 'checkpoints' / tmp_path.relative_to('/') for rank in range(2)]
     hubs[0].mkdir(parents=True)
     hubs[1].mkdir(parents=True)
     (hubs[0] / 'there.pth').write_bytes((tmp_path / 'there.pth').read_bytes())
@@ -191,7 +209,7 @@ def test_processes_of_two_machines_meet_whichever_has_the_file(tmp_path):
 def test_processes_of_a_machine_download_once(tmp_path, monkeypatch):
     """Before they have joined a group. The file has its name only when it is complete."""
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    path = tmp_path / 'checkpoints' / 'x.pth'
+    path = tmp_path / 'checkpoints' / 'host' / 'x.pth'
     calls = []
 
     def download(url, dst):
@@ -309,14 +327,14 @@ class TestFetching:
         for name in 'x.pth', 'y.pth':
             (tmp_path / name).write_bytes(b'x')
         for url in [*urls, *urls]:
-            assert fetch_checkpoint(url) == f'{tmp_path}/hub/checkpoints/{url[-5:]}'
-        assert logged == [('INFO', f'downloading {url} to {tmp_path}/hub/checkpoints/{url[-5:]}') for url in urls]
+            assert fetch_checkpoint(url) == f'{tmp_path}/hub/checkpoints{tmp_path}/{url[-5:]}'
+        assert [message.split(' to ')[0] for _, message in logged] == [f'downloading {url}' for url in urls]
 
     def test_the_error_of_another_process_is_an_error(self, tmp_path, monkeypatch):
         """This one has the file."""
         monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-        (tmp_path / 'checkpoints').mkdir()
-        (tmp_path / 'checkpoints' / 'x.pth').touch()
+        (tmp_path / 'checkpoints' / 'host').mkdir(parents=True)
+        (tmp_path / 'checkpoints' / 'host' / 'x.pth').touch()
         monkeypatch.setattr(checkpoint, 'all_gather_object', lambda error: [error, 'no network there', 'nor here'])
         with pytest.raises(CheckpointError, match='^no network there$'):
             fetch_checkpoint('http://host/x.pth')

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.dataset import BaseDataset, Compose, ConcatDataset, RepeatDataset
 from mmengine.registry import TRANSFORMS
+from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -261,13 +262,27 @@ def test_errors_come_out_of_workers_as_they_are(existing):
     (dict(dataset=dict(type='RepeatDataset', dataset=dict(data_root='data', ann_file='a.json'))), 'data/a.json'),
     (dict(dataset=dict(data_root='data')), 'data'), (dict(dataset=dict()), 'the data set'), (None, 'the data set')])
 def test_errors_of_annotations_name_the_file(loader, name):
+    def load_data_list():
+        raise KeyError('x')
+
     with pytest.raises(DataError, match=rf'^{name} cannot be read: KeyError: .x. \(.+test_data_files\.py:\d+\)$'), \
             naming_annotations(loader):
-        raise KeyError('x')
+        load_data_list()
     with pytest.raises(LaunchError, match='^as planned$'), naming_annotations(loader):
         raise LaunchError('as planned')
     with pytest.raises(KeyboardInterrupt), naming_annotations(loader):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('loader, named', [
+    (dict(sampler=dict(type='NoSuchSampler')), 'NoSuchSampler'), (dict(batch_size='two'), 'batch_size')])
+def test_other_errors_keep_their_traceback(loader, named, existing):
+    """They are not of the annotations, whose file is none the wiser."""
+    dataset = Pictures([picture(existing)])
+    settings = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'))
+    with pytest.raises(Exception, match=named) as error, naming_annotations(dict(dataset=dict(ann_file='a.json'))):
+        Runner.build_dataloader(dict(settings, dataset=dataset, **loader))
+    assert not isinstance(error.value, LaunchError)
 
 
 @TRANSFORMS.register_module()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.registry import METRICS, MODELS, DefaultScope
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, METRICS, MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 
 from convneur_mm.engine import hooks
@@ -73,12 +74,29 @@ default_hooks['checkpoint'].update(save_best='score', rule='greater')
         assert read_checkpoint('work/best_score_epoch_1.pth')['meta']['epoch'] == 1
         assert not Path('work/best_score_epoch_2.pth').exists()
 
-    def test_the_record_names_the_former_one_until_it_is_replaced(self, run):
+    def test_a_run_that_ends_while_the_record_is_written_can_be_resumed(self, run):
+        """MMEngine writes it in place, so a kill leaves a part of the name, or none of it."""
         assert run('train', '--cfg-options', 'train_cfg.max_epochs=1') is None
-        with self.killed_at('last_checkpoint'):
-            run('train', '--resume')
-        assert Path('work/last_checkpoint').read_text().endswith('work/epoch_1.pth')
+        for left in ('', 'work/epo'):
+            Path('work/last_checkpoint').write_text(left)
+            assert latest_checkpoint('work', 'config.py', False) == 'work/epoch_1.pth'
+        assert run('train', '--resume') is None
         assert read_checkpoint('work/epoch_2.pth')['meta']['epoch'] == 2
+
+    def test_hooks_of_others_see_the_runner_itself(self, run):
+        """With its work dir, in which they may leave files beside the checkpoint."""
+        seen = []
+
+        @HOOKS.register_module(force=True)
+        class RememberRunnerHook(Hook):
+            def before_save_checkpoint(self, runner, checkpoint):
+                seen.append((runner, runner.work_dir))
+
+            def after_train(self, runner):
+                seen.append((runner, runner.work_dir))
+
+        assert run('train', '--cfg-options', 'custom_hooks.0.type=RememberRunnerHook') is None
+        assert len(seen) == 3 and len(set(seen)) == 1
 
     def test_a_full_disk_ends_the_run_with_one_line(self, run, monkeypatch):
         def fsync(file, original=os.fsync):

@@ -90,6 +90,19 @@ def test_broken_weights_are_not_saved(train):
     assert not Path('work/epoch_2.pth').exists()
 
 
+def test_broken_weights_in_parts_are_not_saved():
+    """FSDP's parameters are flat and have names of their own; the strategy knows those of the whole model."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    weights = model.state_dict(keep_vars=True)
+    runner = SimpleNamespace(model=torch.nn.Module(), strategy=SimpleNamespace(whole_weights=weights))
+    checkpoint = dict(state_dict=model.state_dict(), meta=dict(iter=8))
+    model[0].running_mean[0] = math.inf  # is no parameter
+    NonFiniteLossHook().before_save_checkpoint(runner, checkpoint)
+    model[0].weight.data[1] = math.nan
+    with pytest.raises(LaunchError, match=r'^after iteration 8 these weights are not finite, .*: 0\.weight;'):
+        NonFiniteLossHook().before_save_checkpoint(runner, checkpoint)
+
+
 class TestLeftOut:
     def test_the_weights_stay_as_they_are(self, train, capfd):
         weights = []

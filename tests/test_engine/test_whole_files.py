@@ -112,6 +112,15 @@ def test_the_backend_makes_folders(tmp_path):
     assert WholeFileBackend().get(tmp_path / 'a/b/x.pth') == b'new'
 
 
+def test_the_backend_replaces_text(tmp_path):
+    """As MMEngine's JSON files are: a reader, or a hard link, keeps the old ones."""
+    path = tmp_path / 'a' / 'x.json'
+    WholeFileBackend().put_text('old', path)
+    os.link(path, tmp_path / 'other.json')
+    WholeFileBackend().put_text('neu: ü', path)
+    assert path.read_text('utf-8') == 'neu: ü' and (tmp_path / 'other.json').read_text() == 'old'
+
+
 def test_mmengine_writes_through_it():
     """Whatever backend was registered before."""
     register_backend('local', LocalBackend, prefixes='', force=True)

@@ -159,6 +159,12 @@ def test_the_arch_is_that_of_the_checkpoint(write, clean, tmp_path, task):
         512 if task == 'cls' else [64, 128, 256, 512])
 
 
+def test_a_url_stays_one(write, clean, tmp_path):
+    url = saved(tmp_path / 'm3.pth', 'm3').as_uri()
+    write('cls', clean / 'imagenet', '--checkpoint', url)
+    assert launch.read_config('out/out.py', {}).model.backbone.init_cfg.checkpoint == url
+
+
 def test_weights_of_convnext_are_converted(write, clean, tmp_path, capsys):
     import timm
     source = timm.create_model('convnextv2_atto', num_classes=3)

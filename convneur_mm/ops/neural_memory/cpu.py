@@ -10,14 +10,11 @@ import importlib
 import re
 import shlex
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from . import pytorch
 
 # Compiled code fits one version of torch; its name, which setup.py gives it, says which.
 MODULE = '_cpu_' + re.sub(r'\W', '_', torch.__version__.split('+')[0])
@@ -64,16 +61,3 @@ def install_command() -> str:
     # The source is there in a checkout, and not where a wheel was installed.
     source = f'-e {shlex.quote(str(checkout))}' if (checkout / 'setup.py').is_file() else 'path/to/convneur-mm'
     return f"pip install 'setuptools>=77' && pip install --no-build-isolation --no-deps {source}"
-
-
-# Which argument of an operator is a tensor of memories.
-_MEMORIES = dict(read=1, read_backward=2, surprise=2, surprise_backward=5, step=2, step_backward=5)
-
-
-def chooser(name: str) -> Callable:
-    """Return what PyTorch's dispatcher calls for CPU tensors: an operator in C++, or in PyTorch where it must be."""
-
-    def chosen(*args: Any) -> Any:
-        return getattr(pytorch if refuses(args[_MEMORIES[name]]) else kernels, name)(*args)
-
-    return chosen

@@ -1,4 +1,4 @@
-"""The memory over the operators: one loop over chunks and its derivative, for autograd and for compilers."""
+"""The memory over the operators: one loop over chunks and its derivative, as the operator ``convneur_mm::memory``."""
 from __future__ import annotations
 
 import math
@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .operators import implementation
 from .reference import neural_memory_reference
@@ -40,11 +41,7 @@ def run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state
         memory, momentum = memory.clone(), momentum.clone()
     else:
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if torch.compiler.is_compiling():
-            y, memory, momentum, *_ = memory_operator(*tensors, keep, backend, *options)
-        else:
-            y, memory, momentum, *_ = _Memory.apply(*tensors, backend, *options) if keep else _forward(
-                tensors, False, backend, options)
+        y, memory, momentum, *_ = memory_operator(*tensors, keep, backend, *options)
     if not options.return_state:
         return y, None
     return y, MemoryState(*(x for rows in (memory, momentum) for x in unpack(rows.unflatten(0, (batch, heads)))))
@@ -177,55 +174,7 @@ def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence
     return [grad_qkv, grad_initial, grad_memory[0], grad_momentum[0].clone(), *grad_weights]
 
 
-# ---- for autograd
-
-
-class _Memory(torch.autograd.Function):
-    """The memory with the derivative above; the reference serves second derivatives."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        tensors, (backend, *options) = args[:len(TENSORS)], args[len(TENSORS):]
-        return tuple(_forward(tensors, True, backend, MemoryOptions(*options)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[3:])
-        ctx.settings = inputs[len(TENSORS):]
-        ctx.save_for_backward(*inputs[:len(TENSORS)], *output[3:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing recomputes them
-        tensors, kept = saved[:len(TENSORS)], saved[len(TENSORS):]
-        backend, options = ctx.settings[0], MemoryOptions(*ctx.settings[1:])
-        if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
-            found = _differentiable_gradients(tensors, grads[:3], options)
-        else:
-            found = _backward(tensors, kept, grads[:3], backend, options)
-        return *found, *[None] * len(ctx.settings)
-
-
-def _differentiable_gradients(tensors: Sequence[Tensor], grads: Sequence[Tensor],
-                              options: MemoryOptions) -> list[Tensor | None]:
-    """Return gradients of ``tensors`` that can be differentiated again, None where one requires none."""
-    # Views are nodes of their own: what one input was made of another would else be counted twice.
-    tensors = [x.view_as(x) for x in tensors]
-    qkv, initial, memory, momentum, *generators = tensors
-    batch, heads = qkv.size(0), qkv.size(2)
-    state = MemoryState(*(x for rows in (memory, momentum) for x in unpack(rows.unflatten(0, (batch, heads)))))
-    with no_autocast(qkv):
-        y, state = neural_memory_reference(
-            *qkv.mT.unbind(1), *unpack(initial), UpdateGenerators(*generators), state,
-            options._replace(return_state=True))
-    outputs = y.mT, pack(state.w1, state.w2).flatten(0, 1), pack(state.p1, state.p2).flatten(0, 1)
-    outputs, grads = zip(*((output, grad) for output, grad in zip(outputs, grads) if output.requires_grad))
-    wanted = [x for x in tensors if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in tensors]
-
-
-# ---- for compilers, to which a call is one operator: unrolled, its loop would be thousands of them
+# ---- as one operator with a derivative: unrolled, the loop would be thousands of them to autograd and to compilers
 
 
 def _memory(*args: Any) -> list[Tensor]:
@@ -275,8 +224,51 @@ def _keep(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    *tensors, kept = ctx.saved_tensors
-    return *memory_backward_operator(tensors, kept, grads[:3], *ctx.settings), *[None] * (1 + len(ctx.settings))
+    *tensors, kept = ctx.saved_tensors  # once: checkpointing recomputes them
+    if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
+        found = _differentiable_gradients(tensors, grads[:3], MemoryOptions(*ctx.settings[1:]))
+    else:
+        found = memory_backward_operator(tensors, kept, grads[:3], *ctx.settings)
+    return *found, *[None] * (1 + len(ctx.settings))
+
+
+def _differentiable_gradients(tensors: Sequence[Tensor], grads: Sequence[Tensor],
+                              options: MemoryOptions) -> list[Tensor | None]:
+    """Return gradients of ``tensors`` that can be differentiated again, None where one requires none."""
+    # Views are nodes of their own: what one input was made of another would else be counted twice.
+    tensors = [x.view_as(x) for x in tensors]
+    qkv, initial, memory, momentum, *generators = tensors
+    batch, heads = qkv.size(0), qkv.size(2)
+    state = MemoryState(*(x for rows in (memory, momentum) for x in unpack(rows.unflatten(0, (batch, heads)))))
+    with no_autocast(qkv):
+        y, state = neural_memory_reference(
+            *qkv.mT.unbind(1), *unpack(initial), UpdateGenerators(*generators), state,
+            options._replace(return_state=True))
+    outputs = y.mT, pack(state.w1, state.w2).flatten(0, 1), pack(state.p1, state.p2).flatten(0, 1)
+    outputs, grads = zip(*((output, grad) for output, grad in zip(outputs, grads) if output.requires_grad))
+    wanted = [x for x in tensors if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in tensors]
 
 
 memory_operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _flops(tensors: Sequence[Sequence[int]], options: MemoryOptions, read: int, surprise: int, step: int) -> int:
+    """Return the FLOPs of a call, from its tensors' shapes and how often its operators multiply by each weight."""
+    (batch, _, heads, d, length), (_, rows, _), _, _, in_weight, _, out_weight, _ = tensors
+    token = batch * heads * d * rows  # two operations with each of e·d numbers, and rows are 2e
+    generators = 2 * batch * (math.prod(in_weight) + math.prod(out_weight))
+    return (token * (read * length + surprise * options.written_tokens(length))
+            + generators * step * options.num_written(length))
+
+
+@register_flop_formula(torch.ops.convneur_mm.memory)
+def _(*args, out_shape: object = None) -> int:
+    return _flops(args[:len(TENSORS)], MemoryOptions(*args[len(TENSORS) + 2:]), 2, 5, 1)
+
+
+@register_flop_formula(torch.ops.convneur_mm.memory_backward)
+def _(tensors: Sequence[Sequence[int]], kept: object, grads: object, backend: str, *options,
+      out_shape: object = None) -> int:
+    return _flops(tensors, MemoryOptions(*options), 5, 13, 2)

@@ -74,31 +74,17 @@ def neural_memory(
     with no_autocast(q):
         qkv = torch.stack((q.mT, k.mT, v.mT), dim=1)
     y, state = _run(qkv, w1, w2, generators, state, backend, options)
-    return y.to(q.dtype), state
+    return y.mT.to(q.dtype), state
 
 
 def run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,
         options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """Return :func:`neural_memory` of queries, keys and values in one tensor, as columns.
+    """Return what :func:`neural_memory` returns, whose arguments these are, with tokens as columns.
 
-    Args:
-        qkv (Tensor): (B, 3, h, d, N), of which B and N may be 0.
-        w1 (Tensor): See :func:`neural_memory`, also for the rest.
-        w2 (Tensor): See there.
-        generators (UpdateGenerators): See there.
-        state (MemoryState | None): See there.
-        backend (str): See there.
-        options (MemoryOptions): See there.
-
-    Returns:
-        tuple[Tensor, MemoryState | None]: Reads (B, h, d, N) in the dtype of ``qkv``, and the state if asked for.
-
-    Raises:
-        ValueError: As :func:`neural_memory`.
+    Queries, keys and values are one tensor (B, 3, h, d, N), reads are (B, h, d, N) in its dtype.
     """
     check_tensors(dict(qkv=qkv), qkv.size(0), qkv.size(2), qkv.size(3), w1, w2, generators, state)
-    y, state = _run(qkv, w1, w2, generators, state, resolve_backend(backend), options.check())
-    return y.mT, state
+    return _run(qkv, w1, w2, generators, state, resolve_backend(backend), options.check())
 
 
 def _run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,
@@ -107,22 +93,16 @@ def _run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, stat
     w1, w2, *generators = (w.to(dtype) for w in (w1, w2, *generators))
     generators = UpdateGenerators(*generators)
     if is_exporting():
-        refuse_state(state, options)
-        return neural_memory_exported(qkv, w1, w2, generators, options).mT, None
+        if state is not None or options.return_state:
+            raise ValueError('an exported memory begins anew with each image: call it without state and return_state')
+        return neural_memory_exported(qkv, w1, w2, generators, options), None
     if backend == 'reference' and qkv.numel():
         if not options.written_tokens(qkv.size(-1)):
             # The generators have no part in the output then, and plain DDP refuses parameters without a gradient.
             w1 = w1 + sum(p.flatten()[:0].sum() for p in generators)
         y, state = neural_memory_reference(*qkv.mT.unbind(1), w1, w2, generators, state, options)
-        return y.to(qkv.dtype), state
-    y, state = run_loop(qkv, w1, w2, generators, state, backend, options)
-    return y.mT, state
-
-
-def refuse_state(state: MemoryState | None, options: MemoryOptions) -> None:
-    """Raise a ValueError if a memory that is exported is to go on from a state or return one."""
-    if state is not None or options.return_state:
-        raise ValueError('an exported memory begins anew with each image: call it without state and return_state')
+        return y.mT.to(qkv.dtype), state
+    return run_loop(qkv, w1, w2, generators, state, backend, options)
 
 
 def check_backend(backend: str, name: str = 'backend') -> None:

@@ -2,7 +2,7 @@
 
 Rows are cat(W1ᵀ, W2) of n = B·h memories, (n, 2e, d), as every coefficient acts on d. Export and PyTorch's operators
 take these functions as they are. A change of the rule begins in :func:`write` and :func:`write_backward`, which
-``csrc/rule.h`` and ``triton_kernels.py`` have for their devices under the same names.
+``csrc/memory.cpp`` has in ``step`` and ``step_backward``, and ``triton_kernels.py`` under the same names.
 """
 from __future__ import annotations
 

@@ -129,11 +129,6 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
-def is_watched(x: Tensor) -> bool:
-    """Return whether modes such as FlopCounterMode, or the tensor itself, want to see every operator."""
-    return type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0  # of which no public name tells
-
-
 def in_autocast(x: Tensor) -> bool:
     """Return whether autocast is on where a tensor is; it does not know the meta device, where FLOPs are counted."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -1,7 +1,6 @@
 // The operators of one head in one chunk. Names and equations follow pytorch.py and operators.py.
 //
-// Tokens are columns: row r of a token tensor starts at pointer + r * stride, its tokens are contiguous. Rows of
-// weights, cat(W1ᵀ, W2), are (2e, d), contiguous. A short last vector is filled with zeros: tokens that are zero have no
+// Rows of weights, cat(W1ᵀ, W2), are (2e, d), contiguous. A short last vector is filled with zeros: tokens that are zero have no
 // error, no gradient and no curvature, so sums over tokens may include them.
 
 // Squared norms of the rows of W2.
@@ -13,19 +12,9 @@ INLINE void square_norms(T* norms, const T* w2) {
   }
 }
 
-// Squared lengths of tokens.
-template <typename T, int P>
-INLINE void square_lengths(Vec<T>* lengths, const Block<T, D, P>& x) {
-  for (int p = 0; p < P; p++) {
-    lengths[p] = Vec<T>{};
-    for (int j = 0; j < D; j++) lengths[p] += x.rows[j][p] * x.rows[j][p];
-  }
-}
-
 // The gradient of Eq. 3 at `weights`, (R, D), the mean squared errors, (D,), and the curvature bound unless it is null.
 template <typename T>
-void surprise(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int length, const T* weights, T eps,
-              T* gradient, T* errors, T* curvature) {
+void surprise(Columns<T> k, Columns<T> v, int length, const T* weights, T eps, T* gradient, T* errors, T* curvature) {
   const T *w1 = weights, *w2 = weights + E * D;
   Sums<T> first = {}, second = {};
   Vec<T> squares[D] = {}, bound = {};
@@ -36,11 +25,11 @@ void surprise(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int le
     Block<T, D, P> key, error;
     Block<T, E, P> hidden, active, slope;
     Vec<T> factor[P], lengths[P];
-    load(key, k + start, k_stride, count);
-    load(error, v + start, v_stride, count);
+    load(key, k, start, count);
+    load(error, v, start, count);
     normalize(key, eps, factor);
     to_hidden(hidden, w1, key);
-    gelu(active, slope, hidden);
+    gelu(hidden, active, &slope);
     for (int j = 0; j < D; j++)
       for (int p = 0; p < P; p++) error.rows[j][p] = key.rows[j][p] - error.rows[j][p];
     add_to_channels(error, w2, active);
@@ -67,9 +56,9 @@ void surprise(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int le
 // What comes back to k, v and the weights from `grad_gradient` (R, D), `grad_errors` (D,) and, unless it is null,
 // `grad_curvature`, as surprise_backward of pytorch.py has it.
 template <typename T>
-void surprise_backward(const T* grad_gradient, const T* grad_errors, const T* grad_curvature, const T* k,
-                       int64_t k_stride, const T* v, int64_t v_stride, int length, const T* weights, T eps, T* grad_k,
-                       int64_t grad_k_stride, T* grad_v, int64_t grad_v_stride, T* grad_weights) {
+void surprise_backward(const T* grad_gradient, const T* grad_errors, const T* grad_curvature, Columns<T> k,
+                       Columns<T> v, int length, const T* weights, T eps, Columns<T> grad_k, Columns<T> grad_v,
+                       T* grad_weights) {
   const T *w1 = weights, *w2 = weights + E * D;
   const T scale = grad_curvature == nullptr ? 0 : *grad_curvature * 4 / D;
   T g1[E * D], g2[E * D], norms[E];
@@ -85,20 +74,12 @@ void surprise_backward(const T* grad_gradient, const T* grad_errors, const T* gr
     Block<T, D, P> key, error, grad_error;
     Block<T, E, P> hidden, active, slope, bend, back, grad_slopes, grad_back, grad_active;
     Vec<T> factor[P], lengths[P];
-    load(key, k + start, k_stride, count);
-    load(error, v + start, v_stride, count);
+    load(key, k, start, count);
+    load(error, v, start, count);
     normalize(key, eps, factor);
     to_hidden(hidden, w1, key);
     to_hidden(grad_slopes, g1, key);
-    for (int i = 0; i < E; i++)
-      for (int p = 0; p < P; p++) {
-        const Vec<T> h = hidden.rows[i][p];
-        Vec<T> cumulative, density;
-        normal(h, cumulative, density);
-        active.rows[i][p] = h * cumulative;
-        slope.rows[i][p] = cumulative + h * density;
-        bend.rows[i][p] = density * (2 - h * h);
-      }
+    gelu(hidden, active, &slope, &bend);
     for (int j = 0; j < D; j++)
       for (int p = 0; p < P; p++) error.rows[j][p] = key.rows[j][p] - error.rows[j][p];
     add_to_channels(error, w2, active);
@@ -114,7 +95,7 @@ void surprise_backward(const T* grad_gradient, const T* grad_errors, const T* gr
     add_products(second, active, grad_error);
     for (int j = 0; j < D; j++)
       for (int p = 0; p < P; p++) error.rows[j][p] = -grad_error.rows[j][p];
-    store(grad_v + start, grad_v_stride, count, error);
+    store(grad_v, start, count, error);
     multiply(grad_slopes, grad_slopes, bend);
     multiply(grad_slopes, grad_slopes, back);
     multiply(back, back, slope);
@@ -138,7 +119,7 @@ void surprise_backward(const T* grad_gradient, const T* grad_errors, const T* gr
     add_products(first, grad_slopes, key);
     add_to_channels(grad_error, w1, grad_slopes);
     normalize_backward(grad_error, key, eps, factor);
-    store(grad_k + start, grad_k_stride, count, grad_error);
+    store(grad_k, start, count, grad_error);
   });
   finish<T>(grad_weights, first);
   finish<T>(grad_weights + E * D, second);
@@ -149,25 +130,25 @@ void surprise_backward(const T* grad_gradient, const T* grad_errors, const T* gr
 
 // Eq. 2: y = q + W2ᵀ·GELU(W1ᵀ·q).
 template <typename T>
-void read(const T* q, int64_t q_stride, int length, const T* weights, T eps, T* y, int64_t y_stride) {
+void read(Columns<T> q, int length, const T* weights, T eps, Columns<T> y) {
   for_blocks<T>(length, [&](auto size, int start, int count) __attribute__((always_inline)) {
     constexpr int P = decltype(size)::value;
     Block<T, D, P> x;
     Block<T, E, P> hidden;
     Vec<T> factor[P];
-    load(x, q + start, q_stride, count);
+    load(x, q, start, count);
     normalize(x, eps, factor);
     to_hidden(hidden, weights, x);
     gelu(hidden, hidden);
     add_to_channels(x, weights + E * D, hidden);
-    store(y + start, y_stride, count, x);
+    store(y, start, count, x);
   });
 }
 
 // What comes back to q and the weights from `grad_y`.
 template <typename T>
-void read_backward(const T* grad_y, int64_t grad_y_stride, const T* q, int64_t q_stride, int length, const T* weights,
-                   T eps, T* grad_q, int64_t grad_q_stride, T* grad_weights) {
+void read_backward(Columns<T> grad_y, Columns<T> q, int length, const T* weights, T eps, Columns<T> grad_q,
+                   T* grad_weights) {
   const T *w1 = weights, *w2 = weights + E * D;
   Sums<T> first = {}, second = {};
   for_blocks<T>(length, [&](auto size, int start, int count) __attribute__((always_inline)) {
@@ -175,18 +156,18 @@ void read_backward(const T* grad_y, int64_t grad_y_stride, const T* q, int64_t q
     Block<T, D, P> x, grad;
     Block<T, E, P> hidden, active, slope;
     Vec<T> factor[P];
-    load(x, q + start, q_stride, count);
-    load(grad, grad_y + start, grad_y_stride, count);
+    load(x, q, start, count);
+    load(grad, grad_y, start, count);
     normalize(x, eps, factor);
     to_hidden(hidden, w1, x);
-    gelu(active, slope, hidden);
+    gelu(hidden, active, &slope);
     add_products(second, active, grad);
     to_hidden(hidden, w2, grad);
     multiply(hidden, hidden, slope);
     add_products(first, hidden, x);
     add_to_channels(grad, w1, hidden);
     normalize_backward(grad, x, eps, factor);
-    store(grad_q + start, grad_q_stride, count, grad);
+    store(grad_q, start, count, grad);
   });
   finish<T>(grad_weights, first);
   finish<T>(grad_weights + E * D, second);

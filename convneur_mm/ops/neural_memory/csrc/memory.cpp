@@ -12,11 +12,17 @@
 #include <tuple>
 #include <vector>
 
+// The tokens of one head: row r starts at data + r * stride, its tokens are contiguous.
+template <typename T>
+struct Columns {
+  T* data;
+  int64_t stride;
+};
+
 #define VECTOR_BYTES 16
 namespace baseline {
 #include "vectors.h"
 #include "kernels.h"
-#include "rule.h"
 }
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_X86
@@ -28,7 +34,6 @@ namespace baseline {
 namespace avx2 {
 #include "vectors.h"
 #include "kernels.h"
-#include "rule.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -39,7 +44,6 @@ namespace avx2 {
 namespace avx512 {
 #include "vectors.h"
 #include "kernels.h"
-#include "rule.h"
 }
 #pragma GCC pop_options
 #endif
@@ -60,15 +64,15 @@ std::string instruction_set() {
 
 // The function of that name for the instruction set, called with the arguments.
 #ifdef HAS_X86
-#define CALL(name, ...)                                           \
-  do {                                                            \
-    static const std::string set = instruction_set();             \
-    if (set == "avx512") avx512::name<T>(__VA_ARGS__);            \
-    else if (set == "avx2") avx2::name<T>(__VA_ARGS__);           \
-    else baseline::name<T>(__VA_ARGS__);                          \
+#define CALL(name, ...)                                       \
+  do {                                                        \
+    static const std::string set = instruction_set();         \
+    if (set == "avx512") avx512::name<scalar_t>(__VA_ARGS__); \
+    else if (set == "avx2") avx2::name<scalar_t>(__VA_ARGS__); \
+    else baseline::name<scalar_t>(__VA_ARGS__);               \
   } while (false)
 #else
-#define CALL(name, ...) baseline::name<T>(__VA_ARGS__)
+#define CALL(name, ...) baseline::name<scalar_t>(__VA_ARGS__)
 #endif
 
 constexpr int64_t D = baseline::D, E = baseline::E, R = baseline::R;
@@ -83,9 +87,22 @@ struct Tokens {
       : data(x.data_ptr<T>()), heads(x.size(1)), image_stride(x.stride(0)), head_stride(x.stride(1)),
         stride(x.stride(2)) {}
 
-  T* operator()(int64_t n, int64_t token) const {
-    return data + n / heads * image_stride + n % heads * head_stride + token;
+  Columns<T> operator()(int64_t n, int64_t token) const {
+    return {data + n / heads * image_stride + n % heads * head_stride + token, stride};
   }
+};
+
+// Numbers (T, n, …) of each chunk and head; null where there are none.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t chunk_stride, stride;
+
+  explicit Heads(const Tensor& x)
+      : data(x.dim() > 1 ? x.data_ptr<T>() : nullptr), chunk_stride(data ? x.stride(0) : 0),
+        stride(data ? x.stride(1) : 0) {}
+
+  T* operator()(int64_t t, int64_t n) const { return data + t * chunk_stride + n * stride; }
 };
 
 // Every operator checks all of its arguments: what passes is read and written by plain pointers.
@@ -146,13 +163,10 @@ Tensor read(const Tensor& q, const Tensor& memories, int64_t chunk_size, double 
   const Tensor m = rows(memories, q, chunk_size), x = tokens(q, "q", q.sizes(), m);
   const Tensor y = at::empty(q.sizes(), m.options());
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "memory_read", [&] {
-    using T = scalar_t;
-    const Tokens<T> queries(x), reads(y);
-    const T* weights = m.data_ptr<T>();
-    const int64_t step = m.stride(0);
+    const Tokens<scalar_t> queries(x), reads(y);
+    const Heads<scalar_t> weights(m);
     for_chunks(x, chunk_size, [&](int64_t t, int64_t n, int64_t start, int64_t count) {
-      CALL(read, queries(n, start), queries.stride, count, weights + t * step + n * R * D, eps, reads(n, start),
-           reads.stride);
+      CALL(read, queries(n, start), count, weights(t, n), eps, reads(n, start));
     });
   });
   return y.to(q.scalar_type());
@@ -164,14 +178,11 @@ Tensor read_backward(const Tensor& grad_y, const Tensor& q, const Tensor& memori
   const Tensor grad = tokens(grad_y, "grad_y", q.sizes(), m), out = target(grad_q, "grad_q", q.sizes(), m);
   const Tensor grad_memories = at::empty(m.sizes(), m.options());
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "memory_read_backward", [&] {
-    using T = scalar_t;
-    const Tokens<T> queries(x), grads(grad), outs(out);
-    const T* weights = m.data_ptr<T>();
-    T* grad_weights = grad_memories.data_ptr<T>();
-    const int64_t step = m.stride(0), all = m.size(1);
+    const Tokens<scalar_t> queries(x), grads(grad), outs(out);
+    const Heads<scalar_t> weights(m), grad_weights(grad_memories);
     for_chunks(x, chunk_size, [&](int64_t t, int64_t n, int64_t start, int64_t count) {
-      CALL(read_backward, grads(n, start), grads.stride, queries(n, start), queries.stride, count,
-           weights + t * step + n * R * D, eps, outs(n, start), outs.stride, grad_weights + (t * all + n) * R * D);
+      CALL(read_backward, grads(n, start), queries(n, start), count, weights(t, n), eps, outs(n, start),
+           grad_weights(t, n));
     });
   });
   finish(out, grad_q);
@@ -181,20 +192,15 @@ Tensor read_backward(const Tensor& grad_y, const Tensor& q, const Tensor& memori
 std::tuple<Tensor, Tensor, Tensor> surprise(const Tensor& k, const Tensor& v, const Tensor& memories,
                                             int64_t chunk_size, double eps, bool curvature) {
   const Tensor m = rows(memories, k, chunk_size), x = tokens(k, "k", k.sizes(), m), z = tokens(v, "v", k.sizes(), m);
-  const int64_t chunks = m.size(0), all = m.size(1);
-  const Tensor gradient = at::empty(m.sizes(), m.options()), errors = at::empty({chunks, all, D}, m.options());
-  const Tensor bounds = at::empty(curvature ? std::vector<int64_t>{chunks, all} : std::vector<int64_t>{0}, m.options());
+  const std::vector<int64_t> each = {m.size(0), m.size(1)};
+  const Tensor gradient = at::empty(m.sizes(), m.options()), errors = at::empty({each[0], each[1], D}, m.options());
+  const Tensor bounds = at::empty(curvature ? each : std::vector<int64_t>{0}, m.options());
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "memory_surprise", [&] {
-    using T = scalar_t;
-    const Tokens<T> keys(x), values(z);
-    const T* weights = m.data_ptr<T>();
-    T *found = gradient.data_ptr<T>(), *error = errors.data_ptr<T>(), *bound = bounds.data_ptr<T>();
-    const int64_t step = m.stride(0);
+    const Tokens<scalar_t> keys(x), values(z);
+    const Heads<scalar_t> weights(m), found(gradient), error(errors), bound(bounds);
     for_chunks(x, chunk_size, [&](int64_t t, int64_t n, int64_t start, int64_t count) {
-      const int64_t place = t * all + n;
-      CALL(surprise, keys(n, start), keys.stride, values(n, start), values.stride, count,
-           weights + t * step + n * R * D, eps, found + place * R * D, error + place * D,
-           curvature ? bound + place : nullptr);
+      CALL(surprise, keys(n, start), values(n, start), count, weights(t, n), eps, found(t, n), error(t, n),
+           bound(t, n));
     });
   });
   return {gradient, errors, bounds};
@@ -204,25 +210,18 @@ Tensor surprise_backward(const Tensor& grad_gradient, const Tensor& grad_errors,
                          const Tensor& k, const Tensor& v, const Tensor& memories, int64_t chunk_size, double eps,
                          bool curvature, const Tensor& grad_k, const Tensor& grad_v) {
   const Tensor m = rows(memories, k, chunk_size), x = tokens(k, "k", k.sizes(), m), z = tokens(v, "v", k.sizes(), m);
-  const int64_t chunks = m.size(0), all = m.size(1);
+  const std::vector<int64_t> each = {m.size(0), m.size(1)};
   const Tensor grad = checked(grad_gradient, "grad_gradient", m.sizes(), m);
-  const Tensor errors = checked(grad_errors, "grad_errors", {chunks, all, D}, m);
-  const Tensor bounds = curvature ? checked(grad_curvature, "grad_curvature", {chunks, all}, m) : grad_curvature;
+  const Tensor errors = checked(grad_errors, "grad_errors", {each[0], each[1], D}, m);
+  const Tensor bounds = checked(grad_curvature, "grad_curvature", curvature ? each : std::vector<int64_t>{0}, m);
   const Tensor out_k = target(grad_k, "grad_k", k.sizes(), m), out_v = target(grad_v, "grad_v", k.sizes(), m);
   const Tensor grad_memories = at::empty(m.sizes(), m.options());
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "memory_surprise_backward", [&] {
-    using T = scalar_t;
-    const Tokens<T> keys(x), values(z), grad_keys(out_k), grad_values(out_v);
-    const T *weights = m.data_ptr<T>(), *given = grad.data_ptr<T>(), *error = errors.data_ptr<T>();
-    const T* bound = curvature ? bounds.data_ptr<T>() : nullptr;
-    T* grad_weights = grad_memories.data_ptr<T>();
-    const int64_t step = m.stride(0);
+    const Tokens<scalar_t> keys(x), values(z), grad_keys(out_k), grad_values(out_v);
+    const Heads<scalar_t> weights(m), given(grad), error(errors), bound(bounds), grad_weights(grad_memories);
     for_chunks(x, chunk_size, [&](int64_t t, int64_t n, int64_t start, int64_t count) {
-      const int64_t place = t * all + n;
-      CALL(surprise_backward, given + place * R * D, error + place * D, curvature ? bound + place : nullptr,
-           keys(n, start), keys.stride, values(n, start), values.stride, count, weights + t * step + n * R * D, eps,
-           grad_keys(n, start), grad_keys.stride, grad_values(n, start), grad_values.stride,
-           grad_weights + place * R * D);
+      CALL(surprise_backward, given(t, n), error(t, n), bound(t, n), keys(n, start), values(n, start), count,
+           weights(t, n), eps, grad_keys(n, start), grad_values(n, start), grad_weights(t, n));
     });
   });
   finish(out_k, grad_k);
@@ -230,75 +229,58 @@ Tensor surprise_backward(const Tensor& grad_gradient, const Tensor& grad_errors,
   return grad_memories;
 }
 
-// What a step works on: memory and momentum (…, n, 2e, d), the gradient, and the generators' outputs (B, 3Cm).
-struct Step {
-  int64_t all, heads;
-  Tensor m, p, g, o;
+// ---- the rule, as rule.py has it under the same names
 
-  Step(const Tensor& memory, const Tensor& momentum, const Tensor& gradient, const Tensor& outputs)
-      : m(memory.contiguous()) {
-    TORCH_CHECK_VALUE(m.dim() >= 3 && m.size(-2) == R && m.size(-1) == D, "expected a memory of sizes (n, ", R, ", ", D,
-                      "), got ", m.sizes());
-    TORCH_CHECK_VALUE(outputs.dim() == 2 && outputs.size(0) > 0 && outputs.numel() * R == 3 * m.numel(),
-                      "expected outputs of sizes (B, 3Cm), got ", outputs.sizes());
-    all = m.numel() / (R * D);
-    heads = all / outputs.size(0);
-    p = checked(momentum, "momentum", m.sizes(), m);
-    g = checked(gradient, "gradient", m.sizes(), m);
-    o = checked(outputs, "outputs", {all / heads, 3 * heads * D}, m).sigmoid();
-  }
+// Step, momentum and decay, (B·h, 1, d) each, of the generators' outputs (B, 3Cm) for a memory (…, B·h, 2e, d).
+std::vector<Tensor> coefficients(const Tensor& outputs, const Tensor& memory) {
+  TORCH_CHECK_VALUE(memory.dim() >= 3 && outputs.dim() == 2 && outputs.size(0) > 0 &&
+                        outputs.numel() * memory.size(-2) == 3 * memory.numel(),
+                    "expected outputs (B, 3Cm) for a memory of sizes ", memory.sizes(), ", got ", outputs.sizes());
+  const int64_t d = memory.size(-1);
+  return outputs.sigmoid().view({outputs.size(0), 3, -1, d}).transpose(0, 1).reshape({3, -1, 1, d}).unbind();
+}
 
-  // Where the step of a head is among the outputs.
-  int64_t place(int64_t n) const { return (n / heads * 3 * heads + n % heads) * D; }
-};
+// The factor that keeps u, times `scale` in units of the bound, within the bound.
+Tensor bound(const Tensor& u, double scale) {
+  return (u * u).sum({-2, -1}, true).mul_(scale * scale).add_(1).rsqrt_();
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> step(
     const Tensor& gradient, const Tensor& errors, const Tensor& memory, const Tensor& momentum, const Tensor& in_weight,
     const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, double inner_step, double max_write_norm) {
+  const at::AutoDispatchBelowADInplaceOrView plain;
+  for (const Tensor& x : {gradient, memory, momentum}) check(x, "rows", memory.sizes());
   for (const Tensor& x : {in_weight, in_bias, out_weight, out_bias}) check(x, "generators", x.sizes());
   const Tensor hidden = at::addmm(in_bias, errors.reshape({-1, in_weight.size(1)}), in_weight.t());
   const Tensor outputs = at::addmm(out_bias, at::gelu(hidden), out_weight.t());
-  const Step given(memory, momentum, gradient, outputs);
-  const Tensor next = at::empty_like(given.m), next_momentum = at::empty_like(given.m);
-  AT_DISPATCH_FLOATING_TYPES(given.m.scalar_type(), "memory_step", [&] {
-    using T = scalar_t;
-    at::parallel_for(0, given.all, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        const int64_t at = n * R * D;
-        CALL(write, given.g.data_ptr<T>() + at, given.o.data_ptr<T>() + given.place(n), given.heads * D,
-             given.m.data_ptr<T>() + at, given.p.data_ptr<T>() + at, inner_step, max_write_norm,
-             next.data_ptr<T>() + at, next_momentum.data_ptr<T>() + at);
-      }
-    });
-  });
-  return {next, next_momentum, hidden, outputs};
+  const auto c = coefficients(outputs, memory);
+  const Tensor u = c[0] * gradient, factor = bound(u, inner_step / max_write_norm);
+  const Tensor next_momentum = (c[1] * momentum).addcmul_(u, factor, -inner_step);
+  return {(memory + next_momentum).addcmul_(memory, c[2], -1), next_momentum, hidden, outputs};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(
     const Tensor& grad_memory, const Tensor& grad_momentum, const Tensor& gradient, const Tensor& hidden,
     const Tensor& outputs, const Tensor& memory, const Tensor& momentum, const Tensor& in_weight,
     const Tensor& out_weight, double inner_step, double max_write_norm) {
-  for (const Tensor& x : {in_weight, out_weight}) check(x, "generators", x.sizes());
-  const Step given(memory, momentum, gradient, outputs);
-  const Tensor of_m = checked(grad_memory, "grad_memory", given.m.sizes(), given.m).clone();
-  const Tensor of_p = checked(grad_momentum, "grad_momentum", given.m.sizes(), given.m).clone();
-  const Tensor of_g = at::empty_like(given.m), of_o = at::empty_like(given.o);
-  AT_DISPATCH_FLOATING_TYPES(given.m.scalar_type(), "memory_step_backward", [&] {
-    using T = scalar_t;
-    at::parallel_for(0, given.all, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        const int64_t at = n * R * D;
-        CALL(write_backward, of_m.data_ptr<T>() + at, of_p.data_ptr<T>() + at, given.g.data_ptr<T>() + at,
-             given.o.data_ptr<T>() + given.place(n), given.heads * D, given.m.data_ptr<T>() + at,
-             given.p.data_ptr<T>() + at, inner_step, max_write_norm, of_g.data_ptr<T>() + at,
-             of_o.data_ptr<T>() + given.place(n));
-      }
-    });
-  });
-  const Tensor grad_hidden = at::gelu_backward(at::mm(of_o, out_weight), hidden);
-  std::vector<int64_t> sizes = given.m.sizes().vec();
+  const at::AutoDispatchBelowADInplaceOrView plain;
+  for (const Tensor& x : {grad_memory, grad_momentum, gradient, memory, momentum}) check(x, "rows", memory.sizes());
+  for (const Tensor& x : {in_weight, out_weight, hidden, outputs}) check(x, "generators", x.sizes());
+  const auto c = coefficients(outputs, memory);
+  const double scale = inner_step / max_write_norm;
+  const Tensor u = c[0] * gradient, grad = grad_momentum + grad_memory, factor = bound(u, scale);
+  const Tensor along = (grad * u).sum({-2, -1}, true).mul_(factor.pow(3)).mul_(scale * scale);
+  const Tensor grad_u = (u * along).addcmul_(grad, factor, -1).mul_(inner_step);
+  const auto slope = [&](const Tensor& grad, const Tensor& other, const Tensor& x) {
+    return (grad * other).sum(-2, true).mul_(x).mul_(1 - x).view({outputs.size(0), -1});
+  };
+  const Tensor grad_outputs = at::stack({slope(grad_u, gradient, c[0]), slope(grad, momentum, c[1]),
+                                         slope(grad_memory, memory, c[2]).neg_()}, 1).flatten(1);
+  const Tensor grad_hidden = at::gelu_backward(at::mm(grad_outputs, out_weight), hidden);
+  std::vector<int64_t> sizes = memory.sizes().vec();
   sizes.erase(sizes.end() - 2);
-  return {of_g, at::mm(grad_hidden, in_weight).view(sizes), of_m, of_p, grad_hidden, of_o};
+  return {c[0] * grad_u, at::mm(grad_hidden, in_weight).view(sizes),
+          at::addcmul(grad_memory, grad_memory, c[2], -1), c[1] * grad, grad_hidden, grad_outputs};
 }
 
 }  // namespace memory

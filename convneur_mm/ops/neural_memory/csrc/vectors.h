@@ -64,17 +64,19 @@ INLINE void for_blocks(int length, Body body) {
   for (; start < length; start += LANES<T>) body(Size<1>(), start, length - start);
 }
 
-// `count` tokens from `source`; rows `stride` apart.
-template <typename T, int N, int P>
-INLINE void load(Block<T, N, P>& block, const T* source, int64_t stride, int count) {
-  for (int r = 0; r < N; r++)
-    for (int p = 0; p < P; p++) block.rows[r][p] = load<T>(source + r * stride + p * LANES<T>, count - p * LANES<T>);
+// `count` tokens from `start` on.
+template <typename T, int P>
+INLINE void load(Block<T, D, P>& block, Columns<T> x, int start, int count) {
+  for (int r = 0; r < D; r++)
+    for (int p = 0; p < P; p++)
+      block.rows[r][p] = load<T>(x.data + r * x.stride + start + p * LANES<T>, count - p * LANES<T>);
 }
 
-template <typename T, int N, int P>
-INLINE void store(T* target, int64_t stride, int count, const Block<T, N, P>& block) {
-  for (int r = 0; r < N; r++)
-    for (int p = 0; p < P; p++) store<T>(target + r * stride + p * LANES<T>, block.rows[r][p], count - p * LANES<T>);
+template <typename T, int P>
+INLINE void store(Columns<T> x, int start, int count, const Block<T, D, P>& block) {
+  for (int r = 0; r < D; r++)
+    for (int p = 0; p < P; p++)
+      store<T>(x.data + r * x.stride + start + p * LANES<T>, block.rows[r][p], count - p * LANES<T>);
 }
 
 // out (+)= W·x for weights (E, D) and x of D rows.
@@ -194,26 +196,18 @@ INLINE void normal(Vec<double> h, Vec<double>& cumulative, Vec<double>& density)
   }
 }
 
+// GELU and, unless they are null, its slope Φ(h) + h·φ(h) and the slope's slope (2 - h²)·φ(h).
 template <typename T, int P>
-INLINE void gelu(Block<T, E, P>& active, const Block<T, E, P>& hidden) {
-  for (int i = 0; i < E; i++)
-    for (int p = 0; p < P; p++) {
-      Vec<T> cumulative, density;
-      normal(hidden.rows[i][p], cumulative, density);
-      active.rows[i][p] = hidden.rows[i][p] * cumulative;
-    }
-}
-
-// GELU and its slope Φ(h) + h·φ(h).
-template <typename T, int P>
-INLINE void gelu(Block<T, E, P>& active, Block<T, E, P>& slope, const Block<T, E, P>& hidden) {
+INLINE void gelu(const Block<T, E, P>& hidden, Block<T, E, P>& active, Block<T, E, P>* slope = nullptr,
+                 Block<T, E, P>* bend = nullptr) {
   for (int i = 0; i < E; i++)
     for (int p = 0; p < P; p++) {
       const Vec<T> h = hidden.rows[i][p];
       Vec<T> cumulative, density;
       normal(h, cumulative, density);
       active.rows[i][p] = h * cumulative;
-      slope.rows[i][p] = cumulative + h * density;
+      if (slope != nullptr) slope->rows[i][p] = cumulative + h * density;
+      if (bend != nullptr) bend->rows[i][p] = density * (2 - h * h);
     }
 }
 
@@ -223,16 +217,25 @@ INLINE void multiply(Block<T, E, P>& out, const Block<T, E, P>& a, const Block<T
     for (int p = 0; p < P; p++) out.rows[i][p] = a.rows[i][p] * b.rows[i][p];
 }
 
+// Squared lengths of tokens.
+template <typename T, int P>
+INLINE void square_lengths(Vec<T>* lengths, const Block<T, D, P>& x) {
+  for (int p = 0; p < P; p++) {
+    lengths[p] = Vec<T>{};
+    for (int j = 0; j < D; j++) lengths[p] += x.rows[j][p] * x.rows[j][p];
+  }
+}
+
 // Divides tokens by their lengths, or by `eps` where they are shorter; nothing if it is 0. `factor` is what multiplies
 // them, negative where a token is short.
 template <typename T, int P>
 INLINE void normalize(Block<T, D, P>& x, T eps, Vec<T>* factor) {
   if (eps == 0) return;
+  Vec<T> squares[P];
+  square_lengths(squares, x);
   for (int p = 0; p < P; p++) {
-    Vec<T> square = {};
-    for (int j = 0; j < D; j++) square += x.rows[j][p] * x.rows[j][p];
     for (int l = 0; l < LANES<T>; l++) {
-      const T root = (T)__builtin_sqrt(square[l]);
+      const T root = (T)__builtin_sqrt(squares[p][l]);
       factor[p][l] = root < eps ? -1 / eps : 1 / root;
     }
     const Vec<T> size = factor[p] > 0 ? factor[p] : -factor[p];
