@@ -183,7 +183,7 @@ def test_sync_bn_works_without_a_gpu():
 
 @pytest.mark.parametrize('device', ['gpu', 'mps', 'cuda:x'])
 def test_a_device_of_another_kind_is_refused(device):
-    with pytest.raises(LaunchError, match=f"^device must be one of cpu, cuda on this machine, .* cuda:1, got '{device}'$"):
+    with pytest.raises(LaunchError, match=f"^device must be one of cpu, cuda on this machine, .*, got '{device}'$"):
         init_model('missing', device=device)
 
 
