@@ -7,13 +7,16 @@ C++ kernels are not compiled. As soon as one of the four packages is installed n
 Tests run in another order each time, and always with the same random numbers: a failure comes back in every order.
 """
 import importlib.util
+import io
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import zlib
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +120,20 @@ def wheel(tmp_path_factory) -> Path:
                     ROOT], check=True, capture_output=True)
     path, = folder.glob('convneur_mm-*.whl')
     return path
+
+
+@pytest.fixture
+def refused():
+    """Within ``with refused(message):`` a tool must end with exit code 2 and one line on stderr that matches."""
+
+    @contextmanager
+    def refused(message):
+        with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as ended:
+            yield
+        line = errors.getvalue().splitlines()[-1]
+        assert ended.value.code == 2 and re.search(f'^error: .*{message}', line), line
+
+    return refused
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ if __name__ == '__main__':
     prepare()
 
 from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
-from convneur_mm.stack import StackError
+from convneur_mm.engine.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,17 +69,13 @@ def check(args: argparse.Namespace) -> Report:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        report = check(args)
-    except BrokenProcessPool:
-        print('check_dataset: error: a worker process died, most likely for want of memory: try a smaller --workers',
-              file=sys.stderr)
-        return 2
-    except (OSError, ValueError, StackError) as error:
-        print(f'check_dataset: error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with one_line_errors():
+        try:
+            report = check(args)
+        except BrokenProcessPool:
+            raise OSError('a worker process died, most likely for lack of memory: try a smaller --workers') from None
+        except KeyboardInterrupt:
+            return 130
     print(report.text(args.max_shown))
     return 0 if report.clean else 1
 

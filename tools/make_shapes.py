@@ -10,7 +10,6 @@ A folder that already holds the same set is left alone.
 """
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from convneur_mm.datasets import SHAPE_CLASSES, make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.datasets.shapes import SPLITS
 from convneur_mm.datasets.shapes_formats import ADE20K_SPLITS
+from convneur_mm.engine.errors import one_line_errors
 
 MAKERS = {'coco': make_shapes_coco, 'ade20k': make_shapes_ade20k, 'imagenet': make_shapes_imagenet}
 
@@ -75,10 +75,8 @@ def imagenet_lines(root: Path) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         root = MAKERS[args.format](args.out, args.num_train, args.num_val, args.image_size, args.seed)
-    except (ValueError, OSError) as error:
-        sys.exit(f'make_shapes: error: {error}')
     print(summary(root, args.format))
 
 

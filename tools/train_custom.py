@@ -31,13 +31,13 @@ sys.path.append(str(Path(__file__).resolve().parent / 'model_converters'))
 import torch
 from convnext_to_convneur import LICENCES, convert
 
-from convneur_mm.datasets.own_data import FaultyDataError, OwnData, OwnDataError, prepare
+from convneur_mm.datasets.own_data import FaultyDataError, OwnData, prepare
 from convneur_mm.datasets.own_data_fit import STRIDES, fit_anchors, fit_epochs, fit_image_size
 from convneur_mm.engine.checkpoint import checkpoint_weights, read_checkpoint
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.errors import LaunchError, one_line_errors
 from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError
 from convneur_mm.models import ConvNeur
-from convneur_mm.stack import StackError, require
+from convneur_mm.stack import require
 
 TOOLS = Path(__file__).resolve().parent
 PACKAGES = dict(det='mmdet', seg='mmseg', cls='mmpretrain')
@@ -255,13 +255,12 @@ def run(command: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        config, out = set_up(args)
-    except FaultyDataError as error:
-        print(error.report.text(), file=sys.stderr)
-        sys.exit(fail(error))
-    except (LaunchError, CheckpointError, OwnDataError, StackError, OSError) as error:
-        sys.exit(fail(error))
+    with one_line_errors():
+        try:
+            config, out = set_up(args)
+        except FaultyDataError as error:
+            print(error.report.text(), file=sys.stderr)
+            raise
     if args.dry_run:
         say('then', shown(train_command(out)))
         return
@@ -270,11 +269,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     run([str(TOOLS / 'test.py'), str(config), checkpoint, '--work-dir', str(out / 'test'),
          '--show-dir', str(out / 'pictures')])
     say('pictures', f'{out / "pictures"}: truth on the left, prediction on the right')
-
-
-def fail(error: Exception) -> int:
-    print(f'train_custom: error: {error}', file=sys.stderr)
-    return 2
 
 
 if __name__ == '__main__':

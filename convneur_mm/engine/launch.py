@@ -22,7 +22,7 @@ from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, require
 from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from .class_checks import check_classes
-from .errors import LaunchError
+from .errors import LaunchError, shows_tracebacks
 from .file_checks import check_data_files, check_no_pickled_data
 from .interrupts import Interrupted, exit_without_finalizing, leave, raised_signals
 from .loops import RESUMABLE_LOOPS
@@ -108,6 +108,8 @@ def run(main: Callable[[], None]) -> None:
     except Interrupted as interrupted:
         leave(interrupted, f'{_node_name(os.environ)}{interrupted}' if is_first else None)
     except (LaunchError, CheckpointError) as error:
+        if shows_tracebacks():
+            raise
         if not is_first:
             # Most likely the first process of this machine fails in the same way: its launcher then ends this one
             # before it repeats the message.

@@ -72,7 +72,7 @@ def write_log(folder: Path, *lines: str) -> None:
     (folder / 'scalars.json').write_text(''.join(f'{line}\n' for line in lines))
 
 
-def test_command(tool, rows, tmp_path, monkeypatch, capsys):
+def test_command(tool, rows, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.chdir(tmp_path)
     counts = {row['config']: row for row in rows}
     monkeypatch.setattr(tool, 'build', lambda name: counts[name])  # which were counted once already
@@ -101,8 +101,8 @@ def test_command(tool, rows, tmp_path, monkeypatch, capsys):
         ('IR-RWKV', 12.34, 7)]
     assert {'params_m', 'gflops', 'paper_gflops', 'paper_top1', 'difference_gflops'} <= found[0].keys()
 
-    with pytest.raises(SystemExit, match="--work-dirs must be a folder, got 'walks'"):
+    with refused("--work-dirs must be a folder, got 'walks'"):
         tool.main(['--work-dirs', 'walks'])
     write_log(tmp_path / 'runs' / 'convneur_m3_fusion_add_300e_in1k' / 'now' / 'vis_data', 'no')
-    with pytest.raises(SystemExit, match="line 1: expected JSON, got 'no'"):
+    with refused("line 1: expected JSON, got 'no'"):
         tool.main(['--work-dirs', 'runs'])

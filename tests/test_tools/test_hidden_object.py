@@ -92,12 +92,12 @@ def test_stopped_trainings_go_on_and_are_reported(tool, tmp_path, capsys, monkey
 
 @pytest.mark.parametrize('content, message', [
     ('{}', 'is not the result of a run'), (None, 'was made with other settings than these')])
-def test_results_that_do_not_fit_are_refused(content, message, tool, tmp_path):
-    with pytest.raises(SystemExit, match="holds no results of 'without state'"):
+def test_results_that_do_not_fit_are_refused(content, message, tool, tmp_path, refused):
+    with refused("holds no results of 'without state'"):
         tool.main(['--table', '--out-dir', str(tmp_path)])
     path = tmp_path / 'without-state-seed0.json'
     if content is None:
         content = json.dumps(dict.fromkeys(tool.RESULT_KEYS))
     path.write_text(content)
-    with pytest.raises(SystemExit, match=message):
+    with refused(message):
         tool.main(['--out-dir', str(tmp_path)])

@@ -258,18 +258,18 @@ def test_table(ablation, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('command', [[], ['--table']])
-def test_files_that_do_not_fit_are_refused(ablation, tmp_path, command):
+def test_files_that_do_not_fit_are_refused(ablation, tmp_path, command, refused):
     command = [*command, '--tasks', 'recall', '--variants', 'none', '--out-dir', str(tmp_path)]
     path = result(ablation, tmp_path, 'none', 0, 0.5, settings=dict(iterations=7))
-    with pytest.raises(SystemExit, match=f'{path.name} was made with other settings'):
+    with refused(f'{path.name} was made with other settings'):
         ablation.main(command)
     path.write_text('{"task": ')
-    with pytest.raises(SystemExit, match=f'{path.name} is not the result of a run'):
+    with refused(f'{path.name} is not the result of a run'):
         ablation.main(command)
 
 
-def test_table_without_results(ablation, tmp_path):
-    with pytest.raises(SystemExit, match='holds no results'):
+def test_table_without_results(ablation, tmp_path, refused):
+    with refused('holds no results'):
         ablation.main(['--table', '--out-dir', str(tmp_path)])
-    with pytest.raises(SystemExit, match='is not a folder'):
+    with refused('is not a folder'):
         ablation.main(['--table', '--out-dir', str(tmp_path / 'none')])

@@ -122,7 +122,7 @@ def test_classification_by_the_command(root):
     assert 'random' in done.stdout
     again = subprocess.run(command, cwd=root, env=env, text=True, capture_output=True)
     assert again.returncode == 2
-    assert re.fullmatch(r'train_custom: error: work_dirs/train_cls has a training already: go on with '
+    assert re.fullmatch(r'error: work_dirs/train_cls has a training already: go on with '
                         r'.*tools/train.py\'? work_dirs/train_cls/train_cls.py --work-dir work_dirs/train_cls/train '
                         r'--auto-scale-lr --resume, or give another --work-dir\n', again.stderr)
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_is_refused_in_a_line(tool, clean, root, tmp_path, monkey
             tool.main(['--task', *map(str, words), '--work-dir', 'out', '--dry-run'])
         assert caught.value.code == 2
         *before, error = capsys.readouterr().err.strip().splitlines()
-        assert re.match('train_custom: error: ', error) and re.search(expected, error), error
+        assert re.match('error: ', error) and re.search(expected, error), error
         # The checks' progress, and their report where they found something.
         assert 'does not decode' in '\n'.join(before) if words[1] == root / 'imagenet' else 'error' not in before
     assert not Path('out/out.py').exists()

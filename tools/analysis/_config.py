@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
 from mmengine.config import Config
 
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.engine.launch import OverridesAction, find_config, read_config
 
 
@@ -28,9 +28,6 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; what the user gave wrong ends it with one line and exit code 2."""
-    try:
+    """Run ``main``; what the user gave wrong ends it with one line and exit code 2."""
+    with one_line_errors():
         main()
-    except ValueError as error:
-        print(f'error: {error}', file=sys.stderr, flush=True)
-        sys.exit(2)

@@ -27,6 +27,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from convneur_mm import config
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branches.self_attention import MultiHeadAttention
 
@@ -167,13 +168,11 @@ def report(rows: list[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.work_dirs and not args.work_dirs.is_dir():
-        raise SystemExit(f'--work-dirs must be a folder, got {str(args.work_dirs)!r}')
     work_dirs = args.work_dirs or Path('work_dirs')
-    try:
+    with one_line_errors():
+        if args.work_dirs and not args.work_dirs.is_dir():
+            raise ValueError(f'--work-dirs must be a folder, got {str(args.work_dirs)!r}')
         rows = measure(work_dirs)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
     print(report(rows))
     if all(row['top1'] is None for row in rows):
         print(f'top-1: no validated run of these configs in {work_dirs}/')

@@ -37,6 +37,8 @@ import _benchmark_cases as cases
 import torch
 from _flops import Count, count_flops, count_parameters, count_parts
 
+from convneur_mm.engine.errors import one_line_errors
+
 COUNT, ENGINES = 'count', ('eager', 'compiled')
 WARMUP = 2  # the second training step is the first with the optimizer's state
 # Seconds of a round on two cores, for the estimate, until one of the same kind has been measured.
@@ -429,21 +431,20 @@ def duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         check_args(args)
         if args.measure:
             print(json.dumps(measure_here(args)))
             return
         run = Run(args)
-        if not args.table:
-            run.run()
+        try:
+            if not args.table:
+                run.run()
+        except KeyboardInterrupt:
+            sys.exit('\ninterrupted; the same command goes on where this one stopped')
         print(run.report())
-    except ValueError as error:
-        sys.exit(f'benchmark: error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('\nbenchmark: interrupted; the same command goes on where this one stopped')
     if run.failed:
-        sys.exit(f'benchmark: error: {len(run.failed)} cells failed, see above')
+        sys.exit(f'error: {len(run.failed)} cells failed, see above')
 
 
 if __name__ == '__main__':

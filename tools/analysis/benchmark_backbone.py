@@ -27,6 +27,7 @@ from _benchmark import MODES, MissingPeer, Progress
 from _flops import count_flops, count_parameters
 from torch import Tensor, nn
 
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branch import GlobalBranch
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES
@@ -301,14 +302,12 @@ def plot_split(path: str, rows: Sequence[dict]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         run = Run(args)
         bench.print_machine(run.machine)
         rows = run.split() if args.split else run.compare()
-    except ValueError as error:
-        sys.exit(f'benchmark_backbone: error: {error}')
     if not rows:
-        sys.exit('benchmark_backbone: error: nothing could be measured, see above')
+        sys.exit('error: nothing could be measured, see above')
     if args.json:
         bench.write_json(args.json, dict(benchmark='backbone', settings=vars(args), machine=run.machine, results=rows,
                                          skipped=run.skipped))

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from _benchmark import MODES, Measurement, MissingPeer
 from torch import Tensor, nn
 
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES, written_tokens
 
@@ -395,14 +396,12 @@ def plot_sweep(path: str, rows: Sequence[dict]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         run = Run(args)
         bench.print_machine(run.machine)
         found = run.compare() if args.sweep is None else run.sweep()
-    except ValueError as error:
-        sys.exit(f'benchmark_memory: error: {error}')
     if not found['results']:
-        sys.exit('benchmark_memory: error: nothing could be measured, see above')
+        sys.exit('error: nothing could be measured, see above')
     print(f'\nrates of this machine: {run.rates["gemm_flops_per_s"] / 1e9:.4g} GFLOP/s in one large {args.dtype} '
           f'matrix product, {run.rates["copy_bytes_per_s"] / 2**30:.4g} GiB/s in one large copy')
     print('largest resident set of the process' + (", the profiler's records included" if args.memory else '')

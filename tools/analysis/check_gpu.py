@@ -25,6 +25,7 @@ import _benchmark as bench
 import torch
 from torch import Tensor
 
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import triton
 
@@ -153,7 +154,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    try:
+    with one_line_errors():
         sys.exit(main())
-    except ValueError as error:
-        sys.exit(f'check_gpu: error: {error}')

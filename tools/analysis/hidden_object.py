@@ -34,6 +34,7 @@ from _small_tasks import IGNORED, LEGEND_COLOURS, PIXEL_MEAN, PIXEL_STD, Task, a
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 
 CLOSED = 0.5  # grey of a closed box's front
@@ -270,17 +271,16 @@ def plot(path: Path, results: dict[str, list[dict]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        if not (args.table or args.plot):
-            train_missing(args)
+    with one_line_errors():
+        try:
+            if not (args.table or args.plot):
+                train_missing(args)
+        except KeyboardInterrupt:
+            sys.exit('stopped; the same command goes on from here')
         results = all_results(args)
         print_table(results)
         if args.plot:
             plot(args.plot, results)
-    except ValueError as error:
-        sys.exit(f'hidden_object: error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('hidden_object: stopped; the same command goes on from here')
 
 
 if __name__ == '__main__':

@@ -37,6 +37,8 @@ import torch
 from _small_tasks import Legend, Recall, Shapes, Task, train
 from mmengine.logging import MMLogger
 
+from convneur_mm.engine.errors import one_line_errors
+
 TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}
 # Options of the backbone, and the side of the tiles in which the memory takes the tokens, if not row by row.
 VARIANTS: dict[str, dict] = {
@@ -295,17 +297,16 @@ def plot(path: Path, results: Results) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        if not (args.table or args.plot):
-            train_missing(args)
+    with one_line_errors():
+        try:
+            if not (args.table or args.plot):
+                train_missing(args)
+        except KeyboardInterrupt:
+            sys.exit('stopped; the same command goes on from here')
         results = all_results(args)
         print_tables(results)
         if args.plot:
             plot(args.plot, results)
-    except ValueError as error:
-        sys.exit(f'small_ablation: error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('small_ablation: stopped; the same command goes on from here')
 
 
 if __name__ == '__main__':

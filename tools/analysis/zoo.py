@@ -27,6 +27,7 @@ import torch
 import yaml
 from _flops import Count
 
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.paths import config_root
 
 ROOT = config_root().parent
@@ -227,7 +228,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    try:
+    with one_line_errors():
         sys.exit(main())
-    except ValueError as error:
-        sys.exit(f'zoo: error: {error}')

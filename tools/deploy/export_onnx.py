@@ -41,6 +41,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from convneur_mm.apis import init_model
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.engine.launch import OverridesAction
 from convneur_mm.models import NeuralMemory
 
@@ -280,10 +281,18 @@ def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[tuple[f
 
 def main() -> None:
     args = parse_args()
-    try:
+    with one_line_errors():
         model = Exported(init_model(args.config, args.checkpoint, 'cpu', args.cfg_options), args.part).eval()
-    except ValueError as error:
-        sys.exit(_failed(error))
+        write(model, args)
+    print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB{", not checked" * args.no_check}')
+
+
+def write(model: Exported, args: argparse.Namespace) -> None:
+    """Export a model to ``args.out``, and check the graph unless ``args.no_check``.
+
+    Raises:
+        UncheckedGraphError: If the graph computes something else than the model; nothing is written then.
+    """
     shape = traced_shape(model) if args.dynamic else (args.batch_size, *(args.shape or input_size(model.model.cfg)))
     image = torch.rand(shape[0], 3, *shape[1:]) * 255
     print(f'tracing {"images of any size" if args.dynamic else " x ".join(map(str, shape))}; this takes a minute',
@@ -298,15 +307,9 @@ def main() -> None:
             check(model, unchecked, (args.check_shapes or SIZES) if args.dynamic else [shape])
         os.replace(unchecked, args.out)
     except UncheckedGraphError as error:
-        sys.exit(_failed(f'{args.out} is not written: {error}'))
+        raise UncheckedGraphError(f'{args.out} is not written: {error}') from None
     finally:
         unchecked.unlink(missing_ok=True)
-    print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB{", not checked" * args.no_check}')
-
-
-def _failed(reason: object) -> int:
-    print(f'error: {reason}', file=sys.stderr)
-    return 2
 
 
 if __name__ == '__main__':

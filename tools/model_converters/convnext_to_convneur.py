@@ -27,11 +27,10 @@ from mmengine.model import initialize
 from torch import Tensor
 
 from convneur_mm.engine.checkpoint import checkpoint_weights, read_checkpoint
+from convneur_mm.engine.errors import one_line_errors
 from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branch import GlobalBranch
-
-NAME = 'convnext_to_convneur'
 
 # For each layout: a weight that only it has, and what of its names becomes what of ours, which are mmpretrain's.
 LAYOUTS = {
@@ -261,7 +260,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         check_paths(args.src, args.dst)
         weights = checkpoint_weights(read_checkpoint(args.src, args.allow_pickle))
         try:
@@ -273,8 +272,6 @@ def main(argv: list[str] | None = None) -> None:
         # Renamed when it is complete: nobody finds half a file.
         torch.save(dict(meta=meta, state_dict=done.weights), f'{args.dst}.part')
         os.replace(f'{args.dst}.part', args.dst)
-    except (ValueError, OSError) as error:
-        sys.exit(f'{NAME}: error: {error}')
     print(report(done))
     print(f"saved as {args.dst}; start from it with backbone.init_cfg=dict(type='Pretrained', "
           f'checkpoint={args.dst!r})')

@@ -23,16 +23,16 @@ def neural_memory_exported(qkv: Tensor, w1: Tensor, w2: Tensor, generators: Upda
     with no_autocast(qkv):
         initial = pack(w1, w2).expand(qkv.size(0), -1, -1, -1).flatten(0, 1).clone()  # (n, 2e, d)
         shape = initial.expand(num_chunks, -1, -1, -1)
-        q, k, v = (pytorch._chunks(z, shape, length) for z in qkv.unbind(1))  # (T, n, d, L)
-        q, k = (pytorch._unit(z, eps) for z in (q, k))
-        lengths = pytorch._lengths(qkv[:, 0], shape, length)
+        q, k, v = (pytorch.to_chunks(z, shape, length) for z in qkv.unbind(1))  # (T, n, d, L)
+        q, k = (pytorch.unit_length(z, eps) for z in (q, k))
+        lengths = pytorch.chunk_lengths(qkv[:, 0], shape, length)
         parallel = options.update_rule == 'parallel'
         if parallel:  # all gradients at once
-            gradients, errors, _ = pytorch._surprise(k, v, shape, lengths, False)
+            gradients, errors, _ = pytorch.surprise_chunks(k, v, shape, lengths, False)
 
         def body(state: tuple[Tensor, Tensor], chunk: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], Tensor]:
             memory, momentum = state
-            gradient, errors = chunk if parallel else pytorch._surprise(*chunk[:2], memory, chunk[2], False)[:2]
+            gradient, errors = chunk if parallel else pytorch.surprise_chunks(*chunk[:2], memory, chunk[2], False)[:2]
             after = step(gradient, errors, memory, momentum, *generators, options.inner_step, options.max_write_norm)
             return after[:2], memory.clone()
 
@@ -40,4 +40,4 @@ def neural_memory_exported(qkv: Tensor, w1: Tensor, w2: Tensor, generators: Upda
             body, (initial.clone(), torch.zeros_like(initial)), (gradients, errors) if parallel else (k, v, lengths))
         if options.retrieve == 'final':
             memories = memory.expand(num_chunks, -1, -1, -1)
-        return pytorch._join(pytorch._read(q, memories), qkv[:, 0])
+        return pytorch.from_chunks(pytorch.read_chunks(q, memories), qkv[:, 0])

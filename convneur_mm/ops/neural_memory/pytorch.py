@@ -1,8 +1,8 @@
 """The memory's operators in PyTorch, on any device; :mod:`.operators` has their schemas, shapes and equations.
 
-Functions whose names begin with an underscore work on n memories with a chunk of L tokens each: rows (…, n, 2e, d) and
-tokens (…, n, d, L). The others split tokens (B, h, d, N) into such chunks, and fill up the last one with zeros: tokens
-of zero have no error, no gradient and no curvature.
+The operators split tokens (B, h, d, N) into chunks, and fill up the last one with zeros: tokens of zero have no error,
+no gradient and no curvature. The functions below them, which export takes too, work on n memories with a chunk of L
+tokens each: rows (…, n, 2e, d) and tokens (…, n, d, L).
 """
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ _gelu_backward = torch.ops.aten.gelu_backward
 
 
 def read(q: Tensor, memories: Tensor, chunk_size: int, eps: float) -> Tensor:
-    return _join(_read(_unit(_chunks(q, memories, chunk_size), eps), memories), q)
+    return from_chunks(read_chunks(unit_length(to_chunks(q, memories, chunk_size), eps), memories), q)
 
 
 def read_backward(grad_y: Tensor, q: Tensor, memories: Tensor, chunk_size: int, eps: float, grad_q: Tensor) -> Tensor:
-    raw, grad_y = (_chunks(z, memories, chunk_size) for z in (q, grad_y))
-    unit = _unit(raw, eps)
+    raw, grad_y = (to_chunks(z, memories, chunk_size) for z in (q, grad_y))
+    unit = unit_length(raw, eps)
     w1, w2 = memories.chunk(2, dim=-2)
     hidden = w1 @ unit
     grad_hidden = _gelu_backward(w2 @ grad_y, hidden)
-    grad_q.copy_(_join(_unit_backward(grad_y + w1.mT @ grad_hidden, raw, unit, eps), q))
+    grad_q.copy_(from_chunks(unit_length_backward(grad_y + w1.mT @ grad_hidden, raw, unit, eps), q))
     return torch.cat((grad_hidden @ unit.mT, F.gelu(hidden) @ grad_y.mT), dim=-2)
 
 
 def surprise(k: Tensor, v: Tensor, memories: Tensor, chunk_size: int, eps: float,
              curvature: bool) -> tuple[Tensor, Tensor, Tensor]:
-    keys, values = (_chunks(z, memories, chunk_size) for z in (k, v))
-    return _surprise(_unit(keys, eps), values, memories, _lengths(k, memories, chunk_size), curvature)
+    keys, values = (to_chunks(z, memories, chunk_size) for z in (k, v))
+    return surprise_chunks(unit_length(keys, eps), values, memories, chunk_lengths(k, memories, chunk_size), curvature)
 
 
 def surprise_backward(grad_gradient: Tensor, grad_errors: Tensor, grad_curvature: Tensor, k: Tensor, v: Tensor,
                       memories: Tensor, chunk_size: int, eps: float, curvature: bool, grad_k: Tensor,
                       grad_v: Tensor) -> Tensor:
-    raw, values = (_chunks(z, memories, chunk_size) for z in (k, v))
-    unit, (w1, w2) = _unit(raw, eps), memories.chunk(2, dim=-2)
+    raw, values = (to_chunks(z, memories, chunk_size) for z in (k, v))
+    unit, (w1, w2) = unit_length(raw, eps), memories.chunk(2, dim=-2)
     g1, g2 = (grad_gradient * (2 / k.size(2))).chunk(2, dim=-2)
     hidden = w1 @ unit
     active, slope = _gelu(hidden)
     bend = (hidden.square() * -0.5).exp() * (2 - hidden.square()) / math.sqrt(2 * math.pi)  # GELU''
     error = unit - values + w2.mT @ active
     back, grad_slopes = w2 @ error, g1 @ unit  # what comes back to the hidden units in Eq. 3 is back·slope
-    grad_error = error * (grad_errors * 2 / _lengths(k, memories, chunk_size)).unsqueeze(-1)
+    grad_error = error * (grad_errors * 2 / chunk_lengths(k, memories, chunk_size)).unsqueeze(-1)
     grad_error = grad_error + w2.mT @ (grad_slopes * slope) + g2.mT @ active
     grad_active = w2 @ grad_error + g2 @ error
     grad_hidden = grad_slopes * bend * back
@@ -66,17 +66,17 @@ def surprise_backward(grad_gradient: Tensor, grad_errors: Tensor, grad_curvature
         grad_unit = grad_unit + unit * (squares * norms).sum(-2, keepdim=True)
         grad_w2 = grad_w2 + w2 * (squares * lengths).sum(-1, keepdim=True)
     grad_hidden = grad_hidden + grad_active * slope
-    grad_k.copy_(_join(_unit_backward(grad_unit + w1.mT @ grad_hidden, raw, unit, eps), k))
-    grad_v.copy_(_join(-grad_error, v))
+    grad_k.copy_(from_chunks(unit_length_backward(grad_unit + w1.mT @ grad_hidden, raw, unit, eps), k))
+    grad_v.copy_(from_chunks(-grad_error, v))
     return torch.cat((grad_hidden @ unit.mT, grad_w2), dim=-2)
 
 
-def _read(q: Tensor, rows: Tensor) -> Tensor:
+def read_chunks(q: Tensor, rows: Tensor) -> Tensor:
     w1, w2 = rows.chunk(2, dim=-2)
     return q + w2.mT @ F.gelu(w1 @ q)
 
 
-def _surprise(k: Tensor, v: Tensor, rows: Tensor, lengths: Tensor | int,
+def surprise_chunks(k: Tensor, v: Tensor, rows: Tensor, lengths: Tensor | int,
               curvature: bool) -> tuple[Tensor, Tensor, Tensor]:
     w1, w2 = rows.chunk(2, dim=-2)
     active, slope = _gelu(w1 @ k)
@@ -97,12 +97,12 @@ def _gelu(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden * cumulative, cumulative + hidden * torch.exp(hidden.square() * -0.5) / math.sqrt(2 * math.pi)
 
 
-def _unit(z: Tensor, eps: float) -> Tensor:
+def unit_length(z: Tensor, eps: float) -> Tensor:
     """Return tokens of unit length over d, those shorter than ``eps`` divided by ``eps``; as they are if it is 0."""
     return z / z.square().sum(-2, keepdim=True).sqrt().clamp_min(eps) if eps else z
 
 
-def _unit_backward(grad: Tensor, z: Tensor, unit: Tensor, eps: float) -> Tensor:
+def unit_length_backward(grad: Tensor, z: Tensor, unit: Tensor, eps: float) -> Tensor:
     if not eps:
         return grad
     length = z.square().sum(-2, keepdim=True).sqrt()
@@ -110,7 +110,7 @@ def _unit_backward(grad: Tensor, z: Tensor, unit: Tensor, eps: float) -> Tensor:
     return (grad - unit * along) / length.clamp_min(eps)
 
 
-def _chunks(z: Tensor, memories: Tensor, chunk_size: int) -> Tensor:
+def to_chunks(z: Tensor, memories: Tensor, chunk_size: int) -> Tensor:
     """Return tokens (B, h, d, N) in chunks, (T, B·h, d, L), in the memories' dtype."""
     padding = memories.size(0) * chunk_size - z.size(3)
     z = z.flatten(0, 1).to(memories.dtype)
@@ -119,12 +119,12 @@ def _chunks(z: Tensor, memories: Tensor, chunk_size: int) -> Tensor:
     return z.unflatten(2, (memories.size(0), chunk_size)).movedim(2, 0)
 
 
-def _join(z: Tensor, like: Tensor) -> Tensor:
+def from_chunks(z: Tensor, like: Tensor) -> Tensor:
     """Return chunks (T, B·h, d, L) as tokens of the shape and dtype of ``like``, (B, h, d, N)."""
     return z.movedim(0, 2).flatten(2)[..., :like.size(3)].reshape(like.shape).to(like.dtype)
 
 
-def _lengths(tokens: Tensor, memories: Tensor, chunk_size: int) -> Tensor:
+def chunk_lengths(tokens: Tensor, memories: Tensor, chunk_size: int) -> Tensor:
     """Return how many tokens each chunk has, (T, 1, 1)."""
     starts = chunk_size * torch.arange(memories.size(0), device=tokens.device)[:, None, None]
     return (tokens.size(3) - starts).clamp(max=chunk_size).to(memories.dtype)
