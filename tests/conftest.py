@@ -6,6 +6,7 @@ C++ kernels are not compiled. As soon as one of the four packages is installed n
 
 Tests run in another order each time, and always with the same random numbers: a failure comes back in every order.
 """
+import importlib
 import importlib.util
 import io
 import os
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -120,6 +123,15 @@ def wheel(tmp_path_factory) -> Path:
                     ROOT], check=True, capture_output=True)
     path, = folder.glob('convneur_mm-*.whl')
     return path
+
+
+@pytest.fixture(scope='session')
+def script() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a script of tools/analysis, experiments or dev by its name; they see these folders first."""
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ('tools/analysis', 'experiments', 'dev'):
+            patch.syspath_prepend(str(ROOT / folder))
+        yield importlib.import_module
 
 
 @pytest.fixture

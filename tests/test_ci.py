@@ -27,9 +27,9 @@ def test_the_workflow_runs_what_ci_runs():
     workflow = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text())
     job = workflow['jobs']['tests']
     commands = [step['run'] for step in job['steps'] if 'run' in step]
-    assert commands[0] == '${{ matrix.tests }}' and 'tools/check_docs.py' in commands[1]
+    assert commands[0] == '${{ matrix.tests }}' and 'dev/check_docs.py' in commands[1]
     runs = job['strategy']['matrix']['include']
     assert [run['tests'] for run in runs].count('.ci/run') == 2
     script = ROOT / '.ci' / 'run'
     assert 'tools/run_tests.sh' in script.read_text() and os.access(script, os.X_OK)
-    assert (ROOT / 'tools' / 'check_docs.py').exists()
+    assert (ROOT / 'dev' / 'check_docs.py').exists()

@@ -23,7 +23,8 @@ def test_wheel_holds_configs_and_tools(wheel):
     assert 'convneur_mm/.mim/model-index.yml' in names
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'convneur_mm').rglob('*.py')}
     assert modules == {name for name in names if name.endswith('.py') and '/.mim/' not in name}
-    assert not any(name.startswith('tests') for name in names)
+    # What made the figures of the documentation, and what maintainers run, stay in the checkout.
+    assert not any(folder in name.split('/') for name in names for folder in ('tests', 'experiments', 'dev'))
 
 
 @pytest.mark.needs('kernels')
@@ -78,7 +79,8 @@ def test_unpacked_wheel_works_elsewhere(wheel, tmp_path):
 
 def test_tools_with_an_interpreter_can_be_called():
     """All files with a #! line, as the commands of README and docs call them by their path."""
-    files = [path for path in (ROOT / 'tools').rglob('*') if path.suffix in ('.py', '.sh')]
+    files = [path for folder in ('tools', 'experiments', 'dev') for path in (ROOT / folder).rglob('*')
+             if path.suffix in ('.py', '.sh')]
     called = [path for path in files if path.read_bytes().startswith(b'#!')]
     assert len(called) > 10
     assert [path for path in called if not os.access(path, os.X_OK)] == []

@@ -9,13 +9,13 @@ MODEL, OTHER = 'ConvNeur-m1', 'ResNet-50'
 
 
 @pytest.fixture
-def tool(analysis_tool):
-    return analysis_tool('benchmark')
+def tool(script):
+    return script('benchmark')
 
 
 @pytest.fixture
-def cases(analysis_tool):
-    return analysis_tool('_benchmark_cases')
+def cases(script):
+    return script('_benchmark_cases')
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ FORMS = {
 
 
 @pytest.fixture
-def tool(analysis_tool):
-    return analysis_tool('browse_dataset')
+def tool(script):
+    return script('browse_dataset')
 
 
 @pytest.fixture(scope='module')

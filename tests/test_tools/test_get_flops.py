@@ -9,8 +9,8 @@ SHAPES = 'cascade_rcnn_convneur_m1_shapes'
 
 
 @pytest.fixture
-def tool(analysis_tool):
-    return analysis_tool('get_flops')
+def tool(script):
+    return script('get_flops')
 
 
 def count(tool, tmp_path, *args):
@@ -103,15 +103,15 @@ def test_a_config_without_a_model_is_refused(tool, tmp_path):
         tool.main([str(path)])
 
 
-def test_a_model_without_heads_is_refused(analysis_tool):
-    flops = analysis_tool('_flops')
+def test_a_model_without_heads_is_refused(script):
+    flops = script('_flops')
     with pytest.raises(ValueError, match='expected a classifier, detector or segmentor.*got Linear'):
         flops.count_parts(torch.nn.Linear(2, 2), torch.zeros(1, 2))
 
 
-def test_one_stage_and_standard_roi_heads(analysis_tool):
+def test_one_stage_and_standard_roi_heads(script):
     """Single heads, where a cascade has lists of them."""
-    flops = analysis_tool('_flops')
+    flops = script('_flops')
 
     class Head(torch.nn.Conv2d):
 

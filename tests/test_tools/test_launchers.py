@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# tools/setup/ looks at the environment, with the standard library alone.
-TOOLS = sorted(path.relative_to(ROOT / 'tools') for path in (ROOT / 'tools').rglob('*.py')
-               if path.name[0] != '_' and path.parent.name != 'setup')
+TOOLS = sorted(path.relative_to(ROOT / 'tools') for path in (ROOT / 'tools').rglob('*.py') if path.name[0] != '_')
 # A tool that prints what it was called with, instead of doing anything.
 ECHO = """
 import json, os, sys

@@ -7,8 +7,8 @@ from matplotlib.image import imread
 
 
 @pytest.fixture
-def tool(analysis_tool):
-    return analysis_tool('plot_logs')
+def tool(script):
+    return script('plot_logs')
 
 
 @pytest.fixture

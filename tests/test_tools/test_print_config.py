@@ -8,8 +8,8 @@ NAME = 'convneur_m1_shapes'
 
 
 @pytest.fixture
-def tool(analysis_tool):
-    return analysis_tool('print_config')
+def tool(script):
+    return script('print_config')
 
 
 def test_overrides_and_settings_reach_what_is_printed(tool, tmp_path, capsys):

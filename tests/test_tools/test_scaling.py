@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def tool(analysis_tool):
-    return analysis_tool('scaling')
+def tool(script):
+    return script('scaling')
 
 
 def test_what_a_step_sends(tool):

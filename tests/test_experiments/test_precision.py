@@ -1,12 +1,12 @@
-"""tools/analysis/precision.py: both trainings are the same but for the precision."""
+"""experiments/precision.py: both trainings are the same but for the precision."""
 import math
 
 import pytest
 
 
 @pytest.fixture(scope='module')
-def tool(analysis_tool):
-    return analysis_tool('precision')
+def tool(script):
+    return script('precision')
 
 
 def test_table(tool, capsys, monkeypatch):

@@ -1,19 +1,15 @@
-"""tools/analysis/hidden_object.py: nothing in a closed frame tells a colour, and stopped trainings go on."""
+"""experiments/hidden_object.py: nothing in a closed frame tells a colour, and stopped trainings go on."""
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
-
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(script, monkeypatch):
     """The tool, its task made small: two iterations on little clips."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import hidden_object
+    hidden_object = script('hidden_object')
     monkeypatch.setattr(hidden_object, 'TASK', replace(
         hidden_object.TASK, iterations=2, batch=2, side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8))
     monkeypatch.setattr(hidden_object, 'LONG', 4)

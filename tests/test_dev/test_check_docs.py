@@ -1,4 +1,4 @@
-"""tools/check_docs.py: the pages fit the code, and what would not fit is found."""
+"""dev/check_docs.py: the pages fit the code, and what would not fit is found."""
 import importlib.util
 from pathlib import Path
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 
 @pytest.fixture(scope='module')
 def docs():
-    spec = importlib.util.spec_from_file_location('check_docs', ROOT / 'tools' / 'check_docs.py')
+    spec = importlib.util.spec_from_file_location('check_docs', ROOT / 'dev' / 'check_docs.py')
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(__import__('sys').modules, 'check_docs', module)
@@ -35,7 +35,7 @@ def test_all_pages(docs, monkeypatch, capsys):
 def page(docs, tmp_path, monkeypatch):
     """Errors of a page of this text, in a checkout that has the folders of this one."""
     (tmp_path / 'checkout').mkdir()
-    for name in ('tools', 'configs', 'convneur_mm', 'requirements'):
+    for name in ('tools', 'experiments', 'dev', 'configs', 'convneur_mm', 'requirements'):
         (tmp_path / 'checkout' / name).symlink_to(ROOT / name)
     monkeypatch.setattr(docs, 'ROOT', tmp_path / 'checkout')
 

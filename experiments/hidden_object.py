@@ -2,9 +2,9 @@
 r"""What a memory carried from frame to frame is good for: naming objects that earlier frames showed and this one hides.
 
     # all trainings, a minute each on one core; run it again to go on where it stopped
-    tools/analysis/hidden_object.py
+    experiments/hidden_object.py
     # from the files of the runs alone
-    tools/analysis/hidden_object.py --table --plot hidden_object.png
+    experiments/hidden_object.py --table --plot hidden_object.png
 
 Clips of six frames show four boxes with marks, which move at random. In the first three frames they are open and show
 one of four colours each; in the last three they are closed and grey. A model names the colour of each box in every
@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
+    sys.path += [tools, osp.join(tools, 'analysis')]
     from _environment import prepare
     prepare()
 

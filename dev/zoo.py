@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 r"""Writes the lists of models that others read: model-index.yml, configs/metafile.yml, the tables of README and docs.
 
-    tools/analysis/zoo.py            # writes them
-    tools/analysis/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
+    dev/zoo.py            # writes them
+    dev/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
 
 Parameters and FLOPs are counted as get_flops.py counts them. The paper's figures are those of get_flops.py,
 baseline_table.py and ablation_table.py, and are marked as the paper's wherever they appear.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
+    sys.path += [tools, osp.join(tools, 'analysis')]
     from _environment import prepare
     prepare()
 
@@ -32,7 +33,7 @@ from convneur_mm.paths import config_root
 
 ROOT = config_root().parent
 INDEX, METAFILE, DOCS, README = 'model-index.yml', 'configs/metafile.yml', 'docs/model_zoo.md', 'README.md'
-START, END = '<!-- written by tools/analysis/zoo.py -->', '<!-- end -->'
+START, END = '<!-- written by dev/zoo.py -->', '<!-- end -->'
 NOT_YET = 'not yet'
 
 # Results of our own trainings, in the order of the paper's, by config. None has been run.
@@ -114,7 +115,7 @@ def metafile(entries: Iterable[tuple[Model, Count]]) -> str:
         entry['Results'] = [*_results(model, model.paper_results, ' (paper)'),
                             *_results(model, REPRODUCED.get(model.config, ()))] or None
         listed.append(entry)
-    head = ('# Written by tools/analysis/zoo.py. Metrics marked (paper) are the paper\'s; there are no weights yet.\n'
+    head = ('# Written by dev/zoo.py. Metrics marked (paper) are the paper\'s; there are no weights yet.\n'
             '# FLOPs: multiply-accumulates at 224 x 224 (ImageNet), 800 x 1344 (COCO), 512 x 2048 (ADE20K).\n')
     return head + _yaml(dict(Collections=[collection], Models=listed))
 
@@ -197,7 +198,7 @@ def files(root: Path, counter: Callable[[str], Count]) -> dict[str, str]:
         ValueError: If a page is not there or has no place for the tables.
     """
     entries = [(model, counter(model.config)) for model in models()]
-    return {INDEX: '# Written by tools/analysis/zoo.py.\n' + _yaml(dict(Import=[METAFILE])),
+    return {INDEX: '# Written by dev/zoo.py.\n' + _yaml(dict(Import=[METAFILE])),
             METAFILE: metafile(entries),
             DOCS: between_marks(root / DOCS, tables(entries)), README: between_marks(root / README, summary(entries))}
 

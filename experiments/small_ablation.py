@@ -2,11 +2,11 @@
 r"""What each part of ConvNeur is good for, on generated tasks that train in a minute or two on one core.
 
     # everything, two trainings at a time; run it again to go on where it stopped
-    tools/analysis/small_ablation.py --jobs 2
+    experiments/small_ablation.py --jobs 2
     # does no memory get there with three times the budget?
-    tools/analysis/small_ablation.py --tasks legend --variants none --budget-factor 3
+    experiments/small_ablation.py --tasks legend --variants none --budget-factor 3
     # from the files of the runs alone
-    tools/analysis/small_ablation.py --table --plot ablation.png
+    experiments/small_ablation.py --table --plot ablation.png
 
 Tasks: recall (key and value, the global branch alone), legend (what a pattern means stands elsewhere in the picture,
 farther away than the local branch sees), shapes (one generated shape, told by its outline). Every run leaves a JSON
@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
+    sys.path += [tools, osp.join(tools, 'analysis')]
     from _environment import prepare
     prepare()
 

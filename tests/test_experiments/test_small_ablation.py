@@ -1,32 +1,20 @@
-"""tools/analysis/small_ablation.py: its tasks say what they mean to, and a stopped ablation goes on where it was."""
+"""experiments/small_ablation.py: its tasks say what they mean to, and a stopped ablation goes on where it was."""
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
 
-
-@pytest.fixture(scope='module', autouse=True)
-def tools():
-    """Scripts see their own folder first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield
+@pytest.fixture
+def tasks(script):
+    return script('_small_tasks')
 
 
 @pytest.fixture
-def tasks(tools):
-    import _small_tasks
-    return _small_tasks
-
-
-@pytest.fixture
-def ablation(tools, monkeypatch):
+def ablation(script, monkeypatch):
     """The tool, its tasks made small: two iterations each at budget factor 1."""
-    import small_ablation
+    small_ablation = script('small_ablation')
     shrunk = dict(
         recall=dict(iterations=2, batch=2, side=4, channels=16, chunk_size=4),
         legend=dict(iterations=2, batch=2, channels=16, mem_channels=16),

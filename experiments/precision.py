@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains a small model of each task in float32 and in bfloat16, and compares their losses.
 
-    tools/analysis/precision.py
-    tools/analysis/precision.py --tasks segmentation --iterations 500 --seeds 3
+    experiments/precision.py
+    experiments/precision.py --tasks segmentation --iterations 500 --seeds 3
 
 Both begin with the same weights and see the same pictures in the same order: generated shapes of 64 x 64, by the
 shipped config for them with a backbone, neck and heads of a few channels. bfloat16 is what --amp bf16 makes of a
@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
+    sys.path += [tools, osp.join(tools, 'analysis')]
     from _environment import prepare
     prepare()
     from _known_warnings import hide

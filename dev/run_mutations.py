@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Changes the package in one place at a time, and lists the changes that no test notices.
 
-    tools/run_mutations.py                                     ops, models, engine, checks of data and of the stack
-    tools/run_mutations.py convneur_mm/stack.py                one file, or a folder
-    tools/run_mutations.py --survivors convneur_mm/stack.py    after new tests: what survived, again
-    tools/run_mutations.py --sample 300                        of all changes 300, drawn at random
+    dev/run_mutations.py                                     ops, models, engine, checks of data and of the stack
+    dev/run_mutations.py convneur_mm/stack.py                one file, or a folder
+    dev/run_mutations.py --survivors convneur_mm/stack.py    after new tests: what survived, again
+    dev/run_mutations.py --sample 300                        of all changes 300, drawn at random
 
 Needs requirements/mutation.txt. The changes (mutants) are cosmic-ray's, and so is the file that keeps the results: an
 interrupted run goes on where it was. tests/README.md says which changes are made, and which tests are run.
@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == '__main__':
+    sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
     from _environment import prepare
     prepare()
 
@@ -74,8 +75,8 @@ MORE_TESTS = {
 SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmdet.datasets',
                 'mmdet.evaluation', 'mmseg.models', 'mmseg.datasets', 'mmseg.evaluation', 'mmpretrain.models',
                 'mmpretrain.datasets', 'mmpretrain.evaluation', 'timm', 'hypothesis.extra.numpy', 'PIL.Image')
-COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'docs', 'requirements', 'setup.py', 'pyproject.toml', 'README.md',
-          'LICENSE', 'model-index.yml')
+COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'experiments', 'dev', 'docs', 'requirements', 'setup.py',
+          'pyproject.toml', 'README.md', 'LICENSE', 'model-index.yml')
 # Plain asserts, as nobody reads what they compared, and rewriting them takes half of a short run.
 PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:randomly',
                   '-p', 'no:xdist')

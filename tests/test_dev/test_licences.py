@@ -1,4 +1,4 @@
-"""tools/setup/licences.py: the table is that of this environment, and what differs is said."""
+"""dev/licences.py: the table is that of this environment, and what differs is said."""
 import runpy
 import sys
 from importlib import metadata
@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / 'tools' / 'setup' / 'licences.py'
+TOOL = ROOT / 'dev' / 'licences.py'
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def tool():
 def run(monkeypatch, page, *args):
     """The exit status of the tool, on another page."""
     monkeypatch.setattr(sys, 'argv', [str(TOOL), *args])
-    monkeypatch.setattr(Path, 'resolve', lambda self: page.parents[1] / 'tools' / 'setup' / 'licences.py')
+    monkeypatch.setattr(Path, 'resolve', lambda self: page.parents[1] / 'dev' / 'licences.py')
     try:
         runpy.run_path(str(TOOL), run_name='__main__')
     except SystemExit as stopped:

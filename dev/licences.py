@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The licences of all packages that this environment has for the project, as a table in docs/dependencies.md.
 
-    tools/setup/licences.py            # writes the table
-    tools/setup/licences.py --check    # says what differs, and exits with 1 if anything does
+    dev/licences.py            # writes the table
+    dev/licences.py --check    # says what differs, and exits with 1 if anything does
 
 What counts are the requirements of the primary stack and of its tests, and all that those need in turn. A licence is
 what the package says in its metadata.
@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'dependencies.md'
 BEGIN, END = '<!-- licences: begin -->\n', '<!-- licences: end -->\n'
 SETS = {'use': ('primary.txt',), 'tests and documentation': ('tests_all.txt', 'build.txt')}

@@ -1,4 +1,4 @@
-"""tools/analysis/zoo.py: the lists of models are up to date, complete, and read by those they are for."""
+"""dev/zoo.py: the lists of models are up to date, complete, and read by those they are for."""
 import shutil
 from pathlib import Path
 
@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
-def tool(analysis_tool):
-    return analysis_tool('zoo')
+def tool(script):
+    return script('zoo')
 
 
 @pytest.fixture(scope='module')

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How far gradients of a memory of many chunks scatter at initialisation, by rule and setting.
 
-    tools/analysis/gradient_tails.py
-    tools/analysis/gradient_tails.py --settings 196/1 num_chunks=16 --rules sequential,previous --samples 100
+    experiments/gradient_tails.py
+    experiments/gradient_tails.py --settings 196/1 num_chunks=16 --rules sequential,previous --samples 100
 
 A sample is a picture of generated shapes of 448 x 588, weights drawn anew, and the gradient of a per-pixel cross-
 entropy behind a random linear head. The model is stage 1 of ConvNeur-m1, of 16,464 tokens: 84 chunks of 196. All
@@ -21,7 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
+    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
+    sys.path += [tools, osp.join(tools, 'analysis')]
     from _environment import prepare
     prepare()
 

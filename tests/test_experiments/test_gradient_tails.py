@@ -1,13 +1,13 @@
-"""tools/analysis/gradient_tails.py: the same samples for all settings, and statistics of known distributions."""
+"""experiments/gradient_tails.py: the same samples for all settings, and statistics of known distributions."""
 import numpy as np
 import pytest
 import torch
 
 
 @pytest.fixture
-def tool(analysis_tool, monkeypatch):
+def tool(script, monkeypatch):
     """The tool, its picture 64 x 64: 256 tokens, of which chunks of 196 leave a second, shorter one."""
-    tool = analysis_tool('gradient_tails')
+    tool = script('gradient_tails')
     monkeypatch.setattr(tool, 'ARCH', dict(depths=[1], channels=[8], mem_channels=16))
     monkeypatch.setattr(tool, 'HEIGHT', 64)
     monkeypatch.setattr(tool, 'WIDTH', 64)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 r"""Checks the commands, snippets and paths in README.md, CONTRIBUTING.md, tests/README.md and docs/.
 
-    tools/check_docs.py                       # all pages; or the names of some
-    tools/check_docs.py --run                 # runs the commands too, on data and weights made for it: ten minutes
-    tools/check_docs.py --site site           # builds the site into a folder, with warnings as errors
+    dev/check_docs.py                       # all pages; or the names of some
+    dev/check_docs.py --run                 # runs the commands too, on data and weights made for it: ten minutes
+    dev/check_docs.py --site site           # builds the site into a folder, with warnings as errors
 
 Commands are lines of ``bash`` blocks, and those in ``yaml`` ones: their tools, configs, files and options must be
 there. Configs in ``python`` blocks are read and their models built, other snippets are run in an empty folder, on
@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 
 if __name__ == '__main__':
+    sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
     from _environment import prepare
     prepare()
 
@@ -39,6 +40,7 @@ TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.
                     'tools/dist_test.sh': 'tools/test.py', 'tools/slurm_test.sh': 'tools/test.py',
                     'tools/quickstart.sh': 'tools/quickstart.py'}
 # Where options of several tools are defined, by the name that such a tool imports.
+FOLDERS = ('tools/', 'experiments/', 'dev/')  # of programs that pages may call by their path
 SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
                   '_benchmark': 'tools/analysis/_benchmark.py'}
 OTHER_PROGRAMS = ('pip', 'pip-audit', 'uv', 'docker', 'test', '.venv/bin/python', '.venv/bin/pre-commit')
@@ -67,17 +69,17 @@ NOT_RUN = {
     'tools/publish_model.py': 'needs a training; tests/test_tools/test_publish_model.py publishes one',
     'tools/test.py NAME': 'needs what is published; tests/test_tools/test_publish_model.py tests it',
     'tools/infer.py NAME': 'needs what is published; tests/test_tools/test_publish_model.py loads it',
-    'tools/run_mutations.py': 'takes hours',
+    'dev/run_mutations.py': 'takes hours',
     'tools/demo.py': 'serves until it is stopped; tests/test_tools/test_demo.py opens the page',
-    'tools/analysis/small_ablation.py': 'takes hours, or reads what took hours',
-    'tools/analysis/hidden_object.py': 'takes hours, or reads what took hours',
+    'experiments/small_ablation.py': 'takes hours, or reads what took hours',
+    'experiments/hidden_object.py': 'takes hours, or reads what took hours',
     'tools/analysis/check_gpu.py': 'needs a GPU; tests/test_tools/test_check_gpu.py runs it in the interpreter',
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }
 # Appended by --run, so that minutes are enough.
 SHORTER = {'tools/analysis/scaling.py configs/convneur_m1_shapes.py --measure': ('--repeats', '1'),
-           'tools/analysis/precision.py': ('--iterations', '2', '--window', '1'),
-           'tools/analysis/gradient_tails.py': ('--samples', '2'), 'tools/train_custom.py': ('--epochs', '1'),
+           'experiments/precision.py': ('--iterations', '2', '--window', '1'),
+           'experiments/gradient_tails.py': ('--samples', '2'), 'tools/train_custom.py': ('--epochs', '1'),
            'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
            'tools/infer.py CONFIG CHECKPOINT street.mp4': ('--device', 'cpu'), 'convneur-mm infer': ('--device', 'cpu')}
 CONFIG = 'semantic_fpn_convneur_m1_shapes'  # what the word CONFIG stands for
@@ -186,17 +188,17 @@ def check_command(block: Block, command: str) -> None:
         if arguments[0] not in tools:
             raise block.error(f'convneur-mm has no command {arguments[0]!r}')
         program = 'tools/' + tools[arguments[0]].relative_to(config_root().parent / 'tools').as_posix()
-    elif program.startswith('tools/'):
+    elif program.startswith(FOLDERS):
         if not os.access(ROOT / program, os.X_OK):
             raise block.error(f'{program} is not there, or cannot be executed')
     elif program not in OTHER_PROGRAMS:
         raise block.error(f'nothing is known of the program {program}')
     for word in arguments:
         option, _, value = word.partition('=')
-        path = re.match(r'(configs|tools|requirements|docker|docs|tests)/[^=:]+$', word)
+        path = re.match(r'(configs|tools|experiments|dev|requirements|docker|docs|tests)/[^=:]+$', word)
         if path and not (ROOT / word).exists():
             raise block.error(f'{word} is not there')
-        if option.startswith('--') and program.startswith('tools/') and program != 'tools/run_tests.sh':
+        if option.startswith('--') and program.startswith(FOLDERS) and program != 'tools/run_tests.sh':
             source = TAKES_OPTIONS_OF.get(program, program)
             if option not in options_of(source) | {'--help'}:
                 raise block.error(f'{source} has no option {option}')
@@ -209,7 +211,8 @@ def check_paths(page: str) -> None:
         DocsError: If one is not there.
     """
     text = (ROOT / page).read_text(encoding='utf-8')
-    named = re.findall(r'`((?:tools|configs|docs|tests|convneur_mm|requirements|docker)/[\w./-]*\w)[` ]', text)
+    folders = 'tools|experiments|dev|configs|docs|tests|convneur_mm|requirements|docker'
+    named = re.findall(rf'`((?:{folders})/[\w./-]*\w)[` ]', text)
     named = [name for name in named if not re.search(r'[_/][XY]\b', name)]  # which stand for any
     linked = [link for link in re.findall(r'\]\(([^)#\s]+)', text) if '://' not in link]
     for name, base in [*((name, ROOT) for name in named), *((link, (ROOT / page).parent) for link in linked)]:
