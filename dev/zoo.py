@@ -28,7 +28,7 @@ import torch
 import yaml
 from _flops import Count
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.paths import config_root
 
 ROOT = config_root().parent

@@ -35,7 +35,7 @@ from _small_tasks import IGNORED, LEGEND_COLOURS, PIXEL_MEAN, PIXEL_STD, Task, a
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 
 CLOSED = 0.5  # grey of a closed box's front

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine.launch import find_config, read_config
-from convneur_mm.engine.quiet_console import build_runner
+from convneur_mm.engine.runner.quiet_console import build_runner
 
 IMAGE_SIZE, BATCH = 64, 4
 CHANNELS, WIDTH = [16, 24, 32, 48], 16

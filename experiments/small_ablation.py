@@ -38,7 +38,7 @@ import torch
 from _small_tasks import Legend, Recall, Shapes, Task, train
 from mmengine.logging import MMLogger
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 
 TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}
 # Options of the backbone, and the side of the tiles in which the memory takes the tokens, if not row by row.

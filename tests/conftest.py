@@ -28,7 +28,7 @@ import torch
 from hypothesis import settings
 from managers import runs_of_before
 
-from convneur_mm.engine.written_config import lay_out_once
+from convneur_mm.engine.runner.written_config import lay_out_once
 from convneur_mm.ops.neural_memory import cpu
 
 ROOT = Path(__file__).parents[1]

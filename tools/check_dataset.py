@@ -18,7 +18,7 @@ if __name__ == '__main__':
     prepare()
 
 from convneur_mm.datasets.check import Report, check_ade20k, check_coco, check_imagenet
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

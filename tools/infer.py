@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from convneur_mm.apis import ImageError, init_model, iter_inference
 from convneur_mm.apis.results import Painter, open_results
 from convneur_mm.engine import launch
-from convneur_mm.engine.interrupts import Interrupted
+from convneur_mm.engine.runner.interrupts import Interrupted
 from convneur_mm.models.stream import stream
 from convneur_mm.stack import require
 

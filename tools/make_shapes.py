@@ -24,7 +24,7 @@ import numpy as np
 from convneur_mm.datasets import SHAPE_CLASSES, make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.datasets.shapes import SPLITS
 from convneur_mm.datasets.shapes_formats import ADE20K_SPLITS
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 
 MAKERS = {'coco': make_shapes_coco, 'ade20k': make_shapes_ade20k, 'imagenet': make_shapes_imagenet}
 

@@ -38,10 +38,10 @@ from torch import Tensor
 
 from convneur_mm.apis import init_model
 from convneur_mm.apis.model import config_meta
-from convneur_mm.engine.checkpoint import check_all_match, checkpoint_weights, compare_weights, read_checkpoint
+from convneur_mm.engine.files.checkpoint import check_all_match, checkpoint_weights, compare_weights, read_checkpoint
+from convneur_mm.engine.files.weights_file import CheckpointError, weights_of
 from convneur_mm.engine.launch import find_config
-from convneur_mm.engine.weights_file import CheckpointError, weights_of
-from convneur_mm.engine.written_config import model_differences, started_from, written_settings
+from convneur_mm.engine.runner.written_config import model_differences, started_from, written_settings
 
 # Of a checkpoint's meta, beside config and classes: how far it was trained, and what the converter says of a source.
 KEPT = ('epoch', 'iter', 'seed', 'mmengine_version', 'source', 'version', 'layout', 'arch', 'licence')

@@ -20,8 +20,8 @@ if __name__ == '__main__':
 from mmengine.evaluator import DumpResults
 
 from convneur_mm.engine import launch, safe_loading
-from convneur_mm.engine.interrupts import report_on_interrupt
-from convneur_mm.engine.quiet_console import build_runner
+from convneur_mm.engine.runner.interrupts import report_on_interrupt
+from convneur_mm.engine.runner.quiet_console import build_runner
 
 
 def parse_args() -> argparse.Namespace:

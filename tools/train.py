@@ -17,9 +17,9 @@ if __name__ == '__main__':
     hide()
 
 from convneur_mm.engine import launch, safe_loading
-from convneur_mm.engine.interrupts import report_on_interrupt
-from convneur_mm.engine.quiet_console import build_runner
-from convneur_mm.engine.resume import check_same_checkpoint, checkpoint_after_restart, latest_checkpoint
+from convneur_mm.engine.files.resume import check_same_checkpoint, checkpoint_after_restart, latest_checkpoint
+from convneur_mm.engine.runner.interrupts import report_on_interrupt
+from convneur_mm.engine.runner.quiet_console import build_runner
 from convneur_mm.stack import uses_compiled_mmcv
 
 

@@ -33,9 +33,9 @@ from convnext_to_convneur import LICENCES, convert
 
 from convneur_mm.datasets.own_data import FaultyDataError, OwnData, prepare
 from convneur_mm.datasets.own_data_fit import STRIDES, fit_anchors, fit_epochs, fit_image_size
-from convneur_mm.engine.checkpoint import checkpoint_weights, read_checkpoint
-from convneur_mm.engine.errors import LaunchError, one_line_errors
-from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError
+from convneur_mm.engine.files.checkpoint import checkpoint_weights, read_checkpoint
+from convneur_mm.engine.files.errors import LaunchError, one_line_errors
+from convneur_mm.engine.files.weights_file import CheckpointError, CheckpointNotFoundError
 from convneur_mm.models import ConvNeur
 from convneur_mm.stack import require
 

@@ -13,19 +13,19 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 
-from ..engine.checkpoint import (
+from ..engine.checks.file_checks import data_sets
+from ..engine.files.checkpoint import (
     check_all_match,
     check_some_match,
     checkpoint_weights,
     compare_weights,
     read_checkpoint,
 )
-from ..engine.errors import LaunchError
-from ..engine.file_checks import data_sets
+from ..engine.files.errors import LaunchError
+from ..engine.files.safe_files import safe_loading
+from ..engine.files.weights_file import weights_of
 from ..engine.launch import SCOPES, find_config, read_config, why_no_gpu, without_sync_bn
-from ..engine.safe_files import safe_loading
 from ..engine.settings import apply_settings
-from ..engine.weights_file import weights_of
 from ..stack import StackError, check_cuda_operators, require
 
 

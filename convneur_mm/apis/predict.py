@@ -16,9 +16,9 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.structures import BaseDataElement
 
 from ..datasets.check.images import too_large
-from ..engine.data_files import DataError, NamingPipeline
-from ..engine.errors import LaunchError
-from ..engine.file_checks import data_sets
+from ..engine.checks.data_files import DataError, NamingPipeline
+from ..engine.checks.file_checks import data_sets
+from ..engine.files.errors import LaunchError
 
 Image = str | os.PathLike | np.ndarray
 

@@ -8,7 +8,7 @@ import numpy as np
 from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 
-from ..engine.errors import LaunchError
+from ..engine.files.errors import LaunchError
 from ..stack import require
 
 # Of a data sample, by the package it is of.

@@ -1,13 +1,15 @@
-from .hooks import CheckpointKeysHook, ClassNamesHook, DrawPredictionsHook, SaveThenDeleteHook
-from .label_range import LabelRangeHook
-from .loops import ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop
-from .memory_log import MemoryLogHook
-from .non_finite import NonFiniteLossHook
-from .optim import BFloat16OptimWrapper, GroupingConstructor
-from .safe_files import safe_loading
+"""What the tools' runs need: files, checks, runner, hooks and launch, of which each imports only those before it."""
+from .files.safe_files import safe_loading
+from .hooks.checkpoints import CheckpointKeysHook, ClassNamesHook, SaveThenDeleteHook
+from .hooks.drawing import DrawPredictionsHook
+from .hooks.label_range import LabelRangeHook
+from .hooks.memory_log import MemoryLogHook
+from .hooks.non_finite import NonFiniteLossHook
+from .hooks.sigterm import SaveAtSigtermHook
+from .hooks.start_summary import StartSummaryHook
+from .runner.loops import ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop
+from .runner.optim import BFloat16OptimWrapper, GroupingConstructor
 from .settings import SettingsHook, SettingsRunner, apply_settings
-from .sigterm import SaveAtSigtermHook
-from .start_summary import StartSummaryHook
 
 __all__ = [
     'BFloat16OptimWrapper', 'CheckpointKeysHook', 'ClassNamesHook', 'DrawPredictionsHook', 'GroupingConstructor',

@@ -20,14 +20,14 @@ from mmengine.config import Config, DictAction
 
 from ..paths import config_root
 from ..stack import StackError, check_cuda_operators, require
-from .checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
-from .class_checks import check_classes
-from .errors import LaunchError, shows_tracebacks
-from .file_checks import check_data_files, check_no_pickled_data
-from .interrupts import Interrupted, exit_without_finalizing, leave, raised_signals
-from .loops import RESUMABLE_LOOPS
+from .checks.class_checks import check_classes
+from .checks.file_checks import check_data_files, check_no_pickled_data
+from .files.checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
+from .files.errors import LaunchError, shows_tracebacks
+from .files.weights_file import CheckpointError, CheckpointNotFoundError
+from .runner.interrupts import Interrupted, exit_without_finalizing, leave, raised_signals
+from .runner.loops import RESUMABLE_LOOPS
 from .settings import apply_settings
-from .weights_file import CheckpointError, CheckpointNotFoundError
 
 # Blanks of a value that are not beside a comma or at a bracket's inner side, where they only set things apart.
 BLANKS_WITHIN = re.compile(r'(?<=[^\s,(\[]) +(?=[^\s,)\]])')

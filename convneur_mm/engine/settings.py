@@ -35,8 +35,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
-from .errors import LaunchError
-from .file_checks import data_sets
+from .checks.file_checks import data_sets
+from .files.errors import LaunchError
 
 Settings = Mapping[str, object]
 

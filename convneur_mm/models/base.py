@@ -68,7 +68,7 @@ class Backbone(BaseModule):
             return
         checkpoint = self.pretrained.get('checkpoint')
         if checkpoint:
-            from ..engine.checkpoint import load_pretrained  # of MMEngine, which building a model does without
+            from ..engine.files.checkpoint import load_pretrained  # of MMEngine, which building a model does without
             load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
         else:
             MMLogger.get_current_instance().warning(

@@ -12,11 +12,11 @@ from mmengine.registry import DefaultScope
 from tiny_models import CONFIGS, TINY
 
 from convneur_mm.apis import init_model
-from convneur_mm.engine.class_checks import check_classes
-from convneur_mm.engine.data_files import check_samples
-from convneur_mm.engine.file_checks import check_data_files
+from convneur_mm.engine.checks.class_checks import check_classes
+from convneur_mm.engine.checks.data_files import check_samples
+from convneur_mm.engine.checks.file_checks import check_data_files
 from convneur_mm.engine.launch import find_config, read_config
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 
 HANDLED = None
 

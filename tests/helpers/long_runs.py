@@ -25,7 +25,7 @@ import convneur_mm
 from convneur_mm.apis import iter_inference
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine.launch import read_config, use_resumable_loop
-from convneur_mm.engine.quiet_console import build_runner
+from convneur_mm.engine.runner.quiet_console import build_runner
 
 MAKERS = dict(detector=make_shapes_coco, segmentor=make_shapes_ade20k, classifier=make_shapes_imagenet)
 # In place of the config's size; a batch of a classifier is of one size, and its sizes change in the inference alone.

@@ -29,8 +29,8 @@ from torch import nn
 import convneur_mm
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine import launch, safe_loading
-from convneur_mm.engine.model_wrappers import unwrapped
-from convneur_mm.engine.quiet_console import build_runner
+from convneur_mm.engine.runner.model_wrappers import unwrapped
+from convneur_mm.engine.runner.quiet_console import build_runner
 
 sys.path.append(str(Path(__file__).parents[2] / 'tools'))
 import train

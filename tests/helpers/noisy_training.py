@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from convneur_mm.engine import safe_loading
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 
 LOADED = []
 

@@ -16,10 +16,10 @@ from many_processes import TASKS, prepare, run
 from tiny_models import TINY
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-import convneur_mm.engine.sharding  # noqa: F401
+import convneur_mm.engine.runner.fsdp  # noqa: F401
 from convneur_mm.apis import init_model
 from convneur_mm.engine import launch, safe_loading
-from convneur_mm.engine.quiet_console import build_runner
+from convneur_mm.engine.runner.quiet_console import build_runner
 
 # As docs/scaling.md has it.
 SHARDED = dict(runner_type='FlexibleRunner', strategy=dict(type='BlockFSDPStrategy'))

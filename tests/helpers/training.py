@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, TINY
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
 from convneur_mm.engine.launch import find_config, read_config
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 
 MAKERS = dict(detector=make_shapes_coco, segmentor=make_shapes_ade20k, classifier=make_shapes_imagenet)
 UNITS = dict(detector='epochs', segmentor='iters', classifier='epochs')

@@ -13,8 +13,8 @@ from tiny_models import CHANNELS, CLASSES, CONFIGS, TINY, save_weights, tiny_mod
 import convneur_mm
 from convneur_mm.apis import init_model
 from convneur_mm.apis import model as module
-from convneur_mm.engine.errors import LaunchError
-from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
+from convneur_mm.engine.files.errors import LaunchError
+from convneur_mm.engine.files.weights_file import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 TASKS = tuple(CONFIGS)

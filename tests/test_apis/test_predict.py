@@ -11,8 +11,8 @@ from tiny_models import CONFIGS, save_weights, separated, tiny_model
 
 from convneur_mm.apis import ImageError, inference, iter_inference
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
-from convneur_mm.engine.errors import LaunchError
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.files.errors import LaunchError
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 TASKS = tuple(CONFIGS)

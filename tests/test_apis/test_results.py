@@ -10,7 +10,7 @@ import torch
 from mmengine.structures import InstanceData, PixelData
 
 from convneur_mm.apis.results import Classifications, Detections, LabelMaps, Painter, open_results
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.files.errors import LaunchError
 from convneur_mm.stack import require
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')

@@ -10,7 +10,7 @@ from mmengine.runner import set_random_seed
 
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_imagenet
 from convneur_mm.engine.launch import LaunchError
-from convneur_mm.engine.model_wrappers import unwrapped
+from convneur_mm.engine.runner.model_wrappers import unwrapped
 
 TEST = Path(__file__).parents[2] / 'tools' / 'test.py'
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import convneur_mm
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,6 @@ from warm_python import warm_python
 import convneur_mm
 from convneur_mm.datasets import make_shapes_coco
 from convneur_mm.engine import launch
-from convneur_mm.engine.interrupts import Interrupted
 from convneur_mm.engine.launch import (
     LaunchError,
     OverridesAction,
@@ -40,6 +39,7 @@ from convneur_mm.engine.launch import (
     why_no_gpu,
     without_sync_bn,
 )
+from convneur_mm.engine.runner.interrupts import Interrupted
 from convneur_mm.stack import StackError
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_the_process_group_is_left_in_the_end(tmp_path):
 LATE_THREADS = """
 import os, torch
 from convneur_mm.engine import launch
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.files.errors import LaunchError
 
 class Runner:
     def __init__(self):

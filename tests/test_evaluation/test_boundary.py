@@ -17,7 +17,7 @@ from PIL import Image
 
 import convneur_mm
 from convneur_mm.datasets import SHAPE_CLASSES, make_shapes_ade20k
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 from convneur_mm.stack import StackError
 
 pytestmark = pytest.mark.needs('mmseg')

@@ -14,7 +14,7 @@ from mmengine.structures import InstanceData
 
 import convneur_mm
 from convneur_mm.datasets import make_shapes_coco
-from convneur_mm.engine.quiet_console import QuietRunner
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 from convneur_mm.stack import StackError
 
 pytestmark = pytest.mark.needs('mmdet', 'faster_coco_eval')

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from convneur_mm.datasets import make_shapes_coco
 from convneur_mm.datasets.check import check_coco
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.files.errors import LaunchError
 
 pytestmark = pytest.mark.needs('mmdet')
 SIZE = 64

@@ -15,11 +15,11 @@ from safetensors import torch as safetensors
 from tiny_models import separated
 
 from convneur_mm.engine import safe_loading
-from convneur_mm.engine.checkpoint import load_pretrained, read_checkpoint
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.files.checkpoint import load_pretrained, read_checkpoint
+from convneur_mm.engine.files.errors import LaunchError
+from convneur_mm.engine.files.resume import latest_checkpoint
+from convneur_mm.engine.files.weights_file import CheckpointError
 from convneur_mm.engine.launch import readable_checkpoint
-from convneur_mm.engine.resume import latest_checkpoint
-from convneur_mm.engine.weights_file import CheckpointError
 
 pytestmark = pytest.mark.needs('mmpretrain')
 

@@ -8,7 +8,7 @@ from hostile import HANDLED, Row, config, ids, training_data
 from convneur_mm.datasets import make_shapes_imagenet
 from convneur_mm.datasets.check import check_imagenet
 from convneur_mm.datasets.own_data import FaultyDataError, OwnDataError, prepare
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.files.errors import LaunchError
 
 pytestmark = pytest.mark.needs('mmpretrain')
 

@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, TINY
 
 from convneur_mm.apis import init_model
 from convneur_mm.datasets import make_shapes_coco
-from convneur_mm.engine.errors import LaunchError
+from convneur_mm.engine.files.errors import LaunchError
 from convneur_mm.engine.launch import find_config
 from convneur_mm.engine.settings import apply_settings
 

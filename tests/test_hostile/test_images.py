@@ -19,7 +19,7 @@ from tiny_models import separated
 from convneur_mm.apis import ImageError, inference, iter_inference
 from convneur_mm.datasets.check import check_imagenet
 from convneur_mm.datasets.check.images import decode_image
-from convneur_mm.engine.data_files import DataError, NamingPipeline
+from convneur_mm.engine.checks.data_files import DataError, NamingPipeline
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
 

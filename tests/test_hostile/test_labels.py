@@ -11,8 +11,8 @@ from PIL import Image
 
 from convneur_mm.datasets import make_shapes_ade20k
 from convneur_mm.datasets.check import check_ade20k
-from convneur_mm.engine.data_files import DataError
-from convneur_mm.engine.label_range import Allowed
+from convneur_mm.engine.checks.data_files import DataError
+from convneur_mm.engine.hooks.label_range import Allowed
 
 pytestmark = pytest.mark.needs('mmseg')
 SIZE, CLASSES = 64, 7

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convneur_mm import config
-from convneur_mm.engine.checkpoint import read_checkpoint
+from convneur_mm.engine.files.checkpoint import read_checkpoint
 from convneur_mm.models import ConvNeur
 
 pytestmark = pytest.mark.needs('timm', 'mmpretrain')

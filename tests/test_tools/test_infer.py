@@ -14,7 +14,7 @@ from mmengine.logging import MMLogger
 from tiny_models import CLASSES, CONFIGS, save_weights, separated, tiny_model
 
 from convneur_mm.apis import inference
-from convneur_mm.engine.interrupts import Interrupted
+from convneur_mm.engine.runner.interrupts import Interrupted
 from convneur_mm.models.stream import stream
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')

@@ -18,9 +18,9 @@ from training import train_tiny
 
 from convneur_mm.apis import init_model
 from convneur_mm.engine import safe_loading
-from convneur_mm.engine.checkpoint import checkpoint_weights, load_pretrained
-from convneur_mm.engine.quiet_console import QuietRunner
-from convneur_mm.engine.weights_file import CheckpointError
+from convneur_mm.engine.files.checkpoint import checkpoint_weights, load_pretrained
+from convneur_mm.engine.files.weights_file import CheckpointError
+from convneur_mm.engine.runner.quiet_console import QuietRunner
 from convneur_mm.models import ConvNeur
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')

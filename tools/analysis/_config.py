@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mmengine.config import Config
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.launch import OverridesAction, find_config, read_config
 
 

@@ -27,7 +27,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from convneur_mm import config
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branches.self_attention import MultiHeadAttention
 

@@ -37,7 +37,7 @@ import _benchmark_cases as cases
 import torch
 from _flops import Count, count_flops, count_parameters, count_parts
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 
 COUNT, ENGINES = 'count', ('eager', 'compiled')
 WARMUP = 2  # the second training step is the first with the optimizer's state

@@ -27,7 +27,7 @@ from _benchmark import MODES, MissingPeer, Progress
 from _flops import count_flops, count_parameters
 from torch import Tensor, nn
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branch import GlobalBranch
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES

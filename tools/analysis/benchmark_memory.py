@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from _benchmark import MODES, Measurement, MissingPeer
 from torch import Tensor, nn
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES, written_tokens
 

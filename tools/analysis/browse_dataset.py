@@ -25,7 +25,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
 from mmengine.runner import set_random_seed
 
-from convneur_mm.engine.file_checks import check_data_files
+from convneur_mm.engine.checks.file_checks import check_data_files
 
 VISUALIZER_TYPES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
 Sample = dict[str, object]

@@ -25,7 +25,7 @@ import _benchmark as bench
 import torch
 from torch import Tensor
 
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import triton
 

@@ -41,7 +41,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from convneur_mm.apis import init_model
-from convneur_mm.engine.errors import one_line_errors
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.launch import OverridesAction
 from convneur_mm.models import NeuralMemory
 

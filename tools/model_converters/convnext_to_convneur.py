@@ -26,9 +26,9 @@ import torch
 from mmengine.model import initialize
 from torch import Tensor
 
-from convneur_mm.engine.checkpoint import checkpoint_weights, read_checkpoint
-from convneur_mm.engine.errors import one_line_errors
-from convneur_mm.engine.weights_file import CheckpointError, CheckpointNotFoundError
+from convneur_mm.engine.files.checkpoint import checkpoint_weights, read_checkpoint
+from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.engine.files.weights_file import CheckpointError, CheckpointNotFoundError
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branch import GlobalBranch
 

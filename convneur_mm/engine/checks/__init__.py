@@ -1,0 +1,1 @@
+"""What is checked of configs and data before a run."""

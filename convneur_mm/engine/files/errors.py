@@ -1,0 +1,34 @@
+"""Errors that end a command with one line instead of a traceback."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ...stack import StackError
+
+
+class LaunchError(ValueError):
+    """Something the user gave cannot work; the message is one line that names it, the reason and the remedy."""
+
+
+def shows_tracebacks() -> bool:
+    """Return whether the environment variable CONVNEUR_DEBUG asks for tracebacks of all errors."""
+    return os.environ.get('CONVNEUR_DEBUG', '0') not in ('', '0')
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line and exit code 2 if a ValueError, an OSError or a StackError is raised within this.
+
+    These are what a user can set right, but a fault of ours may be among them: with CONVNEUR_DEBUG=1 in the environment
+    the error passes, so that its traceback is seen.
+    """
+    try:
+        yield
+    except (ValueError, OSError, StackError) as error:
+        if shows_tracebacks():
+            raise
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
+        sys.exit(2)

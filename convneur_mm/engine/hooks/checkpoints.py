@@ -1,0 +1,215 @@
+"""Hooks that save checkpoints, and that compare those that are loaded with the model and its classes."""
+from __future__ import annotations
+
+import os.path as osp
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import utils as dist_utils
+from mmengine.fileio import BaseStorageBackend
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner, TestLoop
+from torch.optim import Optimizer
+
+from ..files.checkpoint import (
+    as_parts,
+    check_all_match,
+    check_backbone_shapes,
+    check_some_match,
+    checkpoint_weights,
+    compare_weights,
+)
+from ..files.errors import LaunchError
+from ..files.weights_file import CheckpointError
+from ..files.whole_files import remove_parts, write_files_whole, write_whole
+from ..runner.model_wrappers import own_weights
+
+# The checkpoint of a run that SIGTERM ended, in its work dir.
+INTERRUPTED = 'interrupted.pth'
+
+
+@HOOKS.register_module()
+class CheckpointKeysHook(Hook):
+    """Stops a run whose checkpoint is of another model; MMEngine would go on with random weights for what lacks.
+
+    A test and a training that is resumed need every weight, and the latter the state of its training too. One that
+    starts from a checkpoint may have another head.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compares names and shapes in ``checkpoint`` with the model's before they are loaded.
+
+        A classifier's weights that have the names of its backbone and of its head get those of the model.
+
+        Raises:
+            CheckpointError: If they are not the model's, or the state of training is missing where it is needed.
+        """
+        name = runner._load_from or 'the checkpoint'
+        if runner._resume and not (isinstance(checkpoint.get('message_hub'), dict)
+                                   and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
+            raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
+                                  'it as load_from instead')
+        own, weights = own_weights(runner), checkpoint_weights(checkpoint)
+        renamed = as_parts(own, weights)
+        if renamed:
+            runner.logger.info(f'{name} holds the weights of backbone and head by their own names, and is loaded by '
+                               'those of the model')
+            checkpoint['state_dict'] = weights = renamed
+        check_some_match(own, weights, name)
+        differences = compare_weights(own, weights)
+        if not (runner._resume or _tests(runner)):
+            check_backbone_shapes(differences, name)
+            return
+        if not runner._resume:
+            # It supervises the training of a segmentor, and has no part in a prediction.
+            differences = differences.without('auxiliary_head.')
+        trained, used = _trained_classes(checkpoint), _used_classes(runner)
+        check_all_match(own, differences, name, (len(trained), len(used)) if trained and used else None)
+        if runner._resume and isinstance(runner.optim_wrapper, OptimWrapper):
+            _check_optimizer(runner.optim_wrapper.optimizer, checkpoint.get('optimizer'), name)
+
+
+def _check_optimizer(optimizer: Optimizer, state: dict | None, name: str) -> None:
+    """Raises a CheckpointError if a state was saved by another optimizer, or by one of other parameters."""
+    groups = state.get('param_groups') if isinstance(state, dict) else None
+    if not groups:
+        raise CheckpointError(f'{name} cannot be resumed from, as it holds no state of the optimizer; name it as '
+                              'load_from instead')
+    advice = 'set optim_wrapper as it was, or name the checkpoint as load_from instead'
+    # The first two are what momentum is called by Adam and its like, and by SGD.
+    for option in ('betas', 'momentum', 'alpha'):
+        if (option in groups[0]) != (option in optimizer.defaults):
+            settings = ', '.join(sorted(groups[0].keys() - {'params'}))
+            raise CheckpointError(f'{name} cannot be resumed from, as another optimizer than {type(optimizer).__name__}'
+                                  f' was at work: its settings were {settings}; {advice}')
+    there, here = ([len(group['params']) for group in found] for found in (groups, optimizer.param_groups))
+    if there != here:
+        raise CheckpointError(f'{name} cannot be resumed from, as its optimizer had {sum(there)} parameters in '
+                              f'{len(there)} groups, and has {sum(here)} in {len(here)} here; {advice}')
+
+
+@HOOKS.register_module()
+class SaveThenDeleteHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, after which a run that ends at any moment has a checkpoint to go on from.
+
+    MMEngine deletes an outdated checkpoint before the new one has been saved: a run that ends in between, with
+    ``max_keep_ckpts=1``, has lost all it had. Here it is deleted afterwards. MMEngine also writes checkpoints, and
+    ``last_checkpoint``, in place; here they are renamed when they are complete, and so are all other files that this
+    process writes through MMEngine from then on.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """See :meth:`CheckpointHook.before_train`."""
+        write_files_whole()
+        super().before_train(runner)
+
+    def _save_checkpoint(self, runner: Runner) -> None:
+        with self._deleting_later(runner):
+            super()._save_checkpoint(runner)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        with self._deleting_later(runner):
+            super()._save_best_checkpoint(runner, metrics)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        # MMEngine has written last_checkpoint in place.
+        record_checkpoint(runner, self.last_ckpt)
+        if dist_utils.is_main_process():
+            Path(runner.work_dir, INTERRUPTED).unlink(missing_ok=True)
+
+    @contextmanager
+    def _deleting_later(self, runner: Runner) -> Iterator[None]:
+        if dist_utils.is_main_process():
+            remove_parts(self.out_dir, runner.work_dir)
+        backend = self.file_backend
+        self.file_backend = later = _LateRemovals(backend)
+        try:
+            yield
+        finally:
+            self.file_backend = backend
+        # One that was saved again, such as the best of an epoch that was repeated, is not outdated.
+        current = {self.last_ckpt, getattr(self, 'best_ckpt_path', None),
+                   *getattr(self, 'best_ckpt_path_dict', {}).values()}
+        for remove, path in later.removals:
+            if path not in current:
+                remove(path)
+
+
+def record_checkpoint(runner: Runner, path: str) -> None:
+    """Names the newest checkpoint in ``last_checkpoint``, by which MMEngine's and our own resuming find it."""
+    if dist_utils.is_main_process():
+        write_whole(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
+
+
+class _LateRemovals:
+    """A file backend that only notes what is to be removed."""
+
+    def __init__(self, backend: BaseStorageBackend) -> None:
+        self._backend = backend
+        self.removals: list[tuple[Callable[[str], None], str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self.removals.append((self._backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self.removals.append((self._backend.rmtree, path))
+
+
+@HOOKS.register_module()
+class ClassNamesHook(Hook):
+    """Stops a run in which a label would mean one class to the checkpoint and another to the data set.
+
+    Labels are mere numbers, so nothing else would notice: the scores would be wrong, or the names in the pictures.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compares the classes a checkpoint was trained for with those it is tested on, or trained further with.
+
+        Raises:
+            LaunchError: If there are more or fewer of them, or the same ones in another order.
+        """
+        if not (runner._resume or _tests(runner)):
+            return
+        trained, used = _trained_classes(checkpoint), _used_classes(runner)
+        if trained is None or used is None or list(trained) == list(used):
+            return
+        split = 'test' if _tests(runner) else 'train'
+        if len(trained) != len(used) or set(trained) == set(used):
+            advice = 'Test on the classes it was trained for; for figures of each class add --cfg-options ' \
+                     'test_evaluator.classwise=True to a detector\'s test, while a segmentor\'s log lists them anyway'
+            if split == 'train':
+                advice = 'Resume with the classes it was trained for, or name it as load_from instead'
+            raise LaunchError(
+                f'the checkpoint tells {_some(trained)} apart, but {split}_dataloader.dataset has the classes '
+                f'{_some(used)}: its predictions would count for the wrong ones. {advice}')
+        runner.logger.warning(f'the checkpoint calls its classes {_some(trained)}, the {split} data set {_some(used)}')
+
+
+def _tests(runner: Runner) -> bool:
+    return isinstance(runner._test_loop, TestLoop)
+
+
+def _trained_classes(checkpoint: dict) -> Sequence[str] | None:
+    return ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
+
+
+def _used_classes(runner: Runner) -> Sequence[str] | None:
+    loop = runner.test_loop if _tests(runner) else runner.train_loop
+    return (getattr(loop.dataloader.dataset, 'metainfo', None) or {}).get('classes')
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+    shown = ', '.join(map(str, names[:count]))
+    return f'({shown}, … {len(names)} in all)' if len(names) > count else f'({shown})'

@@ -1,0 +1,116 @@
+"""A loss that is NaN or infinite: it ends a training, or its batch is left out."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ..files.errors import LaunchError
+from ..runner.model_wrappers import own_weights
+
+# Of the batches that were left out, in the message hub and so in checkpoints.
+SKIPPED = 'skipped_batches'
+
+
+@HOOKS.register_module()
+class NonFiniteLossHook(Hook):
+    """Stops a training whose loss, or whose weights when they are to be saved, are not finite.
+
+    It looks at the value that MMEngine has fetched for its log, so that a GPU is not waited for once more. With
+    ``max_skips`` each step waits for the loss of all processes, and the weights stay as they are where one is not
+    finite. ::
+
+        custom_hooks = [dict(type='NonFiniteLossHook', max_skips=10)]
+
+    Args:
+        max_skips (int): Batches that are left out in the whole training before it stops. Defaults to 0.
+
+    Raises:
+        ValueError: If ``max_skips`` is no integer of at least 0.
+    """
+
+    priority = 'HIGH'  # before anything is saved
+
+    def __init__(self, max_skips: int = 0) -> None:
+        if isinstance(max_skips, bool) or not isinstance(max_skips, int) or max_skips < 0:
+            raise ValueError(f'max_skips must be an integer of at least 0, got {max_skips!r}')
+        self.max_skips = max_skips
+        self._skips = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Has the optimizer look at the loss first, where batches may be left out."""
+        if not self.max_skips:
+            return
+        update = runner.optim_wrapper.update_params
+
+        def update_if_finite(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            finite = torch.isfinite(loss.detach()).all().float()
+            all_reduce(finite, 'min')
+            self._skips = not finite
+            if not self._skips:
+                update(loss, *args, **kwargs)
+
+        runner.optim_wrapper.update_params = update_if_finite
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                         outputs: dict | None = None) -> None:
+        """Looks at the loss.
+
+        Raises:
+            LaunchError: If it is not finite, with iteration, rank and images.
+        """
+        loss = torch.as_tensor((outputs or {}).get('loss', 0.0)).item()
+        broken = not math.isfinite(loss)
+        if not (broken or self._skips):
+            return
+        if broken:
+            parts = [name for name, value in outputs.items() if name != 'loss' and not _is_finite(value)]
+            what = f'loss is {loss}{f" ({_some(parts)})" if parts else ""} at iteration {runner.iter + 1} in ' \
+                   f'process {runner.rank}, images {_some(_images(data_batch))}'
+        else:
+            what = f'the loss of another process is not finite at iteration {runner.iter + 1}'
+        if not self.max_skips:
+            raise LaunchError(
+                f'{what}; the checkpoint before it can be gone on from: look at the images, lower '
+                'optim_wrapper.optimizer.lr, set optim_wrapper.clip_grad, or have such batches left out by '
+                "custom_hooks=[dict(type='NonFiniteLossHook', max_skips=10)]")
+        skipped = runner.message_hub.get_info(SKIPPED, 0) + 1
+        if skipped > self.max_skips:
+            raise LaunchError(f'{what}, after {self.max_skips} batches were left out (max_skips): look at the images, '
+                              'lower optim_wrapper.optimizer.lr, or set optim_wrapper.clip_grad')
+        runner.message_hub.update_info(SKIPPED, skipped)
+        runner.logger.warning(f'{what}: the batch is left out, the {skipped}. of at most {self.max_skips} (max_skips)')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Looks at the weights: of a loss that is finite, or of another process, a gradient may not be.
+
+        Raises:
+            LaunchError: If one is not finite. The checkpoint before is then still there.
+        """
+        weights = checkpoint['state_dict']
+        broken = [name for name, value in own_weights(runner).items() if isinstance(value, nn.Parameter)
+                  and name in weights and not torch.isfinite(weights[name]).all()]
+        if broken:
+            raise LaunchError(f'after iteration {checkpoint["meta"]["iter"]} these weights are not finite, and were '
+                              f'not saved: {_some(broken)}; go on from the checkpoint before, with a lower '
+                              'optim_wrapper.optimizer.lr or with optim_wrapper.clip_grad')
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, (int, float, Tensor)) or bool(torch.as_tensor(value).isfinite().all())
+
+
+def _images(batch: object) -> list[str]:
+    """Paths of the images of a batch, as far as their samples have them."""
+    samples = batch.get('data_samples') if isinstance(batch, dict) else None
+    return [str(getattr(sample, 'img_path', 'without a path')) for sample in samples or ()]
+
+
+def _some(names: list[str], count: int = 8) -> str:
+    return f'{", ".join(names[:count])}{f", … {len(names)} in all" if len(names) > count else ""}' or 'unknown'

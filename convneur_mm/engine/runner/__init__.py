@@ -1,0 +1,1 @@
+"""The Runner of the tools: loops, optimizers, processes that are interrupted."""
