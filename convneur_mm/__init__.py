@@ -1,7 +1,7 @@
-"""ConvNeur for OpenMMLab: importing this package registers the backbone for mmdet, mmseg and mmpretrain alike.
+"""ConvNeur for OpenMMLab: importing this package registers the backbone for mmdet, mmseg and mmpretrain.
 
-None of the three need be installed: models and operators work with torch, torchvision and mmengine alone. Without
-MMEngine :mod:`convneur_mm.timm` works, which is imported by its own name.
+None of the three need be installed: models and operators need only torch, torchvision and mmengine. Without MMEngine,
+:mod:`convneur_mm.timm` still works; import it by name.
 """
 import importlib.util
 from typing import NoReturn
@@ -19,5 +19,5 @@ if importlib.util.find_spec('mmengine'):
 else:
     def __getattr__(name: str) -> NoReturn:
         if name in __all__:
-            check_stack()  # says what to install
+            check_stack()  # raises an error that says what to install
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,6 +1,6 @@
-"""The command ``convneur-mm``: runs the tools of a checkout or of an installed wheel by name, from any folder.
+"""The command ``convneur-mm``, which runs the tools of a checkout or an installed wheel by name, from any folder.
 
-``convneur-mm train CONFIG`` is ``tools/train.py CONFIG``. The tools are what the folders hold; none is listed here.
+``convneur-mm train CONFIG`` runs ``tools/train.py CONFIG``. The tools are found in the folders, not listed here.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORT = {'check-dataset': 'check', 'publish-model': 'publish'}
 
 
 def find_tools() -> dict[str, Path]:
-    """Paths of the tools by the names of their commands: 'make-shapes' is make_shapes.py."""
+    """Return the paths of the tools by command name: 'make-shapes' is make_shapes.py."""
     root = config_root().parent / 'tools'
     paths = [path for folder in FOLDERS for path in sorted((root / folder).glob('*.py')) if path.name[0] != '_']
     names = [path.stem.replace('_', '-') for path in paths]
@@ -25,12 +25,12 @@ def find_tools() -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """The first line of a tool's docstring, which is read without running the tool."""
+    """Return the first line of a tool's docstring, without running the tool."""
     return (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '').partition('\n')[0]
 
 
 def help_text(tools: dict[str, Path]) -> str:
-    """A line for each tool."""
+    """Return the help text, with a line for each tool."""
     width = max(map(len, tools))
     lines = [f'  {name:{width}}  {summary(path)}' for name, path in tools.items()]
     return '\n'.join(['usage: convneur-mm COMMAND [ARGUMENTS]', '', *lines, '',
@@ -38,9 +38,9 @@ def help_text(tools: dict[str, Path]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Replaces this process by the tool that the first argument names; see ``convneur-mm --help``.
+    """Replace this process by the tool that the first argument names; see ``convneur-mm --help``.
 
-    A process of its own, because tools set variables that torch reads when it is imported, as it is here already.
+    Tools need a new process, because they set variables that torch reads when imported, and torch is imported here.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
     tools = find_tools()

@@ -1,4 +1,4 @@
-"""Where the shipped configs are, in a checkout and in an installed wheel alike."""
+"""Paths of the shipped configs, in a checkout and in an installed wheel."""
 from __future__ import annotations
 
 import difflib
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def config_root() -> Path:
-    """The folder of the shipped configs: ``.mim/configs`` of an installed wheel, ``configs`` of a checkout."""
+    """Return the folder of the shipped configs: ``.mim/configs`` in an installed wheel, ``configs`` in a checkout."""
     package = Path(__file__).resolve().parent
     packed = package / '.mim' / 'configs'
     return packed if packed.is_dir() else package.parent / 'configs'
 
 
 def config(name: str) -> str:
-    """Path of a shipped config, for ``_base_ = __import__('convneur_mm').config('…')`` from any folder.
+    """Return the path of a shipped config, for ``_base_ = __import__('convneur_mm').config('…')`` in any folder.
 
     Args:
         name (str): Name of a config, with or without ``.py``, e.g. 'cascade_rcnn_convneur_m3_1x_coco'.
@@ -22,7 +22,7 @@ def config(name: str) -> str:
         str: Absolute path.
 
     Raises:
-        ValueError: If there is no such config; names the nearest ones.
+        ValueError: If there is no such config; names similar ones.
     """
     root = config_root()
     path = root / f'{name.removesuffix(".py")}.py'

@@ -1,7 +1,7 @@
-"""Check the packages that convneur_mm stands on, and name the commands that mend an environment that does not fit.
+"""Check the packages that convneur_mm needs, and name the commands that fix an unsuitable environment.
 
-Models and operators need torch, torchvision and mmengine alone. What else there is of OpenMMLab is checked by
-:func:`require`, where something is about to use it. mmcv need not be compiled: :func:`provide_operators`.
+Models and operators need only torch, torchvision and mmengine. :func:`require` checks the other OpenMMLab packages
+before they are used. mmcv need not be compiled, see :func:`provide_operators`.
 """
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-OLDEST_TORCH = (2, 10)  # in older ones torch.compile or torch.export fail
+OLDEST_TORCH = (2, 10)  # torch.compile or torch.export fail in older versions
 OPERATORS = Path(__file__).parent / 'ops' / 'mmcv_ext.py'
 
 
 class Package(NamedTuple):
-    """A package of OpenMMLab, which exists twice under one import name, so that an environment holds one of the two.
+    """An OpenMMLab package, which exists twice under one import name, so that only one of the two can be installed.
 
     Attributes:
         fork (str): Requirement of the maintained fork, as in requirements/primary.txt.
-        upstream (str): Requirement of the upstream package, as in requirements/openmmlab.txt, with what it lacks.
-        oldest (str): The oldest version of either that fits.
+        upstream (str): Requirement of the upstream package, as in requirements/openmmlab.txt, with its undeclared
+            dependencies.
+        oldest (str): Oldest suitable version of either.
     """
 
     fork: str
@@ -47,17 +48,17 @@ PACKAGES = {
 
 
 class StackError(ImportError):
-    """The environment lacks a package that is about to be used, or holds one that does not fit."""
+    """The environment lacks a needed package, or has an unsuitable one."""
 
 
 def distributions(name: str) -> tuple[list[str], list[str]]:
-    """Return what pip calls an OpenMMLab package, given by import name: the forks' names, and the upstream ones."""
+    """Return pip's names of an OpenMMLab package, given by import name: those of the fork, and the upstream ones."""
     fork, upstream = (requirement.partition('==')[0] for requirement in PACKAGES[name][:2])
-    return [fork], [upstream, *(['mmcv'] if name == 'mmcv' else [])]  # compiled mmcv, and mmcv-lite
+    return [fork], [upstream, *(['mmcv'] if name == 'mmcv' else [])]  # for upstream mmcv: mmcv-lite, compiled mmcv
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of torch, torchvision and the OpenMMLab packages that are installed, by pip's names."""
+    """Return the installed versions of torch, torchvision and the OpenMMLab packages, by pip's names."""
     names = ['torch', 'torchvision', *(name for package in PACKAGES for names in distributions(package)
                                        for name in names)]
     versions = {}
@@ -70,17 +71,17 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_packages(versions: Mapping[str, str], needed: Iterable[str], purpose: str) -> None:
-    """Check that OpenMMLab packages are installed, once each, and not too old.
+    """Check that OpenMMLab packages are installed, only once each, and not too old.
 
-    Whether they fit each other they check themselves when they are imported.
+    The packages check whether their versions fit together when they are imported.
 
     Args:
-        versions (Mapping[str, str]): As :func:`installed_versions` returns them.
+        versions (Mapping[str, str]): Result of :func:`installed_versions`.
         needed (Iterable[str]): Import names.
-        purpose (str): What needs them, for the message.
+        purpose (str): User of the packages, for the message.
 
     Raises:
-        StackError: Names what is wrong and the commands that mend it.
+        StackError: Names the fault and the commands that fix it.
     """
     needed = list(dict.fromkeys(needed))
     found = {name: [[d for d in names if d in versions] for names in distributions(name)] for name in needed}
@@ -102,7 +103,7 @@ def check_packages(versions: Mapping[str, str], needed: Iterable[str], purpose: 
 
 
 def _install(versions: Mapping[str, str], names: Iterable[str], *options: str, upstream: bool | None = None) -> str:
-    """Return the command that installs packages, given by import name, of the family that is there."""
+    """Return the command that installs packages, given by import name, of the installed family."""
     if upstream is None:
         upstream = any(d in versions for package in PACKAGES for d in distributions(package)[1])
     requirements = [part for name in names for part in PACKAGES[name][upstream].split()]
@@ -119,14 +120,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def import_module(name: str, load: Callable[[str], ModuleType] = importlib.import_module) -> ModuleType:
-    """Import a module of a package that is installed.
+    """Import a module of an installed package.
 
     Args:
         name (str): Name of the module.
-        load (Callable[[str], ModuleType]): Imports a module by name. Defaults to ``importlib.import_module``.
+        load (Callable[[str], ModuleType]): Function that imports. Defaults to ``importlib.import_module``.
 
     Raises:
-        StackError: If the import fails, with the reason. MMEngine goes on without the package in this case.
+        StackError: If the import fails, with the reason. MMEngine would continue without the package.
     """
     try:
         return load(name)
@@ -146,10 +147,10 @@ def import_module(name: str, load: Callable[[str], ModuleType] = importlib.impor
 
 
 def check_torch() -> None:
-    """Check that PyTorch is there and not too old.
+    """Check that PyTorch is installed and not too old.
 
     Raises:
-        StackError: Names what is wrong and the command that mends it.
+        StackError: Names the fault and the command that fixes it.
     """
     if not importlib.util.find_spec('torch'):
         raise StackError('convneur_mm needs torch, not installed here. Mend with: pip install torch torchvision')
@@ -160,22 +161,22 @@ def check_torch() -> None:
 
 
 def check_stack() -> None:
-    """Check what the models and operators need: PyTorch, torchvision, OpenCV and MMEngine.
+    """Check the requirements of models and operators: PyTorch, torchvision, OpenCV and MMEngine.
 
     Raises:
-        StackError: Names what is wrong and the commands that mend it.
+        StackError: Names the fault and the commands that fix it.
     """
     check_torch()
     for name, distribution in (('torchvision', 'torchvision'), ('cv2', 'opencv-python')):
         if not importlib.util.find_spec(name):
             raise StackError(f'convneur_mm needs {name}, not installed here. Mend with: pip install {distribution}')
-        import_module(name)  # MMEngine imports cv2 and does not name it
+        import_module(name)  # MMEngine imports cv2; the check makes the error name it
     check_packages(installed_versions(), ['mmengine'], 'convneur_mm')
 
 
 @functools.cache
 def require(name: str) -> ModuleType:
-    """Import a module of mmcv, mmdet, mmseg or mmpretrain, which most of convneur_mm does without.
+    """Import a module of mmcv, mmdet, mmseg or mmpretrain, which most of convneur_mm does not need.
 
     Args:
         name (str): Name of the package, or of a module in it.
@@ -185,12 +186,12 @@ def require(name: str) -> ModuleType:
 
     Raises:
         StackError: If the package or mmcv is not installed, does not fit, or fails when it is imported; names the
-            commands that mend it.
+            commands that fix it.
     """
     package = name.partition('.')[0]
     check_packages(installed_versions(), ['mmengine', 'mmcv', package], name)
     if package in ('mmdet', 'mmseg'):
-        # The packages take an operator that fails to import for one that is not there.
+        # The packages treat an operator that fails to import as missing.
         import_module('mmcv._ext')
     return import_module(name)
 
@@ -199,7 +200,7 @@ def require(name: str) -> ModuleType:
 
 
 class _OperatorFinder(MetaPathFinder):
-    """Finds our operators where no other finder has found mmcv's compiled ones."""
+    """Find our operators if no other finder has found mmcv's compiled ones."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
                   ) -> ModuleSpec | None:
@@ -209,10 +210,10 @@ class _OperatorFinder(MetaPathFinder):
 
 
 def provide_operators() -> None:
-    """Have Python load :mod:`convneur_mm.ops.mmcv_ext` as ``mmcv._ext`` where mmcv was not compiled.
+    """Make Python load :mod:`convneur_mm.ops.mmcv_ext` as ``mmcv._ext`` if mmcv was not compiled.
 
-    mmdet, mmseg and mmcv's layers ask for operators when they are imported. A warning tells if that was before this:
-    then their import failed, or they do without.
+    mmdet, mmseg and mmcv's layers look up operators when they are imported. If they were imported before this, their
+    import has failed or they lack operators, so a warning is raised.
     """
     if any(isinstance(finder, _OperatorFinder) for finder in sys.meta_path):
         return
@@ -224,19 +225,19 @@ def provide_operators() -> None:
 
 
 def uses_compiled_mmcv() -> bool:
-    """Return whether mmcv's operators are its own, compiled ones; mmcv must be installed.
+    """Return whether mmcv uses its own compiled operators; mmcv must be installed.
 
     Raises:
-        StackError: If they were compiled for another torch.
+        StackError: If the operators were compiled for another torch.
     """
     return Path(import_module('mmcv._ext').__spec__.origin).name != OPERATORS.name
 
 
 def check_cuda_operators() -> None:
-    """Check that a compiled mmcv has operators for GPUs if there is one: else detectors fail in their first step.
+    """Check that a compiled mmcv has operators for an available GPU, as else detectors fail in their first step.
 
     Raises:
-        StackError: Names the command that mends it.
+        StackError: Names the command that fixes it.
     """
     import torch
     if torch.cuda.is_available() and import_module('mmcv.ops').get_compiling_cuda_version() == 'not available':
@@ -246,14 +247,14 @@ def check_cuda_operators() -> None:
 
 
 def _without_operators() -> str:
-    """Return the command that puts an mmcv that is not compiled in the place of the one that is there."""
-    # pip's cache may hold one that was compiled.
+    """Return the command that replaces the installed mmcv by one that is not compiled."""
+    # pip's cache may hold a compiled one.
     command = _install(installed_versions(), ['mmcv'], '--force-reinstall', '--no-deps', '--no-cache-dir')
     return f'pip uninstall -y mmcv onedl-mmcv && {command}'
 
 
 def compile_command() -> str:
-    """Return the command that compiles mmcv with its own operators, of the family that is there."""
+    """Return the command that compiles mmcv with its own operators, of the installed family."""
     fork = 'onedl-mmcv' in installed_versions()
     return ('pip install \'setuptools<82\' wheel ninja psutil && MMCV_WITH_OPS=1 pip install --no-cache-dir '
             f'--no-build-isolation --force-reinstall --no-deps {"onedl-mmcv==2.3.6" if fork else "mmcv==2.1.0"} '

@@ -4,8 +4,8 @@
     import convneur_mm.timm
     model = timm.create_model('convneur_m3', features_only=True)
 
-Needs timm, and none of the OpenMMLab packages. There are no pretrained weights; ``checkpoint_path`` takes a backbone's
-or classifier's checkpoint of this package.
+It needs timm, and none of the OpenMMLab packages. There are no pretrained weights; ``checkpoint_path`` takes a
+backbone's or classifier's checkpoint of this package.
 """
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ARCHS = tuple(ConvNeur.arch_settings)
 
 
 class ConvNeurClassifier(ConvNeur):
-    """:class:`ConvNeur` as a model of timm: pooling, LayerNorm and a linear layer behind the last stage.
+    """:class:`ConvNeur` as a timm model, with pooling, LayerNorm and a linear layer after the last stage.
 
     Args:
         arch (str): 'm1' to 'm6'.
-        num_classes (int): 0 leaves the linear layer out. Defaults to 1000.
+        num_classes (int): Number of classes; 0 omits the linear layer. Defaults to 1000.
         in_chans (int): Channels of the image. Defaults to 3.
-        global_pool (str): 'avg', 'max' or, to keep the map, ''. Defaults to 'avg'.
+        global_pool (str): 'avg', 'max' or '', which keeps the map. Defaults to 'avg'.
         drop_rate (float): Dropout before the linear layer. Defaults to 0.
         drop_path_rate (float): Largest stochastic depth rate. Defaults to 0.
-        **options: Others of :class:`ConvNeur`, such as ``memory_cfg``.
+        **options: Other options of :class:`ConvNeur`, such as ``memory_cfg``.
 
     Raises:
         ValueError: For an option outside its range.
@@ -54,7 +54,7 @@ class ConvNeurClassifier(ConvNeur):
         self._register_load_state_dict_pre_hook(_without_prefix)
 
     def _draw_weights(self) -> None:
-        """The weights as MMEngine draws them by this package's defaults."""
+        """Draw the weights as MMEngine does by this package's defaults."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -68,18 +68,18 @@ class ConvNeurClassifier(ConvNeur):
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
                               stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
                               ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of stages, (N, C_i, H/2^(2+i), W/2^(2+i)), as timm's other models have it.
+        """Return features of stages, (N, C_i, H/2^(2+i), W/2^(2+i)), in the interface of timm's other models.
 
         Args:
             x (Tensor): Images, (N, in_chans, H, W).
-            indices (int | list[int] | None): The last so many stages, or stages by number; None for all.
-            norm (bool): Whether the last stage's features go through the LayerNorm.
-            stop_early (bool): Whether stages behind the last one asked for are left out.
-            output_fmt (str): 'NCHW' alone.
-            intermediates_only (bool): Whether the last features are not returned beside them.
+            indices (int | list[int] | None): Number of last stages, or indices of stages; None for all.
+            norm (bool): Whether to apply the LayerNorm to the last stage's features.
+            stop_early (bool): Whether to skip stages after the last requested one.
+            output_fmt (str): Only 'NCHW'.
+            intermediates_only (bool): Whether to omit the last features, which are else returned before the list.
 
         Raises:
-            ValueError: For another format, or an image that is too small.
+            ValueError: If the format is another, or an image is too small.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -95,7 +95,7 @@ class ConvNeurClassifier(ConvNeur):
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
-        """Removes what the features of ``indices`` do not need; returns the indices that are left."""
+        """Remove what the features of ``indices`` do not need, and return the remaining indices."""
         taken, last = feature_take_indices(len(self.stages), indices)
         self.downsample_layers, self.stages = self.downsample_layers[:last + 1], self.stages[:last + 1]
         shortened = last < len(self.depths) - 1
@@ -108,11 +108,11 @@ class ConvNeurClassifier(ConvNeur):
         return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) → the last stage's features, (N, C, H/32, W/32)."""
+        """Map (N, in_chans, H, W) to the last stage's features, (N, C, H/32, W/32)."""
         return self.forward_intermediates(x, indices=1)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Those features → scores (N, num_classes), or what the linear layer takes, (N, C)."""
+        """Map those features to scores (N, num_classes), or to the linear layer's input, (N, C)."""
         if self.global_pool == 'avg':
             x = x.mean((2, 3), keepdim=True)
         elif self.global_pool == 'max':
@@ -124,15 +124,15 @@ class ConvNeurClassifier(ConvNeur):
         return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) → (N, num_classes)."""
+        """Map (N, in_chans, H, W) to (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer, or the identity."""
+        """Return the linear layer, or the identity."""
         return self.head['fc']
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new linear layer in place, and another pooling if one is named."""
+        """Replace the linear layer, and the pooling if one is named."""
         if global_pool is not None:
             if global_pool not in ('avg', 'max', ''):
                 raise ValueError(f"global_pool must be 'avg', 'max' or '', got {global_pool!r}")
@@ -146,26 +146,26 @@ class ConvNeurClassifier(ConvNeur):
             nn.init.zeros_(self.head['fc'].bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which weights make a layer, for layer-wise learning rates: the stem, then each stage, or each block."""
+        """Return patterns of layers' weights, for layer-wise learning rates: the stem, then each stage or block."""
         return dict(
             stem=r'^downsample_layers\.0',
             blocks=r'^(?:stages|downsample_layers)\.(\d+)' if coarse else [
                 (r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), (r'^norm3', (99999,))])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are recomputed in the backward pass to save memory."""
+        """Set whether blocks are recomputed in the backward pass to save memory."""
         for stage in self.stages:
             for block in stage:
                 block.with_cp = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the memories' initial weights, which are a state to begin with rather than a map."""
+        """Return the names of the memories' initial weights, which are initial states rather than maps."""
         return {f'{name}.{weight}' for name, module in self.named_modules() if isinstance(module, NeuralMemory)
                 for weight in ('w1', 'w2')}
 
 
 def _without_prefix(weights: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Lets checkpoints of mmpretrain's classifiers fit, where the backbone's weights have a prefix."""
+    """Remove the prefix of the backbone's weights in checkpoints of mmpretrain's classifiers."""
     start = f'{prefix}backbone.'
     for name in [name for name in weights if name.startswith(start)]:
         weights[prefix + name.removeprefix(start)] = weights.pop(name)

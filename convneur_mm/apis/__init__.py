@@ -1,4 +1,4 @@
-"""Trained models from Python: :func:`init_model` builds one, :func:`inference` predicts."""
+"""Python interface to trained models: :func:`init_model` builds one, :func:`inference` predicts."""
 from .model import init_model
 from .predict import ImageError, Prediction, inference, iter_inference
 

@@ -1,4 +1,4 @@
-"""A detector, segmentor or classifier from its config, with the weights and class names of a checkpoint."""
+"""Build a detector, segmentor or classifier from its config, with a checkpoint's weights and class names."""
 from __future__ import annotations
 
 import colorsys
@@ -32,35 +32,35 @@ from ..stack import StackError, check_cuda_operators, require
 def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike | None = None,
                device: str | torch.device | None = None, cfg_options: dict | None = None, allow_pickle: bool = False
                ) -> BaseModel:
-    """Builds the model of a config for inference.
+    """Build the model of a config for inference.
 
-    Weights that the config itself names (``load_from``, ``init_cfg``) are not loaded.
+    Weights named by the config itself (``load_from``, ``init_cfg``) are not loaded.
 
     Args:
         config (str | PathLike | Config): Path of a config of mmdet, mmseg or mmpretrain, the name of one that
-            convneur_mm ships, or a config as loaded, which is not changed.
-        checkpoint (str | PathLike | None): Path or URL of the weights. Defaults to None, for weights as the model's
-            constructor leaves them, which predict nothing.
-        device (str | torch.device | None): 'cpu', 'cuda' or 'cuda:1', say. Defaults to None, for the GPU where there
-            is one, else the CPU.
+            convneur_mm ships, or a loaded config, which is not changed.
+        checkpoint (str | PathLike | None): Path or URL of the weights. Defaults to None, which keeps the initial
+            weights of the model's constructor, whose predictions are meaningless.
+        device (str | torch.device | None): For example 'cpu', 'cuda' or 'cuda:1'. Defaults to None, for the GPU if
+            there is one, else the CPU.
         cfg_options (dict | None): Overrides of the config, such as ``{'model.test_cfg.rcnn.score_thr': 0.3}``.
-        allow_pickle (bool): Whether a checkpoint that holds more than tensors and plain values is loaded too, which
-            can run any code. Defaults to False.
+        allow_pickle (bool): Whether to load also checkpoints that hold more than tensors and plain values, which can
+            run any code. Defaults to False.
 
     Returns:
-        BaseModel: In eval mode, on the device. Its ``cfg`` is the config, its ``dataset_meta`` a dict with ``classes``
-        (tuple of names by label) and ``palette`` (list of tuples of red, green and blue, 0 to 255, by label) of the
-        checkpoint, or where it has none of the test data set in the config. If that has none either, both are missing.
+        BaseModel: The model in eval mode, on the device. Its ``cfg`` is the config. Its ``dataset_meta`` is a dict with
+        ``classes`` (tuple of names by label) and ``palette`` (list of tuples of red, green and blue, 0 to 255, by
+        label) from the checkpoint, or else from the config's test data set. If that has none either, both are missing.
 
     Raises:
-        LaunchError: If there is no such config or device, or the config is of none of the three packages.
-        CheckpointError: If the checkpoint cannot be read, or is of another model.
-        ValueError: The two above are of this kind.
+        LaunchError: If there is no such config or device, or the config belongs to none of the three packages.
+        CheckpointError: If the checkpoint cannot be read, or belongs to another model.
+        ValueError: Base class of both errors above.
     """
     device = _device(device)
-    # Some models load files of their own while they are built, such as a distillation's teacher.
+    # Some models load their own files while they are built, such as a distillation's teacher.
     with safe_loading(allow_pickle):
-        cfg = _read(config, copy.deepcopy(cfg_options or {}))  # merging takes parts out of it
+        cfg = _read(config, copy.deepcopy(cfg_options or {}))  # copied, as merging removes parts of the options
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = _build(cfg)
             if checkpoint is None:
@@ -117,7 +117,7 @@ def _read(config: str | os.PathLike | Config, options: dict) -> Config:
 
 def _build(cfg: Config) -> BaseModel:
     settings = copy.deepcopy(cfg.model)
-    # It exists on GPUs only, and predicts what BN does.
+    # SyncBN exists on GPUs only, and predicts the same as BN.
     without_sync_bn(settings)
     if cfg.get('data_preprocessor'):
         settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
@@ -125,12 +125,12 @@ def _build(cfg: Config) -> BaseModel:
 
 
 def _load(model: BaseModel, name: str, cfg: Config) -> dict:
-    """Loads all weights of a checkpoint, and returns what it says of the data it was trained on."""
+    """Load all weights of a checkpoint, and return its metadata of the training data."""
     checkpoint = read_checkpoint(name)
     weights, own = checkpoint_weights(checkpoint), model.state_dict()
     check_some_match(own, weights, name)
     differences = compare_weights(own, weights)
-    # It supervises the training of a segmentor, and has no part in a prediction.
+    # An auxiliary head supervises a segmentor's training, and is not used in prediction.
     needed = differences.without('auxiliary_head.')
     meta = checkpoint.get('meta')
     saved = _saved_meta(meta if isinstance(meta, Mapping) else {})
@@ -141,20 +141,20 @@ def _load(model: BaseModel, name: str, cfg: Config) -> dict:
         shown = ', '.join(needed.unused[:4]) + (', …' if len(needed.unused) > 4 else '')
         MMLogger.get_current_instance().warning(f'{len(needed.unused)} weights of {name} are not used: {shown}')
     fitting = OrderedDict((key, value) for key, value in weights.items() if key not in differences.other_shape)
-    # Versions of the modules, by which some of them rename the weights of former ones.
+    # Versions of the modules, by which some of them rename the weights of earlier versions.
     fitting._metadata = getattr(weights_of(checkpoint), '_metadata', None)
     model.load_state_dict(fitting, strict=False)
     return saved
 
 
 def _saved_meta(meta: Mapping) -> dict:
-    """``dataset_meta`` of a checkpoint with names in lower case; releases before MMEngine had them a level higher."""
+    """Return a checkpoint's ``dataset_meta`` with names in lower case; before MMEngine it was one level higher."""
     found = meta.get('dataset_meta') or {name: meta[name] for name in ('CLASSES', 'PALETTE') if meta.get(name)}
     return {str(key).lower(): value for key, value in found.items()}
 
 
 def config_meta(cfg: Config) -> dict:
-    """What the first test data set of the config says of its data, which are not looked at; {} without a data set."""
+    """Return the metadata of the config's first test data set without reading its data, or {} if there is none."""
     dataset = next((dataset for _, dataset in data_sets(cfg, 'test')), None)
     if dataset is None:
         return {}
@@ -163,7 +163,7 @@ def config_meta(cfg: Config) -> dict:
 
 
 def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None) -> dict:
-    """Class names and colours of a model, with a line that says where they are from."""
+    """Return class names and colours of a model, and log where they are from."""
     logger = MMLogger.get_current_instance()
     source, meta = f'checkpoint {checkpoint}', saved
     if not _names(meta):
@@ -183,7 +183,7 @@ def _dataset_meta(saved: dict, cfg: Config, checkpoint: str | os.PathLike | None
     shown = ', '.join(classes[:6]) + (', …' if len(classes) > 6 else '')
     drawn = f', colours {colours}' if cfg.default_scope != 'mmpretrain' else ''
     logger.info(f'{len(classes)} class{"es" * (len(classes) != 1)} ({shown}) of the {source}{drawn}')
-    # Where other classes replace COCO's, its 80 colours remain.
+    # If other classes replace COCO's, its 80 colours remain.
     return dict(meta, classes=classes, palette=[tuple(map(int, colour)) for colour in palette[:len(classes)]])
 
 
@@ -193,11 +193,11 @@ def _names(meta: dict) -> tuple[str, ...]:
 
 
 def _fits(palette: object, classes: Sequence[str]) -> bool:
-    """Whether there is a colour for each class."""
+    """Return whether there is a colour for each class."""
     return isinstance(palette, (list, tuple)) and len(palette) >= len(classes)
 
 
 def _colours(count: int) -> list[tuple[int, ...]]:
-    """Hues that differ from those before, however many there are: each is the golden section of the circle further."""
+    """Return any number of distinct colours: each hue is the golden section of the circle after the last."""
     hues = [0.618034 * i % 1 for i in range(count)]
     return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.75, 0.95)) for hue in hues]

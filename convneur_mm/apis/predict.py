@@ -24,14 +24,14 @@ Image = str | os.PathLike | np.ndarray
 
 
 class ImageError(ValueError):
-    """A picture cannot be read; the message is one line with its name and the reason."""
+    """A picture cannot be read; the one-line message has its name and the reason."""
 
 
 class Prediction(NamedTuple):
-    """What a model finds in a picture.
+    """A model's prediction for a picture.
 
     Attributes:
-        index (int): Number of the picture, in the order in which they were given, from 0 on.
+        index (int): Number of the picture in the given order, from 0.
         picture (np.ndarray): (H, W, 3), BGR, as the config's pipeline loads it.
         sample (BaseDataElement): The model's data sample, on the CPU.
     """
@@ -42,47 +42,47 @@ class Prediction(NamedTuple):
 
 
 def inference(model: BaseModel, images: Iterable[Image], batch_size: int = 1) -> list[BaseDataElement]:
-    """Predicts pictures by the test pipeline of the model's config, without annotations.
+    """Predict pictures by the test pipeline of the model's config, without annotations.
 
     Args:
-        model (BaseModel): As :func:`init_model` returns it.
+        model (BaseModel): Model from :func:`init_model`.
         images (Iterable[str | PathLike | np.ndarray]): Paths of pictures, or arrays (H, W, 3) of uint8 in OpenCV's
             order of channels, blue, green, red. Their sizes may differ.
-        batch_size (int): How many pictures to predict at once, at most. Those of one batch have the same size after
-            the pipeline, so that none is padded for another's sake, and a prediction does not depend on the others.
+        batch_size (int): Largest number of pictures predicted at once. Those of one batch have the same size after the
+            pipeline, so that none is padded to the size of another, and predictions do not depend on each other.
             Defaults to 1.
 
     Returns:
         list[BaseDataElement]: Data samples on the CPU, in the order of the images: mmdet's DetDataSample, mmseg's
-        SegDataSample or mmpretrain's DataSample. A segmentor's hold the scores of all classes for each pixel, so for
-        many pictures use :func:`iter_inference`.
+        SegDataSample or mmpretrain's DataSample. A segmentor's samples hold the scores of all classes for each pixel,
+        so use :func:`iter_inference` for many pictures.
 
     Raises:
         ImageError: If a picture cannot be read.
-        ValueError: If an array or the batch size is not of the kind above.
+        ValueError: If an array or the batch size is not as described above.
     """
     return [prediction.sample for prediction in iter_inference(model, images, batch_size)]
 
 
 def iter_inference(model: BaseModel, images: Iterable[Image], batch_size: int = 1,
                    on_error: Callable[[int, ImageError], None] | None = None) -> Iterator[Prediction]:
-    """Yields the predictions of :func:`inference` one by one, with the pictures.
+    """Yield the predictions of :func:`inference` one by one, with the pictures.
 
-    No more than ``batch_size`` pictures are in memory at a time, so ``images`` may be the frames of a long video.
+    At most ``batch_size`` pictures are in memory at a time, so ``images`` may be the frames of a long video.
 
     Args:
-        model (BaseModel): As :func:`init_model` returns it.
+        model (BaseModel): Model from :func:`init_model`.
         images (Iterable[str | PathLike | np.ndarray]): See :func:`inference`.
         batch_size (int): See :func:`inference`. Defaults to 1.
-        on_error (Callable | None): Is called with the number and the error of each picture that cannot be read, which
-            is then left out. Defaults to None, for the error to be raised.
+        on_error (Callable | None): Function called with the number and the error of each unreadable picture, which is
+            then skipped. Defaults to None, which raises the error.
 
     Yields:
-        Prediction: Of each picture, in the order of the images.
+        Prediction: One for each picture, in the order of the images.
 
     Raises:
-        ImageError: If a picture cannot be read, and ``on_error`` is not given.
-        ValueError: If an array or the batch size is not of the kind that :func:`inference` takes.
+        ImageError: If a picture cannot be read and ``on_error`` is not given.
+        ValueError: If an array or the batch size is not as described in :func:`inference`.
     """
     if isinstance(images, (str, os.PathLike)):
         raise ValueError(f'images must be a list of paths or arrays, got {str(images)!r}')
@@ -110,7 +110,7 @@ def _predictions(model: BaseModel, pipeline: _Pipeline, images: Iterator[tuple[i
 
 
 def _predict(model: BaseModel, items: list[dict]) -> list[BaseDataElement]:
-    """The data samples of packed pictures, those of equal shapes predicted together."""
+    """Return the data samples of packed pictures, predicting those of equal shapes together."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, data in enumerate(items):
         groups.setdefault(tuple(data['inputs'].shape), []).append(i)
@@ -135,13 +135,13 @@ class _Pipeline:
         self._transform = NamingPipeline(Compose([step for step in transforms if 'Annotations' not in _name(step)]))
 
     def __call__(self, image: Image, index: int) -> tuple[np.ndarray, dict]:
-        """A picture as loaded, (H, W, 3) in BGR, and packed for the model.
+        """Return a picture as loaded, (H, W, 3) in BGR, and packed for the model.
 
         Raises:
-            ImageError: If it cannot be read.
-            ValueError: If it is an array of another kind than (H, W, 3) of uint8.
+            ImageError: If the picture cannot be read.
+            ValueError: If an array is not (H, W, 3) of uint8.
         """
-        # What the data sets of mmdet and of the other two number their pictures by.
+        # The keys by which the data sets of mmdet and of the other two number their pictures.
         results = dict(img_id=index, sample_idx=index)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -151,7 +151,7 @@ class _Pipeline:
             results.update(img=image.astype(self._dtype), img_path=None, img_shape=size, ori_shape=size)
         else:
             results = self._read(os.fspath(image), results)
-        # Transforms may write into the array they are given.
+        # A copy, as transforms may write into the array.
         picture = results['img'].astype(np.uint8)
         try:
             return picture, self._transform(results)
@@ -164,9 +164,9 @@ class _Pipeline:
             raise ImageError(f'{path} {fault.reason}')
         try:
             results = self._load(dict(results, img_path=path))
-        except Exception as error:  # what a damaged file makes the decoders raise can be anything
+        except Exception as error:  # a damaged file can make the decoders raise any exception
             raise ImageError(_reason(path, error)) from None
-        if results is None:  # of a loader with ignore_empty
+        if results is None:  # from a loader with ignore_empty
             raise ImageError(f'{path} is no picture, or damaged')
         return results
 

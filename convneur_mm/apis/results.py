@@ -1,4 +1,4 @@
-"""Files of predictions and pictures of them, for detectors, segmentors and classifiers."""
+"""Output files of predictions, and drawn pictures, for detectors, segmentors and classifiers."""
 from __future__ import annotations
 
 import json
@@ -11,22 +11,22 @@ from mmengine.structures import BaseDataElement
 from ..engine.files.errors import LaunchError
 from ..stack import require
 
-# Of a data sample, by the package it is of.
+# Name of the predictions in a data sample, by package.
 FIELDS = dict(mmdet='pred_instances', mmseg='pred_sem_seg', mmpretrain='pred_score')
-# In pixels: the text over a classified picture is not legible on a shorter side.
+# In pixels: text over a classified picture is not legible if its shorter side is shorter.
 LEGIBLE = 224
 TOP = 5
 
 
 class Results:
-    """Writes predictions to a folder as they come, and ends the files properly when its context does.
+    """Write predictions to a folder one by one, and complete the files at the end of the context.
 
     Args:
-        model (BaseModel): As :func:`init_model` returns it.
-        folder (Path): Where to write; it exists.
+        model (BaseModel): Model from :func:`init_model`.
+        folder (Path): Existing folder to write to.
 
     Attributes:
-        path (Path): The file or folder that holds the predictions.
+        path (Path): File or folder of the predictions.
     """
 
     path: Path
@@ -39,18 +39,18 @@ class Results:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends the files, also of a run that was interrupted."""
+        """Complete the files, even if the run was interrupted."""
 
     def add(self, name: str, file: str, sample: BaseDataElement) -> None:
-        """Writes the predictions of a picture.
+        """Write the predictions of a picture.
 
         Args:
-            name (str): For files: its path below the input folder, without what no two pictures differ in.
-            file (str): Its path below the input folder, for entries of one file.
+            name (str): For file names: its path below the input folder, without parts that all pictures share.
+            file (str): For entries of one file: its path below the input folder.
             sample (BaseDataElement): The data sample.
 
         Raises:
-            LaunchError: If the model makes predictions of another kind.
+            LaunchError: If the model's predictions are of another kind.
         """
         if self.field not in sample:
             found = [key for key in sample.keys() if key.startswith('pred')]  # noqa: SIM118  no dict
@@ -59,15 +59,15 @@ class Results:
         self.write(name, file, sample)
 
     def write(self, name: str, file: str, sample: BaseDataElement) -> None:
-        """See :meth:`add`."""
+        """Write a checked data sample, see :meth:`add`."""
         raise NotImplementedError
 
 
 class Detections(Results):
-    """``detections.json`` in COCO's form for data sets, each annotation with a score.
+    """Write ``detections.json`` in COCO's format for data sets, with a score for each annotation.
 
-    ``categories`` are the model's classes, from 1 on; masks are compressed run lengths. ``annotations`` alone is what
-    COCO's ``loadRes`` takes.
+    ``categories`` are the model's classes, numbered from 1; masks are compressed run lengths. COCO's ``loadRes`` takes
+    ``annotations`` alone.
     """
 
     def __init__(self, model: BaseModel, folder: Path) -> None:
@@ -80,12 +80,12 @@ class Detections(Results):
         self._file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
 
     def __exit__(self, *error: object) -> None:
-        """See :meth:`Results.__exit__`."""
+        """Complete the files, see :meth:`Results.__exit__`."""
         self._file.write(f'\n],\n"images": {json.dumps(self._images)}}}\n')
         self._file.close()
 
     def write(self, name: str, file: str, sample: BaseDataElement) -> None:
-        """See :meth:`Results.add`."""
+        """Write a detector's predictions, see :meth:`Results.add`."""
         height, width = map(int, sample.ori_shape)
         self._images.append(dict(id=len(self._images) + 1, file_name=file, width=width, height=height))
         found = sample.pred_instances
@@ -102,10 +102,10 @@ class Detections(Results):
 
 
 class LabelMaps(Results):
-    """``labels/NAME.png``, a picture of one channel with the class of each pixel, and ``classes.json``.
+    """Write ``labels/NAME.png``, a one-channel picture with the class of each pixel, and ``classes.json``.
 
-    The numbers are those of the annotation files: from 1 on for data whose 0 is no class, such as ADE20K, as
-    ``tools/test.py --out`` writes them. ``classes.json`` maps them to names and RGB colours.
+    The numbers are those of the annotation files, as in ``tools/test.py --out``: they start at 1 for data in which 0 is
+    not a class, such as ADE20K. ``classes.json`` maps them to names and RGB colours.
     """
 
     def __init__(self, model: BaseModel, folder: Path) -> None:
@@ -119,13 +119,13 @@ class LabelMaps(Results):
         self._dtype = np.uint8 if len(lines) + self._first <= 256 else np.uint16
 
     def write(self, name: str, file: str, sample: BaseDataElement) -> None:
-        """See :meth:`Results.add`."""
+        """Write a segmentor's prediction, see :meth:`Results.add`."""
         labels = sample.pred_sem_seg.data.squeeze(0).numpy() + self._first
         require('mmcv').imwrite(labels.astype(self._dtype), str(self.path / f'{name}.png'))
 
 
 class Classifications(Results):
-    """``classifications.jsonl``: a line for each picture, with its five best classes, the best first."""
+    """Write ``classifications.jsonl``, a line for each picture with its five best classes, the best first."""
 
     def __init__(self, model: BaseModel, folder: Path) -> None:
         super().__init__(model, folder)
@@ -133,11 +133,11 @@ class Classifications(Results):
         self._file = open(self.path, 'w', encoding='utf-8')  # noqa: SIM115  closed by __exit__
 
     def __exit__(self, *error: object) -> None:
-        """See :meth:`Results.__exit__`."""
+        """Complete the file, see :meth:`Results.__exit__`."""
         self._file.close()
 
     def write(self, name: str, file: str, sample: BaseDataElement) -> None:
-        """See :meth:`Results.add`."""
+        """Write a classifier's prediction, see :meth:`Results.add`."""
         scores, labels = sample.pred_score.topk(min(TOP, len(sample.pred_score)))
         top = [dict(label=label, name=self.classes[label], score=round(score, 5))
                for score, label in zip(scores.tolist(), labels.tolist(), strict=True)]
@@ -145,10 +145,10 @@ class Classifications(Results):
 
 
 def open_results(model: BaseModel, folder: Path) -> Results:
-    """What writes the predictions of a model to a folder.
+    """Return the object that writes the predictions of a model to a folder.
 
     Raises:
-        LaunchError: If the names of its classes are not known.
+        LaunchError: If the names of the classes are not known.
     """
     if 'classes' not in model.dataset_meta:
         key = 'classes' if model.cfg.default_scope == 'mmpretrain' else 'metainfo.classes'
@@ -159,10 +159,10 @@ def open_results(model: BaseModel, folder: Path) -> Results:
 
 
 class Painter:
-    """Draws predictions by the visualizers of mmdet, mmseg and mmpretrain, without a display.
+    """Draw predictions by the visualizers of mmdet, mmseg and mmpretrain, without a display.
 
     Args:
-        model (BaseModel): As :func:`init_model` returns it.
+        model (BaseModel): Model from :func:`init_model`.
         score_thr (float): Detections with a lower score are not drawn. Defaults to 0.3.
     """
 
@@ -171,7 +171,7 @@ class Painter:
         kind = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')[scope]
         visualizer = getattr(require(f'{scope}.visualization'), kind)()
         visualizer.dataset_meta = model.dataset_meta
-        # Where no file is named, the drawn picture goes to the backends, of which there are none.
+        # Without a file name, the visualizer passes the drawn picture to its backends, of which there are none.
         visualizer.add_image = self._keep
         self._classifies = scope == 'mmpretrain'
         self._draw = visualizer.visualize_cls if self._classifies else visualizer.add_datasample
@@ -182,8 +182,8 @@ class Painter:
         self._drawn = image
 
     def __call__(self, picture: np.ndarray, sample: BaseDataElement) -> np.ndarray:
-        """A picture (H, W, 3) of uint8 in BGR with its predictions, of the same kind; a small one that is classified
-        is enlarged."""
+        """Draw predictions on a picture (H, W, 3) of uint8 in BGR and return the same kind; small classified pictures
+        are enlarged."""
         if self._classifies and min(picture.shape[:2]) < LEGIBLE:
             picture = require('mmcv').imrescale(picture, LEGIBLE / min(picture.shape[:2]))
         image = np.ascontiguousarray(picture[..., ::-1])
@@ -192,7 +192,7 @@ class Painter:
 
 
 def _run_lengths(masks: object) -> list[dict]:
-    """Masks (N, H, W), tensor or array of bool, in COCO's compressed form."""
+    """Encode masks (N, H, W), tensor or array of bool, in COCO's compressed form."""
     encode = require('mmdet.structures.mask').encode_mask_results
     return [dict(size=[int(side) for side in mask['size']], counts=mask['counts'].decode())
             for mask in encode(np.asarray(masks))]

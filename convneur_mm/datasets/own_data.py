@@ -1,8 +1,8 @@
-"""A user's own pictures and annotations, in the layouts people have, as data that a config can name.
+"""Users' own pictures and annotations, in common layouts, as data that a config can name.
 
-:func:`prepare` finds the files of a folder, refuses what the checks of :mod:`.check` refuse, splits what is not split,
-and writes what the configs need beside the data (split annotation files, lists of pictures, label maps with consecutive
-values) into a folder of its own; the data stay as they are.
+:func:`prepare` finds the files of a folder, rejects what the checks of :mod:`.check` reject, splits data that have no
+split, and writes what the configs also need (split annotation files, lists of pictures, label maps with consecutive
+values) into a separate folder; the data are not changed.
 """
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from .check import Report, check_ade20k, check_coco, check_imagenet
 from .check.folders import IGNORED, IMAGENET_SUFFIXES
 from .check.images import files_under, seen_size
 
-# Words of file and folder names that tell which split they are; pictures for tests have no place in a training.
+# Words in file and folder names that tell the split; pictures for tests are not used in training.
 _ROLES = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test',
               trainval='all')
 _IMAGE_DIRS = ('images', 'image', 'imgs', 'img', 'jpegimages', 'img_dir', 'photos', 'pictures')
 _LABEL_DIRS = ('masks', 'mask', 'labels', 'label', 'annotations', 'annotation', 'ann_dir', 'segmentationclass',
                'label_maps', 'segmentation', 'segmentations', 'gt')
 VAL_SHARE = 0.2
-# Of pictures whose size is looked up.
+# Largest number of pictures whose size is looked up.
 _MAX_SIZED = 200
 
 
 class OwnDataError(ValueError):
-    """The data cannot be trained on; the message is one line that names the file or folder, and what was expected."""
+    """The data cannot be trained on; the one-line message names the file or folder and what was expected."""
 
 
 class FaultyDataError(OwnDataError):
     """The check of the data found faults.
 
     Attributes:
-        report (Report): What it found.
+        report (Report): Result of the check.
     """
 
     def __init__(self, report: Report) -> None:
@@ -56,9 +56,9 @@ class Split(NamedTuple):
     """A part of the data.
 
     Attributes:
-        ann_file (Path): COCO file, or list of the pictures, one a line.
-        images (Path): Folder that the pictures' names are relative to.
-        labels (Path | None): That of the label maps.
+        ann_file (Path): COCO file, or list of the pictures, one per line.
+        images (Path): Folder to which the pictures' names are relative.
+        labels (Path | None): Folder of the label maps.
         count (int): Number of pictures.
     """
 
@@ -73,15 +73,15 @@ class OwnData:
     """Data that a config can name.
 
     Attributes:
-        classes (tuple[str, ...]): By label.
-        train (Split): To train on.
-        val (Split): To validate and test on.
+        classes (tuple[str, ...]): Class names by label.
+        train (Split): Training data.
+        val (Split): Validation and test data.
         sizes (list[tuple[int, int]]): Widths and heights of pictures, not necessarily of all.
-        boxes (np.ndarray): Of a detector's training pictures, float64, shape (N, 2): width and height as fractions of
-            the longer side of their picture.
+        boxes (np.ndarray): Boxes of a detector's training pictures, float64, shape (N, 2): width and height as
+            fractions of the longer side of their picture.
         has_masks (bool): Whether the objects have masks.
-        suffixes (tuple[str, str]): Ends of the names of pictures and label maps, which their list leaves out.
-        notes (list[str]): What is good to know.
+        suffixes (tuple[str, str]): Endings of the names of pictures and label maps, left out in their list.
+        notes (list[str]): Remarks for the user.
     """
 
     classes: tuple[str, ...]
@@ -96,18 +96,18 @@ class OwnData:
 
 def prepare(task: str, data: str | os.PathLike[str], out: str | os.PathLike[str],
             names: Sequence[str] | None = None, reduce_zero_label: bool = False) -> OwnData:
-    """Finds, checks and splits data.
+    """Find, check and split data.
 
     Args:
         task (str): 'det' for a COCO file and pictures; 'seg' for pictures and label maps; 'cls' for class folders.
         data (str | os.PathLike): Folder of the data, or a COCO file.
-        out (str | os.PathLike): Folder for what is written, made where it is missing.
-        names (Sequence[str] | None): Classes to find, of categories or class folders; of label maps, the names of the
-            values. None takes all there are. Defaults to None.
-        reduce_zero_label (bool): Whether the value 0 of label maps is no class. Defaults to False.
+        out (str | os.PathLike): Folder for the written files, created if missing.
+        names (Sequence[str] | None): Classes to use: names of categories or class folders, or for label maps the names
+            of the values. None takes all. Defaults to None.
+        reduce_zero_label (bool): Whether the value 0 of label maps is not a class. Defaults to False.
 
     Raises:
-        OwnDataError: If there are no such data, they are of another task, or too few to train on.
+        OwnDataError: If there are no such data, or they are for another task or too few to train on.
         FaultyDataError: If the check of the data finds faults.
     """
     data, out = Path(data).absolute(), Path(out).absolute()
@@ -138,16 +138,16 @@ def _hint(task: str, data: Path) -> str:
 
 
 def _role(path: Path, root: Path) -> str | None:
-    """The split that the last telling word of a path below ``root`` names."""
+    """Return the split named by the last known word in a path below ``root``."""
     words = re.findall('[a-z]+', path.relative_to(root).as_posix().lower())
     return next((_ROLES[word] for word in reversed(words) if word in _ROLES), None)
 
 
 def _by_role(found: Iterable[tuple[str | None, object]], what: str) -> dict[str, object]:
-    """One thing for 'train' and one for 'val', or one for 'all' that is still to be split.
+    """Return one item each for 'train' and 'val', or one for 'all', which is still to be split.
 
     Raises:
-        OwnDataError: If it is not clear which one is meant.
+        OwnDataError: If the choice is not clear.
     """
     roles: dict[str, list[object]] = {}
     for role, thing in found:
@@ -162,7 +162,7 @@ def _by_role(found: Iterable[tuple[str | None, object]], what: str) -> dict[str,
 
 
 def _folders(root: Path) -> list[Path]:
-    """``root`` and all folders below it, without hidden ones."""
+    """Return ``root`` and all folders below it, without hidden ones."""
     found = []
     for parent, folders, _ in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
@@ -184,7 +184,7 @@ class _Coco(NamedTuple):
 
 
 def _find_coco(data: Path) -> dict[str, _Coco]:
-    """COCO file and folder of pictures of each split."""
+    """Return the COCO file and folder of pictures of each split."""
     files = [data] if data.is_file() else sorted(
         folder / name for folder in _folders(data) for name in os.listdir(folder) if name.endswith('.json'))
     contents = {path: content for path in files if (content := _coco_content(path)) is not None}
@@ -192,7 +192,7 @@ def _find_coco(data: Path) -> dict[str, _Coco]:
     if not contents:
         raise OwnDataError(f'DATA: {data} has no COCO annotation file, which is a JSON file with images, annotations '
                            'and categories')
-    # COCO itself has files of captions and keypoints beside those of instances.
+    # COCO itself has files of captions and keypoints besides those of instances.
     files = [path for path in contents if path.name.startswith('instances')] or list(contents)
     chosen = _by_role(((None if data.is_file() else _role(path, root), path) for path in files), 'annotation files')
     return {role: _Coco(path, contents[path], _image_folder(path, contents[path], root))
@@ -209,7 +209,7 @@ def _coco_content(path: Path) -> dict | None:
 
 
 def _image_folder(ann_file: Path, content: dict, root: Path) -> Path:
-    """The folder that has most of the pictures which a COCO file names; of equal ones that of the same split."""
+    """Return the folder with most of the pictures named by a COCO file; among equal ones that of the same split."""
     names = [str(image.get('file_name')) for image in content['images'] if isinstance(image, dict)]
     names, role = names[:_MAX_SIZED], _role(ann_file, root)
     counts = {folder: sum((folder / name).is_file() for name in names) for folder in _folders(root)}
@@ -261,7 +261,7 @@ def _prepare_coco(layout: Mapping[str, _Coco], out: Path, names: Sequence[str] |
 
 
 def _labels_by_image(content: Mapping[str, list[dict]], classes: Collection[str]) -> dict[int, set[str]]:
-    """Classes in each picture, by its id."""
+    """Return the classes in each picture, by its id."""
     names = {category['id']: category['name'] for category in content['categories']}
     found: dict[int, set[str]] = {image['id']: set() for image in content['images']}
     for annotation in content['annotations']:
@@ -274,7 +274,7 @@ def _part_of_coco(content: Mapping[str, object], indices: Collection[int]) -> di
     images = [content['images'][i] for i in indices]
     ids = {image['id'] for image in images}
     annotations = [each for each in content['annotations'] if each['image_id'] in ids]
-    # pycocotools takes the id 0 for "no match".
+    # pycocotools treats the id 0 as "no match".
     annotations = [dict(each, id=i) for i, each in enumerate(annotations, 1)]
     return {**content, 'images': images, 'annotations': annotations}
 
@@ -288,7 +288,7 @@ class _Pair(NamedTuple):
 
 
 def _find_label_maps(data: Path) -> dict[str, _Pair]:
-    """Folders of pictures and of label maps of each split."""
+    """Return the folders of pictures and of label maps of each split."""
     found: list[tuple[str | None, _Pair]] = []
     for folder in _folders(data) if data.is_dir() else ():
         children = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
@@ -306,7 +306,7 @@ def _find_label_maps(data: Path) -> dict[str, _Pair]:
 
 
 def _suffixes(pair: _Pair) -> tuple[str, str]:
-    """How the names of the pictures and those of their label maps end, as in ``a.jpg`` and ``a_mask.png``."""
+    """Return the endings of the names of pictures and of label maps, as of ``a.jpg`` and ``a_mask.png``."""
     images = [name for name in files_under(pair.images) if name.lower().endswith(IMAGENET_SUFFIXES)]
     ends = Counter(Path(name).suffix for name in images)
     if len(ends) > 1:
@@ -335,7 +335,7 @@ def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[
                              if name.endswith(suffixes[0]))
     values = {role: [_values(layout[role].labels / (stem + suffixes[1])) for stem in stems[role]] for role in layout}
     found = sorted(set().union(*(each for part in values.values() for each in part)))
-    # 255 is ignored, but for masks of 0 and 255 alone.
+    # 255 is ignored, except in masks of only 0 and 255.
     known = [value for value in found if value != IGNORED and not (reduce_zero_label and value == 0)]
     if known == [0] and IGNORED in found and (names is None or len(names) == 2):
         known.append(IGNORED)
@@ -391,7 +391,7 @@ def _values(path: Path) -> set[int]:
 
 
 def _find_class_folders(data: Path) -> dict[str, Path]:
-    """Folder of the class folders of each split."""
+    """Return the parent folder of the class folders of each split."""
     root = data
     while root.is_dir():
         children = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.'))
@@ -417,7 +417,7 @@ def _has_images_itself(folder: Path) -> bool:
 
 def _class_folders(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-    # Folders of pictures and label maps are none of classes.
+    # Folders of pictures and label maps are not class folders.
     other = {*_IMAGE_DIRS, *_LABEL_DIRS} & {name.lower() for name in names}
     return [] if other or not any(_has_images(folder / name) for name in names) else names
 
@@ -451,7 +451,7 @@ def _prepare_class_folders(layout: Mapping[str, Path], out: Path, names: Sequenc
 
 
 def _split_by_class(lines: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
-    """(train, val), with the same share of each class, of which the training has at least one."""
+    """Split lines into (train, val), with the same share of each class and at least one of each for training."""
     draw = random.Random(0)
     train, val = [], []
     for of_class in lines:
@@ -469,9 +469,9 @@ def _split_by_class(lines: Sequence[Sequence[str]]) -> tuple[list[str], list[str
 
 
 def split(labels: Sequence[Collection[object]]) -> tuple[list[int], list[int]]:
-    """Splits pictures into a training and a validation part, by chance, but always in the same way.
+    """Split pictures at random, but reproducibly, into a training and a validation part.
 
-    A class that a single picture has stays in the training, if another picture can go to the validation.
+    A class that only one picture has stays in the training part, if another picture can go to validation.
 
     Args:
         labels (Sequence[Collection]): Classes in each picture.
@@ -480,7 +480,7 @@ def split(labels: Sequence[Collection[object]]) -> tuple[list[int], list[int]]:
         tuple[list[int], list[int]]: Indices of the two parts, in ascending order; neither is empty.
 
     Raises:
-        OwnDataError: If there are less than two pictures.
+        OwnDataError: If there are fewer than two pictures.
     """
     if len(labels) < 2:
         raise OwnDataError(f'{len(labels)} picture cannot be split into training and validation: at least 2 are needed')
@@ -497,7 +497,7 @@ def split(labels: Sequence[Collection[object]]) -> tuple[list[int], list[int]]:
 
 
 def _chosen(names: Sequence[str] | None, found: Sequence[str], where: Path, what: str) -> list[str]:
-    """The classes asked for, which must be among those found; all of them if none are named."""
+    """Return the requested classes, which must be among those found, or all if none are requested."""
     unknown = [name for name in names or () if name not in found]
     if unknown:
         raise OwnDataError(f'--classes names {", ".join(unknown)}, and the {what} of {where} are {", ".join(found)}')

@@ -1,8 +1,8 @@
-"""Pictures of simple shapes on textured backgrounds, made on the spot.
+"""Generated pictures of simple shapes on textured backgrounds.
 
-They stand in for real data sets where those are not at hand: small enough to make in seconds, and not solvable by
-colour, since only the outline of an object tells its class. Here the pictures are made, as arrays; ``shapes_formats``
-writes them as data sets.
+They replace real data sets where those are not available: they take seconds to make, and cannot be solved by colour,
+since only an object's outline tells its class. This module makes the pictures as arrays; ``shapes_formats`` writes them
+as data sets.
 """
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ SPLITS = ('train', 'val')
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 64, 2048
 MAX_OBJECTS = 5
 MAX_LARGE_OBJECTS = 6
-# The size of an object over the side of the image.
+# Size of an object relative to the side of the image.
 MIN_OBJECT_SIZE, MAX_OBJECT_SIZE = 0.12, 0.55
 MIN_LARGE_SIZE = 0.25
-# Below this many pixels across a star and a cross cannot be told apart, however small the image is.
+# Below this many pixels across, a star and a cross look the same, even in a small image.
 MIN_OBJECT_PIXELS = 14
 MIN_VISIBLE_FRACTION = 0.5
-# For an image of 160 x 160 pixels; it grows with the area of the image.
+# In pixels of an image of 160 x 160; it grows with the area of the image.
 MIN_VISIBLE_AREA = 60
-# What is left of an object on the far side of another one is part of its mask only from this many pixels on.
+# A separate remainder of a partly covered object is part of its mask only from this many pixels on.
 MIN_FRAGMENT_AREA = 6
-# Distances of colours (CIE 1976) between an object and what surrounds it: for its main and for its second colour.
+# Smallest colour distance (CIE 1976) between an object and its surroundings, for its main and its second colour.
 MIN_CONTRAST, MIN_SECOND_CONTRAST = 38.0, 26.0
-# The size of the one object of a picture that is to be classified: it should be what the picture is of.
+# Size of the single object in a picture for classification, large enough to be the picture's subject.
 MIN_SINGLE_SIZE, MAX_SINGLE_SIZE = 0.5, 0.8
 
 
-# The outlines are signed distance functions: of points (x, y) relative to the centre of a shape of size 1, negative
-# inside. One function thus gives the mask (sign at the pixel centre) and the smooth edge of the image (distance). The
-# distances need only be right close to the edge, which lets the corners outside do without the exact, longer formulas.
+# The outlines are signed distance functions of points (x, y) relative to the centre of a shape of size 1, negative
+# inside. So one function gives both the mask (sign at the pixel centre) and the smooth edge of the image (distance).
+# The distances need only be exact close to the edge, so the outside of corners does not need longer formulas.
 def _disk(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) - 0.5
 
@@ -54,7 +54,7 @@ def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     tip, notch, half_sector = 0.6, 0.25, np.pi / 5
-    # Folded into half a sector, the outline is the one line from a tip to the notch beside it.
+    # Folded into half a sector, the outline is a single line from a tip to the adjacent notch.
     angle = np.abs((np.arctan2(y, x) + half_sector) % (2 * half_sector) - half_sector)
     radius = np.hypot(x, y)
     along = np.array([notch * np.cos(half_sector) - tip, notch * np.sin(half_sector)])
@@ -74,7 +74,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     'disk': _disk, 'square': _square, 'triangle': _triangle, 'star': _star, 'ring': _ring, 'cross': _cross}
-# No outline reaches farther from its centre, in units of its size.
+# Largest distance of an outline from its centre, in units of the shape's size.
 _REACH = 0.61
 
 SHAPE_CLASSES = tuple(_OUTLINES)
@@ -88,7 +88,7 @@ class Instance:
     Attributes:
         label: Class index, into ``SHAPE_CLASSES``.
         mask: Visible pixels, bool, shape (H, W).
-        visible_fraction: Area of ``mask`` over the area the whole shape has, the part outside the image included.
+        visible_fraction: Ratio of the area of ``mask`` to that of the whole shape, including parts outside the image.
     """
 
     label: int
@@ -98,11 +98,11 @@ class Instance:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is on it.
+    """A picture and its objects.
 
     Attributes:
         image: RGB, uint8, shape (H, W, 3).
-        instances: The objects, the one farthest back first; their masks do not overlap.
+        instances: The objects, from back to front; their masks do not overlap.
     """
 
     image: np.ndarray
@@ -111,7 +111,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Patch:
-    """A placed shape, drawn on the smallest square around it, which may reach over the border of the image.
+    """A placed shape, drawn on the smallest square around it, which may extend beyond the image.
 
     ``distance`` is in pixels, ``x`` and ``y`` are in units of the shape's size along its own axes.
     """
@@ -123,7 +123,7 @@ class _Patch:
     y: np.ndarray
 
     def crop(self, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """The part that lies inside the image: as indices into the image, and as indices into the patch."""
+        """Return the part inside the image, as indices into the image and as indices into the patch."""
         spans = [(max(start, 0), min(start + length, size))
                  for start, length in zip((self.top, self.left), self.distance.shape, strict=True)]
         (top, bottom), (left, right) = spans
@@ -131,7 +131,7 @@ class _Patch:
                 (slice(top - self.top, bottom - self.top), slice(left - self.left, right - self.left)))
 
     def mask(self, size: int) -> np.ndarray:
-        """The pixels of the image that the shape covers, bool, shape (size, size)."""
+        """Return the pixels of the image that the shape covers, bool, shape (size, size)."""
         inside, of_patch = self.crop(size)
         mask = np.zeros((size, size), bool)
         mask[inside] = self.distance[of_patch] <= 0
@@ -139,19 +139,19 @@ class _Patch:
 
     @property
     def area(self) -> int:
-        """Pixels of the whole shape, those outside the image included."""
+        """Return the number of pixels of the whole shape, including those outside the image."""
         return int((self.distance <= 0).sum())
 
 
 def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scene:
-    """Makes one picture with one to five objects, or with three to six large ones.
+    """Make a picture with one to five objects, or with three to six large ones.
 
-    An object is 0.12 to 0.55 of the image side across, a large one at least 0.25, but no less than 14 pixels. Later
-    objects cover earlier ones; of every object at least half stays visible, and at least 60 pixels of an image of
+    An object measures 0.12 to 0.55 of the image side, a large one at least 0.25 of it, and all at least 14 pixels.
+    Later objects cover earlier ones; at least half of each object stays visible, and at least 60 pixels in an image of
     160 x 160.
 
     Args:
-        rng: Source of everything random; the scene is a function of its state and the other arguments alone.
+        rng: Random generator; the scene depends only on its state and the other arguments.
         size: Side of the square image, in pixels, 64 to 2048.
         large: Whether to place three to six large objects, fewer where there is no room for more.
 
@@ -171,12 +171,12 @@ def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scen
     for _ in range(rng.integers(3, MAX_LARGE_OBJECTS + 1) if large else rng.integers(1, MAX_OBJECTS + 1)):
         label = int(rng.integers(len(SHAPE_CLASSES)))
         pixels = float(np.exp(rng.uniform(np.log(smallest), np.log(MAX_OBJECT_SIZE * size))))
-        # Only the place is drawn again: a new size, too, would make small objects more frequent in full images.
+        # Only the place is drawn again: drawing the size again would make small objects more frequent in full images.
         for _ in range(20):
             patch = _place(rng, label, pixels, size)
             shape = patch.mask(size)
             remaining = [_without_fragments(mask & ~shape) for mask in masks]
-            # What shows only through the hole of a ring looks like no class, so the hole does not count as a view.
+            # A view through the hole of a ring does not show an object's class, so the hole does not count.
             views = [mask & ~_filled(shape) for mask in remaining] + [shape]
             areas = whole_areas + [patch.area]
             if all(view.sum() >= max(MIN_VISIBLE_FRACTION * area, min_area)
@@ -190,12 +190,12 @@ def make_scene(rng: np.random.Generator, size: int, large: bool = False) -> Scen
 
 
 def make_single_scene(rng: np.random.Generator, size: int, label: int) -> Scene:
-    """Makes one picture with exactly one object, for classification.
+    """Make a picture with exactly one object, for classification.
 
-    The object is 0.5 to 0.8 of the image side across, and no more than tips or corners of it lie outside the image.
+    The object measures 0.5 to 0.8 of the image side, and at most its tips or corners lie outside the image.
 
     Args:
-        rng: Source of everything random; the scene is a function of its state, ``size`` and ``label`` alone.
+        rng: Random generator; the scene depends only on its state, ``size`` and ``label``.
         size: Side of the square image, in pixels, 64 to 2048.
         label: Class index of the object, into ``SHAPE_CLASSES``.
 
@@ -216,26 +216,26 @@ def make_single_scene(rng: np.random.Generator, size: int, label: int) -> Scene:
 
 
 def scene_at(seed: int, split: str, index: int, size: int, large: bool = False) -> Scene:
-    """Makes the scene that has a given place in the data set, whatever the number of scenes there.
+    """Make the scene at a given place of the data set, independently of the number of scenes.
 
     Args:
         seed: Seed of the data set, 0 to 2**32 - 1.
         split: ``'train'`` or ``'val'``.
         index: Place in the split, from 0.
         size: Side of the square image, in pixels, 64 to 2048.
-        large: Whether there are more and larger objects.
+        large: Whether to place more and larger objects.
 
     Returns:
         The scene; see :func:`make_scene`.
 
     Raises:
-        ValueError: An argument is not one of those named.
+        ValueError: An argument is not one of the values above.
     """
     return make_scene(_rng_at(seed, split, index), size, large)
 
 
 def single_scene_at(seed: int, split: str, index: int, size: int) -> Scene:
-    """Makes the scene with one object that has a given place in the data set; the classes take turns.
+    """Make the scene with one object at a given place of the data set; the classes alternate.
 
     Args:
         seed: Seed of the data set, 0 to 2**32 - 1.
@@ -247,17 +247,17 @@ def single_scene_at(seed: int, split: str, index: int, size: int) -> Scene:
         The scene; see :func:`make_single_scene`.
 
     Raises:
-        ValueError: An argument is not one of those named.
+        ValueError: An argument is not one of the values above.
     """
-    # The further number keeps these pictures apart from those of scene_at, which would share their backgrounds.
+    # The additional number makes these pictures differ from those of scene_at, whose backgrounds they would share.
     return make_single_scene(_rng_at(seed, split, index, 1), size, index % len(SHAPE_CLASSES))
 
 
 def checked_int(name: str, value: Any, low: int, high: int) -> int:
-    """Returns ``value`` as an int if it is an integer from ``low`` to ``high``.
+    """Return ``value`` as an int if it is an integer from ``low`` to ``high``.
 
     Raises:
-        ValueError: It is not; names the argument, its range and the value.
+        ValueError: It is not; the message names the argument, its range and the value.
     """
     try:
         number = operator.index(value)
@@ -277,7 +277,7 @@ def _rng_at(seed: int, split: str, index: int, *more: int) -> np.random.Generato
 
 
 def _place(rng: np.random.Generator, label: int, pixels: float, size: int, margin: float = 0.4) -> _Patch:
-    """Puts a shape of ``pixels`` pixels across somewhere on an image, its centre ``margin`` shapes from the border."""
+    """Place a shape of ``pixels`` pixels at random, with its centre at least ``margin`` shapes from the border."""
     centre_y, centre_x = rng.uniform(margin * pixels, size - margin * pixels, 2)
     angle = rng.uniform(0, 2 * np.pi)
     reach = _REACH * pixels + 1
@@ -302,7 +302,7 @@ def _filled(mask: np.ndarray) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch, pixels: float) -> None:
-    """Draws a shape with a soft shadow on ``canvas`` (float32 RGB from 0 to 1), in place."""
+    """Draw a shape with a soft shadow on ``canvas`` (float32 RGB from 0 to 1), in place."""
     size = len(canvas)
     inside, of_patch = patch.crop(size)
     shadow = np.zeros((size, size), np.float32)
@@ -326,14 +326,14 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, patch: _Patch, pixels: 
 
 
 def _object_pattern(rng: np.random.Generator, patch: _Patch, pixels: float) -> np.ndarray:
-    """A texture over a patch, 0 where the first colour shows and 1 where the second one does."""
+    """Draw a texture over a patch, 0 for the first colour and 1 for the second."""
     kind = rng.choice(['plain', 'fade', 'stripes', 'checks', 'clouds'])
-    # Marks finer than this many pixels would be mere noise.
+    # Marks finer than this many pixels would look like noise.
     waves = rng.uniform(2, max(min(6, pixels / 6), 2.5))
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
     u = np.cos(angle) * patch.x + np.sin(angle) * patch.y
     v = np.cos(angle) * patch.y - np.sin(angle) * patch.x
-    # A mark's edge blurs over about a pixel, whatever the size.
+    # The edge of a mark is blurred over about one pixel, whatever the size.
     sharpness = pixels / (2 * waves)
     if kind == 'plain':
         return np.zeros_like(patch.x)
@@ -348,15 +348,15 @@ def _object_pattern(rng: np.random.Generator, patch: _Patch, pixels: float) -> n
 
 
 def _object_colours(rng: np.random.Generator, surroundings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draws two colours that both stand out from the colours in ``surroundings``, float32 RGB, shape (N, 3)."""
+    """Draw two colours that stand out from those in ``surroundings``, float32 RGB, shape (N, 3)."""
     around = _to_lab(surroundings)
 
     def contrast(colour: np.ndarray) -> float:
-        # Not the mean distance: an object should stand out along nearly its whole outline.
+        # A low quantile, not the mean: an object should stand out along nearly its whole outline.
         return float(np.quantile(np.linalg.norm(around - _to_lab(colour[None]), axis=1), 0.05))
 
-    # Bright and mostly vivid, where backgrounds are dull: with either way round, a small network spends most of a short
-    # training on finding objects at all.
+    # Objects are bright and mostly vivid, and backgrounds dull: if both could be either, a small network would spend
+    # most of a short training on finding objects at all.
     candidates = [_colour(rng.uniform(), rng.uniform(0.1, 1.0) ** 0.5, rng.uniform(0.75, 1.0)) for _ in range(40)]
     contrasts = [contrast(candidate) for candidate in candidates]
     good = next((i for i, value in enumerate(contrasts) if value >= MIN_CONTRAST), int(np.argmax(contrasts)))
@@ -369,7 +369,7 @@ def _object_colours(rng: np.random.Generator, surroundings: np.ndarray) -> tuple
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A textured picture without objects, float32 RGB from 0 to 1, shape (size, size, 3)."""
+    """Draw a textured picture without objects, float32 RGB from 0 to 1, shape (size, size, 3)."""
     kind = rng.choice(['clouds', 'stripes', 'waves', 'checks', 'gradient'])
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
@@ -384,13 +384,13 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     elif kind == 'waves':
         pattern = 0.5 + 0.5 * np.sin(2 * np.pi * (waves * u + rng.uniform(1, 4) * clouds) + phase)
     elif kind == 'checks':
-        # Twice as fine as stripes: a check must not pass for a square.
+        # The checks are twice as fine as stripes, so that they cannot be mistaken for squares.
         product = np.sin(2 * np.pi * waves * u + phase) * np.sin(2 * np.pi * waves * v + phase)
         pattern = 0.5 + (sharpness * product / 2).clip(-0.5, 0.5)
     else:
         pattern = (u + 0.5 + 0.3 * (clouds - 0.5)).clip(0, 1)
     hue, saturation, value = rng.uniform(), rng.uniform(0.05, 0.4), rng.uniform(0.2, 0.5)
-    # The two colours are akin, which leaves room in the colour space for objects that stand out from both.
+    # The two colours are similar, so that the colour space has room for objects that stand out from both.
     first = _colour(hue, saturation, value)
     second = _colour(hue + rng.uniform(-0.12, 0.12), saturation * rng.uniform(0.5, 1.2),
                      value + rng.choice([-1, 1]) * rng.uniform(0.1, 0.2))
@@ -400,13 +400,13 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _developed(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """The picture on ``canvas`` (float32 RGB from 0 to 1, changed in place) with a sensor's noise, as uint8."""
+    """Return ``canvas`` (float32 RGB from 0 to 1, changed in place) with a sensor's noise, as uint8."""
     canvas += rng.normal(0, rng.uniform(0.004, 0.02), canvas.shape).astype(np.float32)
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _clouds(rng: np.random.Generator, size: int, octaves: int) -> np.ndarray:
-    """Smooth noise from 0 to 1, shape (size, size)."""
+    """Draw smooth noise from 0 to 1, shape (size, size)."""
     total = np.zeros((size, size))
     for octave in range(octaves):
         grid = rng.normal(size=(3 * 2**octave, 3 * 2**octave))

@@ -1,7 +1,7 @@
-"""Data sets of generated shapes, in the three layouts that detectors, segmentors and classifiers read.
+"""Data sets of generated shapes in three layouts, for detectors, segmentors and classifiers.
 
-:func:`make_shapes_coco` and :func:`make_shapes_ade20k` write the same pictures, with masks of the objects or with a map
-of the classes; :func:`make_shapes_imagenet` writes pictures of one object each. The pictures come from ``shapes``.
+:func:`make_shapes_coco` writes pictures with masks of the objects, :func:`make_shapes_ade20k` pictures of larger
+objects with label maps, and :func:`make_shapes_imagenet` pictures of one object each. ``shapes`` makes the pictures.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .shapes import (
     single_scene_at,
 )
 
-# Raise it with every change that alters what the same arguments give, so that older folders are made anew.
+# Increase this with every change to the results of the same arguments, so that older folders are made again.
 FORMAT_VERSION = 4
 ADE20K_SPLITS = {'train': 'training', 'val': 'validation'}
 
@@ -39,92 +39,92 @@ _MADE_NAME = re.compile(r'\d{6,}\.(jpg|png)')
 
 def make_shapes_coco(root: str | os.PathLike[str], num_train: int = 400, num_val: int = 100, image_size: int = 160,
                      seed: int = 0) -> Path:
-    """Writes the shapes as a data set in COCO's instance format.
+    """Write the shapes as a data set in COCO's instance format.
 
-    Makes ``train/*.jpg``, ``val/*.jpg``, ``annotations/instances_train.json``, ``annotations/instances_val.json`` and,
-    last, ``shapes.json`` with the arguments. The same arguments give the same bytes, given the same versions of numpy
-    and OpenCV; an image depends on its split, its place there, ``image_size`` and ``seed``, but not on how many there
-    are. A folder that is complete and was made with the same arguments is left alone; one that was made with others,
-    or left unfinished, is made anew. Images are 8 bit RGB, boxes and areas in pixels and of the visible part.
+    This makes ``train/*.jpg``, ``val/*.jpg``, ``annotations/instances_train.json``,
+    ``annotations/instances_val.json`` and, last, ``shapes.json`` with the arguments. The same arguments give the same
+    bytes with the same versions of numpy and OpenCV; an image depends on its split, its place there, ``image_size`` and
+    ``seed``, but not on the number of images. A complete folder with the same arguments is left unchanged; one with
+    other arguments, or an unfinished one, is made again. Images are 8 bit RGB; boxes and areas are those of the visible
+    part, in pixels.
 
     Args:
-        root: Folder to write to; it may be missing, empty or an earlier result of this function.
+        root: Folder to write to: missing, empty or an earlier result of this function.
         num_train: Number of training images, 1 to 999999.
         num_val: Number of validation images, 1 to 999999.
         image_size: Side of the square images, in pixels, 64 to 2048.
-        seed: Seed of everything random, 0 to 2**32 - 1.
+        seed: Random seed, 0 to 2**32 - 1.
 
     Returns:
         ``root`` as a path.
 
     Raises:
-        ValueError: An argument is out of its range, or ``root`` is a file or holds something else.
+        ValueError: An argument is out of its range, or ``root`` is a file or has other content.
     """
     return _make(_Coco(), root, num_train, num_val, image_size, seed)
 
 
 def make_shapes_ade20k(root: str | os.PathLike[str], num_train: int = 400, num_val: int = 100, image_size: int = 160,
                        seed: int = 0) -> Path:
-    """Writes the shapes as a data set in ADE20K's layout, for semantic segmentation.
+    """Write the shapes as a data set in ADE20K's layout, for semantic segmentation.
 
-    Makes ``images/training/*.jpg``, ``images/validation/*.jpg``, a label map of the same name for each,
+    This makes ``images/training/*.jpg``, ``images/validation/*.jpg``, a label map of the same name for each,
     ``annotations/training/*.png`` and ``annotations/validation/*.png``, and, last, ``shapes.json``. A label map is
     single-channel uint8, shape (image_size, image_size): 0 is the background, which ``reduce_zero_label=True`` ignores,
-    and 1 to 6 are ``SHAPE_CLASSES`` in order. The images hold three to six objects, more and larger ones
-    than those of :func:`make_shapes_coco`, as pixels are what is learned from; all it says of repeated runs holds here
-    too.
+    and 1 to 6 are ``SHAPE_CLASSES`` in order. The images hold three to six objects, more and larger ones than those of
+    :func:`make_shapes_coco`, as a segmentor learns from pixels. Repeated runs behave as in that function.
 
     Args:
-        root: Folder to write to; it may be missing, empty or an earlier result of this function.
+        root: Folder to write to: missing, empty or an earlier result of this function.
         num_train: Number of training images, 1 to 999999.
         num_val: Number of validation images, 1 to 999999.
         image_size: Side of the square images, in pixels, 64 to 2048.
-        seed: Seed of everything random, 0 to 2**32 - 1.
+        seed: Random seed, 0 to 2**32 - 1.
 
     Returns:
         ``root`` as a path.
 
     Raises:
-        ValueError: An argument is out of its range, or ``root`` is a file or holds something else.
+        ValueError: An argument is out of its range, or ``root`` is a file or has other content.
     """
     return _make(_Ade20k(), root, num_train, num_val, image_size, seed)
 
 
 def make_shapes_imagenet(root: str | os.PathLike[str], num_train: int = 400, num_val: int = 100, image_size: int = 160,
                          seed: int = 0) -> Path:
-    """Writes shapes as a data set in ImageNet's layout, for classification.
+    """Write shapes as a data set in ImageNet's layout, for classification.
 
-    Makes ``train/<class>/*.jpg``, ``val/<class>/*.jpg`` and, last, ``shapes.json``. Each picture shows one object, and
-    the classes have equally many, give or take one. A loader that numbers the classes by their folders, as mmpretrain's
-    ``CustomDataset`` does, takes them in alphabetical order: ``sorted(SHAPE_CLASSES)``. All that
-    :func:`make_shapes_coco` says of repeated runs holds here too.
+    This makes ``train/<class>/*.jpg``, ``val/<class>/*.jpg`` and, last, ``shapes.json``. Each picture shows one object,
+    and the classes have equal numbers of pictures, up to one. A loader that numbers the classes by their folders, such
+    as mmpretrain's ``CustomDataset``, takes them in alphabetical order: ``sorted(SHAPE_CLASSES)``. Repeated runs behave
+    as in :func:`make_shapes_coco`.
 
     Args:
-        root: Folder to write to; it may be missing, empty or an earlier result of this function.
+        root: Folder to write to: missing, empty or an earlier result of this function.
         num_train: Number of training images, 6 to 999999.
         num_val: Number of validation images, 6 to 999999.
         image_size: Side of the square images, in pixels, 64 to 2048.
-        seed: Seed of everything random, 0 to 2**32 - 1.
+        seed: Random seed, 0 to 2**32 - 1.
 
     Returns:
         ``root`` as a path.
 
     Raises:
-        ValueError: An argument is out of its range, or ``root`` is a file or holds something else.
+        ValueError: An argument is out of its range, or ``root`` is a file or has other content.
     """
     return _make(_ImageNet(), root, num_train, num_val, image_size, seed)
 
 
 def mask_to_segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
-    """Turns a mask into a COCO segmentation that pycocotools decodes to exactly this mask.
+    """Convert a mask to a COCO segmentation that pycocotools decodes to exactly this mask.
 
     Args:
         mask: bool, shape (H, W).
 
     Returns:
         Polygons, each a flat list x0, y0, x1, y1, ... in pixels from the outer corner of the first pixel; or, for a
-        mask that polygons cannot give, such as one with holes, a compressed run-length encoding: ``size`` as [H, W]
-        and ``counts`` as str.
+        mask that polygons cannot represent, such as one with holes, a compressed run-length encoding: ``size`` as
+        [H, W] and ``counts`` as str.
 
     Raises:
         ValueError: The mask is not a two-dimensional bool array, or it is empty.
@@ -132,24 +132,24 @@ def mask_to_segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]
     if mask.dtype != bool or mask.ndim != 2 or not mask.any():
         raise ValueError(f'mask must be a bool array of shape (H, W) with a pixel set, got {mask.dtype} of shape '
                          f'{mask.shape} with {np.count_nonzero(mask)} set')
-    # OpenCV's outlines run through the centres of the outermost pixels, which takes half a pixel off all around. On
-    # the doubled mask that is a quarter, and the centres of the original pixels stay clearly inside.
+    # OpenCV's outlines run through the centres of the outermost pixels and so lose half a pixel on all sides. On the
+    # doubled mask this is a quarter, and the centres of the original pixels stay clearly inside.
     doubled = mask.repeat(2, 0).repeat(2, 1).astype(np.uint8)
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    # Straightened stairs are shorter and nicer to look at, so they come first; where they gain or lose a pixel, the
-    # stairs themselves are taken. Neither gives a mask with holes.
+    # Straightened outlines are shorter and look better, so they come first; if they gain or lose a pixel, the
+    # unchanged outline is used. Neither can represent a mask with holes.
     for tolerance in (0.8, 0.6, 0.0):
         lines = [cv2.approxPolyDP(contour, tolerance, True) if tolerance else contour for contour in contours]
         polygons = [((line.reshape(-1) + 0.5) / 2).tolist() for line in lines if len(line) >= 3]
         if polygons and np.array_equal(_decode(polygons, mask.shape), mask):
             return polygons
-    from pycocotools import mask as coco_mask  # which the core does without
+    from pycocotools import mask as coco_mask  # an optional dependency, imported where needed
     encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {'size': [int(side) for side in mask.shape], 'counts': encoded['counts'].decode('ascii')}
 
 
 class _Form:
-    """A layout on disk: which files a scene becomes, and what is in them."""
+    """A layout on disk: the files of a scene and their content."""
 
     name: str
     """Tells the forms apart in ``shapes.json``."""
@@ -162,22 +162,22 @@ class _Form:
         return scene_at(seed, split, index, size)
 
     def paths(self, split: str, index: int) -> tuple[str, ...]:
-        """The files of the scene at a place, relative to the root."""
+        """Return the files of the scene at a place, relative to the root."""
         raise NotImplementedError
 
     def write(self, scene: Scene, paths: tuple[Path, ...]) -> Any:
-        """Writes a scene to its files, and returns what :meth:`finish` has to know of it."""
+        """Write a scene to its files, and return its record for :meth:`finish`."""
         _write_image(paths[0], scene.image)
 
     def split_paths(self, split: str) -> tuple[str, ...]:
-        """The files of a split, besides those of its scenes, relative to the root."""
+        """Return the files of a split, other than those of its scenes, relative to the root."""
         return ()
 
     def finish(self, paths: tuple[Path, ...], split: str, records: list[Any]) -> None:
-        """Writes the files of a split from what :meth:`write` returned for its scenes, in order."""
+        """Write the files of a split from the records that :meth:`write` returned, in the order of the scenes."""
 
     def folders(self, split: str) -> set[str]:
-        # One scene of each class leads through all folders of any form.
+        # One scene of each class covers all folders of any layout.
         paths = [path for index in range(len(SHAPE_CLASSES)) for path in self.paths(split, index)]
         return {str(PurePosixPath(path).parent) for path in paths}
 
@@ -201,7 +201,7 @@ class _Coco(_Form):
     def finish(self, paths: tuple[Path, ...], split: str, records: list[Any]) -> None:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        # pycocotools takes an annotation id of 0 for "no match", so both ids start at 1.
+        # pycocotools treats an annotation id of 0 as "no match", so both ids start at 1.
         for image_id, (image, image_annotations) in enumerate(records, start=1):
             images.append({'id': image_id, **image})
             for annotation in image_annotations:
@@ -221,7 +221,7 @@ class _Ade20k(_Form):
     maker = 'make_shapes_ade20k'
 
     def scene(self, seed: int, split: str, index: int, size: int) -> Scene:
-        # Pixels are what is learned from here, and those of few small objects are few.
+        # A segmentor learns from pixels, of which few small objects have too few.
         return scene_at(seed, split, index, size, large=True)
 
     def paths(self, split: str, index: int) -> tuple[str, ...]:
@@ -239,7 +239,7 @@ class _Ade20k(_Form):
 class _ImageNet(_Form):
     name = 'convneur_mm shapes, ImageNet'
     maker = 'make_shapes_imagenet'
-    # With fewer a class would have no folder, and the numbers of the classes would differ between the splits.
+    # With fewer images, a class would have no folder, and the class numbers would differ between the splits.
     min_images = len(SHAPE_CLASSES)
 
     def scene(self, seed: int, split: str, index: int, size: int) -> Scene:
@@ -273,10 +273,10 @@ def _make(form: _Form, root: str | os.PathLike[str], num_train: int, num_val: in
 
 
 def _claim(form: _Form, root: Path, arguments: dict[str, Any]) -> bool:
-    """Readies ``root`` for writing and says whether there is anything to do.
+    """Prepare ``root`` for writing; return False if there is nothing to do.
 
-    While a set is written a file under another name holds the arguments: a run that was cut short is then known for
-    ours, and what it left can be removed without a danger of removing something else.
+    While a set is written, a file of another name holds the arguments. So an interrupted run can be recognised as ours,
+    and its files can be removed without a risk for other files.
     """
     if root.exists() and not root.is_dir():
         raise ValueError(f'root must be a folder, got a file: {root}')
@@ -306,7 +306,7 @@ def _is_complete(form: _Form, root: Path, arguments: dict[str, Any]) -> bool:
         if not all((root / path).is_file() for path in form.split_paths(split)) or not all(
                 (root / folder).is_dir() for folder in folders):
             return False
-        # A listing of each folder, since a look at every file takes seconds on a network drive.
+        # One listing per folder, since checking every file takes seconds on a network drive.
         present = {f'{folder}/{name}' for folder in folders for name in os.listdir(root / folder)}
         if not all(present.issuperset(form.paths(split, index)) for index in range(arguments[f'num_{split}'])):
             return False
@@ -345,10 +345,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:
-    """Writes an RGB picture or a map of labels, uint8, shape (H, W, 3) or (H, W); ``path`` names the format."""
+    """Write an RGB picture or a label map, uint8, shape (H, W, 3) or (H, W), in the format of ``path``'s suffix."""
     if image.ndim == 3:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    # OpenCV ignores the settings of other formats.
+    # OpenCV ignores settings of other formats.
     done, buffer = cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     if not done:
         raise OSError(f'OpenCV could not encode {path}')

@@ -1,2 +1,1 @@
-"""Metrics that configs import by name, each module with what it needs: :mod:`.boundary` (mmseg) and :mod:`.boundary_ap`
-(mmdet)."""
+"""Metrics for configs to import by module name: :mod:`.boundary` (needs mmseg), :mod:`.boundary_ap` (needs mmdet)."""

@@ -1,8 +1,8 @@
-"""How well the boundaries of a segmentation agree with the truth: boundary F1, boundary IoU, trimap IoU, Hausdorff.
+"""Agreement of a segmentation's boundaries with the truth: boundary F1, boundary IoU, trimap IoU, Hausdorff distance.
 
-A class's boundary is its pixels with one of their four neighbours outside the class. What lies beyond the image's edge
-is outside every class, and so are ignored pixels, in the prediction too. The module needs mmseg: configs import it by
-name.
+A class's boundary consists of its pixels that have one of their four neighbours outside the class. Pixels beyond the
+image's edge are outside every class, and so are ignored pixels, in the prediction too. The module needs mmseg, so
+configs import it by name.
 """
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 
 class BoundaryCounts(NamedTuple):
-    """What one image, or several along a further first axis, add to the metrics. All are float64 of (num_classes,).
+    """Counts of one image, or of several along an additional first axis; all are float64 of (num_classes,).
 
     Attributes:
         matched_pred (np.ndarray): Boundary pixels of the prediction within the tolerance of the truth's boundary.
         pred (np.ndarray): Boundary pixels of the prediction.
         matched_truth (np.ndarray): Boundary pixels of the truth within the tolerance of the prediction's boundary.
         truth (np.ndarray): Boundary pixels of the truth.
-        band_intersection (np.ndarray): Pixels that are in the class's inner band in prediction and truth.
-        band_union (np.ndarray): Pixels that are in one of the two bands or in both.
-        trimap_intersection (np.ndarray): Pixels of the trimap that have the class in prediction and truth.
-        trimap_union (np.ndarray): Pixels of the trimap that have the class in one of the two or in both.
+        band_intersection (np.ndarray): Pixels in the class's inner band in both prediction and truth.
+        band_union (np.ndarray): Pixels in the class's inner band in prediction or truth.
+        trimap_intersection (np.ndarray): Pixels of the trimap with the class in both prediction and truth.
+        trimap_union (np.ndarray): Pixels of the trimap with the class in prediction or truth.
         hausdorff (np.ndarray): Hausdorff distance of the boundaries in pixels; the image's diagonal if the class is
             in only one of prediction and truth, NaN if it is in neither.
-        hd95 (np.ndarray): The same with the 95th percentile in place of the maximum.
+        hd95 (np.ndarray): As ``hausdorff``, with the 95th percentile instead of the maximum.
     """
 
     matched_pred: np.ndarray
@@ -57,13 +57,13 @@ class BoundaryCounts(NamedTuple):
 
 def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignore_index: int = 255,
                     tolerance: int | float = 0.0075, band_width: int | float = 0.02) -> BoundaryCounts:
-    """Compares the boundaries of two label maps, class by class.
+    """Compare the boundaries of two label maps, class by class.
 
     Args:
         pred (np.ndarray): Predicted labels, integers of (H, W).
         truth (np.ndarray): True labels, integers of (H, W).
-        num_classes (int): Labels from 0 on to below this are classes.
-        ignore_index (int): Label of the pixels of ``truth`` that do not count. Defaults to 255.
+        num_classes (int): Number of classes; their labels start at 0.
+        ignore_index (int): Label of pixels of ``truth`` that are ignored. Defaults to 255.
         tolerance (int | float): See :class:`BoundaryMetric`.
         band_width (int | float): See :class:`BoundaryMetric`.
 
@@ -71,12 +71,12 @@ def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignor
         BoundaryCounts: Arrays of (num_classes,).
 
     Raises:
-        ValueError: If the two differ in shape, or hold a label that is no class.
+        ValueError: If the two differ in shape, or have a label that is not a class.
     """
     if pred.ndim != 2 or pred.shape != truth.shape:
         raise ValueError(f'prediction and truth must be two maps of one size, got {pred.shape} and {truth.shape}')
     valid = truth != ignore_index
-    # From here on 0 is what is ignored, and class i is i + 1.
+    # From here on, 0 stands for ignored pixels, and i + 1 for class i.
     pred = _shifted_labels(pred, valid, num_classes, 'the prediction')
     truth = _shifted_labels(truth, valid, num_classes, 'the truth')
     diagonal = float(np.hypot(*pred.shape))
@@ -89,7 +89,7 @@ def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignor
     for i, boxes in enumerate(zip(find_objects(pred, num_classes), find_objects(truth, num_classes))):
         if boxes == (None, None):
             continue
-        # Outside the box of both there is nothing of the class, so within it all comes out as in the whole image.
+        # The class has no pixels outside the joint box, so the results within it are those of the whole image.
         box = _joint_box([box for box in boxes if box])
         masks = [(labels[box] == i + 1).view(np.uint8) for labels in (pred, truth)]
         bands = [_rim(mask, square) for mask in masks]
@@ -106,7 +106,7 @@ def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignor
         counts.hausdorff[i] = max(to_truth.max(), to_pred.max())
         counts.hd95[i] = max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))
 
-    # A window with more than one label has a change of label within the width.
+    # A window with more than one label has a change of label within ``width``.
     trimap = cv2.dilate(truth, square) != cv2.erode(truth, square)
     pred, truth = pred[trimap], truth[trimap]
     both, *each = (np.bincount(labels, minlength=num_classes + 1)[1:] for labels in (truth[pred == truth], pred, truth))
@@ -116,13 +116,13 @@ def boundary_counts(pred: np.ndarray, truth: np.ndarray, num_classes: int, ignor
 
 
 def boundary_scores(images: Sequence[BoundaryCounts], num_classes: int) -> dict[str, np.ndarray]:
-    """The metrics of each class over a data set.
+    """Compute the metrics of each class over a data set.
 
-    F1 and the IoUs are of pixels counted over all images, distances the mean over the images that have the class in
-    prediction or truth.
+    F1 and the IoUs are computed from pixels counted over all images; distances are averaged over the images that have
+    the class in prediction or truth.
 
     Args:
-        images (Sequence[BoundaryCounts]): Of each image.
+        images (Sequence[BoundaryCounts]): Counts of each image.
         num_classes (int): Number of classes.
 
     Returns:
@@ -133,7 +133,7 @@ def boundary_scores(images: Sequence[BoundaryCounts], num_classes: int) -> dict[
     images = BoundaryCounts(*np.reshape(images, (-1, len(fields), num_classes)).swapaxes(0, 1))
     total = BoundaryCounts(*(np.nansum(counts, axis=0) for counts in images))
     precision, recall = _ratio(total.matched_pred, total.pred), _ratio(total.matched_truth, total.truth)
-    # A class that is only in one of prediction and truth has no precision or no recall: its F1 is 0.
+    # A class that is in only one of prediction and truth has no precision or no recall, and an F1 of 0.
     f1 = np.nan_to_num(_ratio(2 * precision * recall, precision + recall))
     return dict(
         F1=np.where(total.pred + total.truth > 0, f1, np.nan),
@@ -151,19 +151,19 @@ class BoundaryMetric(BaseMetric):
     ``boundary/mF1``, ``boundary/mIoU`` and ``boundary/mTrimapIoU`` in percent, and ``boundary/mHausdorff`` and
     ``boundary/mHD95`` in pixels of the label map; a table of all classes is logged.
 
-    Lengths are an integer of pixels, or a float below 1, a share of each image's diagonal.
+    Lengths are an integer in pixels, or a float below 1, a fraction of each image's diagonal.
 
     Args:
-        tolerance (int | float): How far from the other boundary a boundary pixel is matched, for F1; not rounded.
-            Defaults to 0.0075.
-        band_width (int | float): How far the boundary IoU's band reaches into the class, and the trimap from a change
-            of label to both sides, as the larger of the distances in x and y; a share is rounded, to 1 pixel at least.
-            Defaults to 0.02.
-        ignore_index (int): Label of the pixels that do not count. Defaults to 255.
+        tolerance (int | float): Largest distance of a matched boundary pixel from the other boundary, for F1; not
+            rounded. Defaults to 0.0075.
+        band_width (int | float): Distance that the boundary IoU's band extends into the class, and the trimap to both
+            sides of a change of label, as the larger of the distances in x and y; a fraction is rounded to pixels, at
+            least 1. Defaults to 0.02.
+        ignore_index (int): Label of pixels that are ignored. Defaults to 255.
         **kwargs: ``collect_device``, ``prefix`` and ``collect_dir`` of MMEngine's ``BaseMetric``.
 
     Raises:
-        ValueError: For a length that is neither of the two.
+        ValueError: If a length is neither of the two.
     """
 
     default_prefix = 'boundary'
@@ -176,10 +176,10 @@ class BoundaryMetric(BaseMetric):
         self.ignore_index = ignore_index
 
     def process(self, data_batch: dict | None, data_samples: Sequence[dict]) -> None:
-        """Compares a batch's ``pred_sem_seg`` with its ``gt_sem_seg``, whose data are labels of (1, H, W).
+        """Compare a batch's ``pred_sem_seg`` with its ``gt_sem_seg``, whose data are labels of (1, H, W).
 
         Raises:
-            ValueError: If an image has no truth, or one that :func:`boundary_counts` refuses; names the image.
+            ValueError: If an image has no truth, or if :func:`boundary_counts` raises; names the image.
         """
         for sample in data_samples:
             if 'gt_sem_seg' not in sample:
@@ -194,7 +194,7 @@ class BoundaryMetric(BaseMetric):
             self.results.append(counts)
 
     def compute_metrics(self, results: list[BoundaryCounts]) -> dict[str, float]:
-        """The means over the classes, rounded to two digits; logs the table of all classes."""
+        """Return the means over the classes, rounded to two digits, and log the table of all classes."""
         classes = self.dataset_meta['classes']
         table = PrettyTable()
         table.add_column('Class', list(classes))
@@ -212,7 +212,7 @@ class BoundaryMetric(BaseMetric):
 
 
 def _shifted_labels(labels: np.ndarray, valid: np.ndarray, num_classes: int, what: str) -> np.ndarray:
-    """Labels plus 1, and 0 where they are not valid: uint16, which OpenCV takes."""
+    """Return labels plus 1, and 0 where they are not valid, as uint16, which OpenCV accepts."""
     found = labels[valid]
     wrong = found[(found < 0) | (found >= num_classes)]
     if len(wrong):
@@ -226,22 +226,22 @@ def _joint_box(boxes: Sequence[tuple[slice, slice]]) -> tuple[slice, ...]:
 
 
 def _rim(mask: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The pixels of a mask, uint8 of 0 and 1, with something else under the kernel or the image's edge: bool."""
+    """Return the pixels of a mask, uint8 of 0 and 1, whose kernel reaches outside the mask or image: bool."""
     return mask > cv2.erode(mask, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
 
 
 def _distances(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of two sets of points, (N, 2) and (M, 2), each point's distance to the other set: (N,) and (M,), float64.
+    """Return each point's distance to the other set, (N,) and (M,), float64, for sets of points (N, 2) and (M, 2).
 
-    Boundaries are few pixels of an image: trees of them take a third to a tenth of two distance transforms' time.
+    Boundaries are few pixels of an image, so trees of them take a third to a tenth of two distance transforms' time.
     """
-    # Sparing the balance of the trees saves more time than it costs in the search.
+    # Building unbalanced trees saves more time than it costs in the search.
     trees = [KDTree(each, balanced_tree=False, compact_nodes=False) for each in (points, others)]
     return trees[1].query(points)[0], trees[0].query(others)[0]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """NaN where the whole is 0."""
+    """Divide, with NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
 
 

@@ -1,4 +1,4 @@
-"""Boundary AP of an instance segmentation. It needs mmdet and faster-coco-eval: configs import this module by name."""
+"""Boundary AP of instance segmentation. It needs mmdet and faster-coco-eval, so configs import this module by name."""
 from __future__ import annotations
 
 import os.path as osp
@@ -18,36 +18,36 @@ from mmdet.datasets.api_wrappers import COCO  # noqa: E402
 from mmdet.evaluation import CocoMetric  # noqa: E402
 from mmdet.registry import METRICS  # noqa: E402
 
-# Older ones fail where a detector finds nothing in the whole data set.
+# Older versions fail if a detector finds nothing in the whole data set.
 FASTER_COCO_EVAL = '1.8'
-# Of COCOeval_faster's stats.
+# In the order of COCOeval_faster's stats.
 STATS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 
 @METRICS.register_module()
 class BoundaryAP(CocoMetric):
-    """COCO's mask AP with the smaller of mask IoU and boundary IoU in place of mask IoU (Cheng et al., 2021).
+    """COCO's mask AP with the smaller of mask IoU and boundary IoU instead of mask IoU (Cheng et al., 2021).
 
-    faster-coco-eval computes it, on the masks that mmdet's ``CocoMetric`` would evaluate. Returned are
-    ``coco/boundary_mAP``, ``_50``, ``_75``, ``_s``, ``_m`` and ``_l``, from 0 to 1, or -1 where the truth has no such
-    instance. As on COCO's server, the 100 masks of the highest scores count in each image and class.
+    faster-coco-eval computes it, on the masks that mmdet's ``CocoMetric`` would evaluate. The results are
+    ``coco/boundary_mAP``, ``_50``, ``_75``, ``_s``, ``_m`` and ``_l``, from 0 to 1, or -1 if the truth has no such
+    instance. As on COCO's server, the 100 masks of the highest scores count for each image and class.
 
     Args:
-        ann_file (str | None): See ``CocoMetric``. Defaults to None, for the truth that the data samples bring along.
-        band_width (float): How far the band of the boundary IoU reaches into the mask, as a share of the image's
-            diagonal, rounded to pixels, 1 at least. Defaults to 0.02.
+        ann_file (str | None): See ``CocoMetric``. Defaults to None, which uses the truth in the data samples.
+        band_width (float): Distance that the boundary IoU's band extends into the mask, as a fraction of the image's
+            diagonal, rounded to pixels, at least 1. Defaults to 0.02.
         backend_args (dict | None): See ``CocoMetric``. Defaults to None.
         collect_device (str): See ``CocoMetric``. Defaults to 'cpu'.
         prefix (str | None): See ``CocoMetric``. Defaults to None, for 'coco'.
 
     Raises:
-        StackError: If faster-coco-eval is not installed, or too old; names the command that mends it.
-        ValueError: For a ``band_width`` that is no such share.
+        StackError: If faster-coco-eval is not installed, or too old; names the command that installs it.
+        ValueError: If ``band_width`` is not such a fraction.
     """
 
     def __init__(self, ann_file: str | None = None, band_width: float = 0.02, backend_args: dict | None = None,
                  collect_device: str = 'cpu', prefix: str | None = None) -> None:
-        # Not at the module's import: of a config's imports that fail, MMEngine drops the reason.
+        # Checked here, not at import, as MMEngine drops the reason if an import of a config fails.
         try:
             found = metadata.version('faster-coco-eval')
         except metadata.PackageNotFoundError:
@@ -62,11 +62,11 @@ class BoundaryAP(CocoMetric):
         self.band_width = band_width
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Encodes a batch's masks, see ``CocoMetric``.
+        """Encode a batch's masks, see ``CocoMetric``.
 
         Raises:
-            ValueError: If predictions have no masks, or neither an ``ann_file`` nor the data samples have the truth's;
-                names the image.
+            ValueError: If the predictions have no masks, or if neither ``ann_file`` nor the data samples have true
+                masks; names the image.
         """
         for sample in data_samples:
             if 'masks' not in sample['pred_instances']:
@@ -78,7 +78,7 @@ class BoundaryAP(CocoMetric):
         super().process(data_batch, data_samples)
 
     def compute_metrics(self, results: list[tuple[dict, dict]]) -> dict[str, float]:
-        """The six APs, rounded to three digits; logs them with the recalls.
+        """Compute the six APs, rounded to three digits, and log them with the recalls.
 
         Args:
             results (list[tuple[dict, dict]]): Truth and masks of each image, as ``CocoMetric`` collects them.
@@ -93,7 +93,7 @@ class BoundaryAP(CocoMetric):
             self.cat_ids = truth.get_cat_ids(cat_names=self.dataset_meta['classes'])
             masks = load(self.results2json(preds, path)['segm'])
         for mask in masks:
-            del mask['bbox']  # or its area would decide what is small, medium or large
+            del mask['bbox']  # else its area would decide what is small, medium or large
         truth = FastCOCO(truth.dataset)
         logger = MMLogger.get_current_instance()
         evaluation = COCOeval_faster(truth, truth.loadRes(masks), 'boundary', print_function=logger.info,

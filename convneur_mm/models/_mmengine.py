@@ -1,4 +1,4 @@
-"""What the models take of MMEngine, and plain modules in its place where it is not installed, as with timm alone."""
+"""MMEngine imports of the models, with plain stand-ins where MMEngine is not installed, as with timm alone."""
 from __future__ import annotations
 
 import importlib.util
@@ -11,17 +11,17 @@ else:
     from torch.nn import Module, ModuleList, Sequential
 
     class BaseModule(Module):
-        """Of MMEngine's only what building a model needs: weights are drawn by :mod:`convneur_mm.timm`."""
+        """A module with ``init_cfg``; without MMEngine, :mod:`convneur_mm.timm` draws the weights."""
 
         def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
             super().__init__()
             self.init_cfg = init_cfg
 
     class PretrainedInit:
-        """A type that no ``init_cfg`` can be of."""
+        """A type that no ``init_cfg`` has."""
 
     class MODELS:
-        """Registers nothing."""
+        """A registry that registers nothing."""
 
         @staticmethod
         def register_module():

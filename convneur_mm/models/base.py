@@ -1,4 +1,4 @@
-"""What the backbones have in common: pretrained weights, frozen stages, and the checks of shared options."""
+"""Base class of the backbones: pretrained weights, frozen stages, and checks of shared options."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from ._mmengine import BaseModule, MMLogger, PretrainedInit
 
 
 def as_output(x: Tensor) -> Tensor:
-    """Return a feature map (B, C, H, W) as backbones give it out, in contiguous memory.
+    """Return a feature map (B, C, H, W) in contiguous memory, as backbones output it.
 
-    The permuted LayerNorm before it leaves channels_last memory. The RoI operators of a compiled mmcv read it as if it
-    were contiguous, and so give wrong features in silence; torchvision's, in their place, read any order.
+    The permuted LayerNorm before it leaves channels_last memory. The RoI operators of a compiled mmcv read that as if
+    it were contiguous and silently give wrong features; torchvision's operators read any layout.
     """
     return x.contiguous()
 
@@ -21,14 +21,14 @@ def as_output(x: Tensor) -> Tensor:
 class Backbone(BaseModule):
     """A backbone of stages, whose first stages can be frozen.
 
-    A subclass has ``stage_modules`` and calls :meth:`_freeze_stages` once it has built its layers.
+    A subclass defines ``stage_modules`` and calls :meth:`_freeze_stages` after building its layers.
 
     Args:
-        arch (str | dict): Its name is in what is logged.
-        num_stages (int): Number of stages there are, built or not.
-        drop_path_rate (float): In [0, 1), only checked here.
+        arch (str | dict): Its name appears in log messages.
+        num_stages (int): Number of stages, built or not.
+        drop_path_rate (float): Stochastic depth rate in [0, 1); only checked here.
         out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last).
-        frozen_stages (int): How many stages, from the first, are frozen; 0 and, as in mmdet, -1 freeze none.
+        frozen_stages (int): Number of stages frozen, from the first; 0 and, as in mmdet, -1 freeze none.
         init_cfg (dict | list[dict] | None): See :class:`ConvNeur`.
 
     Raises:
@@ -49,11 +49,11 @@ class Backbone(BaseModule):
         self.frozen_stages = frozen_stages
 
     def stage_modules(self) -> list[list[nn.Module]]:
-        """The modules of each stage that is built, its LayerNorm for the output excepted."""
+        """Return the modules of each built stage, without its output LayerNorm."""
         raise NotImplementedError
 
     def init_weights(self) -> None:
-        """Initialises all weights, then loads the pretrained ones if there are any; a second call changes nothing.
+        """Initialise all weights, then load the pretrained ones if there are any; a second call changes nothing.
 
         Raises:
             ValueError: If the checkpoint named by ``init_cfg`` holds none of the backbone's weights, or weights of
@@ -61,14 +61,14 @@ class Backbone(BaseModule):
         """
         called_before = self.is_init
         super().init_weights()
-        if called_before:  # MMEngine has warned and changed nothing
+        if called_before:  # MMEngine has logged a warning and changed nothing
             return
         self._complete_weights()
         if self.pretrained is None:
             return
         checkpoint = self.pretrained.get('checkpoint')
         if checkpoint:
-            from ..engine.files.checkpoint import load_pretrained  # of MMEngine, which building a model does without
+            from ..engine.files.checkpoint import load_pretrained  # imported here, as it needs MMEngine
             load_pretrained(self, checkpoint, self.pretrained.get('prefix'), self.pretrained.get('allow_pickle', False))
         else:
             MMLogger.get_current_instance().warning(
@@ -76,10 +76,10 @@ class Backbone(BaseModule):
                 'model.backbone.init_cfg.checkpoint to a path or URL.')
 
     def _complete_weights(self) -> None:
-        """Sets weights that ``init_cfg`` cannot describe, before pretrained ones are loaded."""
+        """Set weights that ``init_cfg`` cannot describe, before pretrained ones are loaded."""
 
     def train(self, mode: bool = True) -> Backbone:
-        """Sets the mode; frozen stages stay in evaluation mode."""
+        """Set the mode; frozen stages stay in evaluation mode."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -91,9 +91,9 @@ class Backbone(BaseModule):
 
 
 def check_common_options(in_channels: int, **flags: bool) -> None:
-    """Raises a ValueError unless these are a number of channels, and flags by their names.
+    """Raise a ValueError unless ``in_channels`` is a positive int and all flags, given by name, are bools.
 
-    A config's command line takes ``with_cp=no`` for a text, which Python takes for true.
+    On the command line ``with_cp=no`` becomes the string 'no', which is true in Python.
     """
     if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
         raise ValueError(f'in_channels must be an integer of at least 1, got {in_channels!r}')
@@ -103,7 +103,7 @@ def check_common_options(in_channels: int, **flags: bool) -> None:
 
 
 def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, list[dict]]:
-    """The checkpoint to load, if there is one, and how weights are drawn."""
+    """Return the checkpoint to load, if there is one, and the settings that draw the weights."""
     init_cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
     pretrained = [cfg for cfg in init_cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
     if len(pretrained) > 1:

@@ -1,4 +1,4 @@
-"""Building blocks of ConvNeur. Names follow mmpretrain's ConvNeXt, so its ConvNeXt-V2 weights fit as they are."""
+"""Building blocks of ConvNeur. Names follow mmpretrain's ConvNeXt, so its ConvNeXt-V2 weights load unchanged."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def drop_path(rate: float) -> nn.Module:
-    """Return stochastic depth over the images of a batch, nothing at a rate of 0."""
+    """Return stochastic depth over the images of a batch, or the identity at a rate of 0."""
     return StochasticDepth(rate, 'row') if rate > 0 else nn.Identity()
 
 
@@ -35,10 +35,10 @@ class GRN(nn.Module):
 
     Args:
         channels (int): Number of channels, C.
-        eps (float): Added to the mean response. Defaults to 1e-6.
+        eps (float): Value added to the mean response. Defaults to 1e-6.
     """
 
-    dims, channel_dim, shape = (1, 2), -1, (-1,)  # what is summed over, where channels are, and weights' shapes
+    dims, channel_dim, shape = (1, 2), -1, (-1,)  # axes to sum over, channel axis, and shape of the weights
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -47,17 +47,17 @@ class GRN(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) → the same shape and dtype; the statistics are taken in at least float32."""
-        # γ·(x·relative) + β + x, with one pass over x.
+        """Normalise (N, H, W, C), keeping shape and dtype; the statistics use at least float32."""
+        # γ·(x·relative) + β + x in one pass over x.
         return torch.addcmul(self.beta.to(x.dtype), x, self.scale(x).to(x.dtype))
 
     def scale(self, x: Tensor) -> Tensor:
-        """What GRN multiplies (N, H, W, C) by before it adds β, (N, 1, 1, C) of at least float32."""
+        """Return the factor of (N, H, W, C) before β is added: (N, 1, 1, C) of at least float32."""
         if x.dtype in (torch.float16, torch.bfloat16):
             response = torch.linalg.vector_norm(x, dim=self.dims, keepdim=True, dtype=torch.float32)
         else:
-            # On a CPU two to four times as fast as vector_norm over axes that are not the last. The bound keeps the
-            # root's gradient finite where a channel is zero everywhere.
+            # On a CPU this is two to four times as fast as vector_norm over axes that are not the last. The bound
+            # keeps the root's gradient finite where a channel is zero everywhere.
             response = (x * x).sum(dim=self.dims, keepdim=True).clamp_min(1e-30).sqrt()
         relative = response / (response.mean(dim=self.channel_dim, keepdim=True) + self.eps)
         return self.gamma * relative + 1
@@ -76,7 +76,7 @@ class ConvNeurBlock(BaseModule):
 
     Args:
         channels (int): Number of channels, C.
-        global_branch (nn.Module | None): Maps (N, C, H, W) to the same shape. With a state, it is called as
+        global_branch (nn.Module | None): Maps (N, C, H, W) to the same shape. With a state, it is called like
             :class:`GlobalBranch`. Defaults to None.
         fusion (str): 'gate', 'add' or 'concat'. Defaults to 'gate'.
         drop_path_rate (float): Stochastic depth rate. Defaults to 0.
@@ -104,18 +104,18 @@ class ConvNeurBlock(BaseModule):
         self.drop_path = drop_path(drop_path_rate)
 
     def local_features(self, x: Tensor) -> Tensor:
-        """F_loc of (N, C, H, W)."""
+        """Compute F_loc of (N, C, H, W)."""
         x = self.norm(self.depthwise_conv(x)).permute(0, 2, 3, 1)
         x = F.gelu(_linear(self.pointwise_conv1, x))
         return self._grn_linear(x).permute(0, 3, 1, 2)
 
     def _grn_linear(self, x: Tensor) -> Tensor:
-        """``pointwise_conv2(grn(x))`` of (N, H, W, 4C).
+        """Compute ``pointwise_conv2(grn(x))`` of (N, H, W, 4C).
 
-        With GRN's scale s of each image and channel, W·(s ⊙ x + β) + b is (W ⊙ s)·x + (W·β + b): so the scale can
-        multiply weights instead of features, which is less to do where there are more positions than channels.
+        With GRN's scale s of each image and channel, W·(s ⊙ x + β) + b equals (W ⊙ s)·x + (W·β + b). So the scale can
+        multiply the weights instead of the features, which is cheaper with more positions than channels.
         """
-        # A graph for all sizes must not ask for one, and compilers join the two by themselves.
+        # A graph for all sizes must not branch on a size, and compilers fuse the two by themselves.
         if torch.compiler.is_compiling() or x.size(1) * x.size(2) < x.size(3) or not (
                 is_plain(self.grn, GRN) and is_plain(self.pointwise_conv2, nn.Linear)):
             return _linear(self.pointwise_conv2, self.grn(x))
@@ -125,7 +125,7 @@ class ConvNeurBlock(BaseModule):
         return (torch.bmm(x.flatten(1, 2), scaled.mT) + bias).unflatten(1, x.shape[1:3])
 
     def join(self, local: Tensor, context: Tensor) -> Tensor:
-        """F_loc and G, both (N, C, H, W), as ``fusion`` says."""
+        """Fuse F_loc and G, both (N, C, H, W), as ``fusion`` says."""
         if self.fusion == 'gate':
             return context.sigmoid() * local
         if self.fusion == 'add':
@@ -134,7 +134,7 @@ class ConvNeurBlock(BaseModule):
 
     def forward(self, x: Tensor, state: MemoryState | None = None,
                 return_state: bool = False) -> Tensor | tuple[Tensor, MemoryState]:
-        """(N, C, H, W) → (N, C, H, W), and the memory's state if asked for; states as in :class:`GlobalBranch`."""
+        """Map (N, C, H, W) to the same shape, and return the state if asked for; see :class:`GlobalBranch`."""
 
         def update(x: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState | None]:
             local = self.local_features(x)
@@ -154,17 +154,17 @@ class ConvNeurBlock(BaseModule):
 
 
 class Stage(Sequential):
-    """Blocks one after the other."""
+    """A sequence of blocks."""
 
     def forward(self, x: Tensor, states: Iterator[MemoryState] | None = None,
                 return_states: bool = False) -> Tensor | tuple[Tensor, list[MemoryState]]:
-        """(N, C, H, W) → (N, C, H, W), and the memories' states if asked for.
+        """Map (N, C, H, W) to the same shape, and return the memories' states if asked for.
 
         Args:
             x (Tensor): Features, (N, C, H, W).
-            states (Iterator[MemoryState] | None): Gives the next state to each block that has a memory. Defaults to
+            states (Iterator[MemoryState] | None): States of the blocks that have a memory, in order. Defaults to
                 None.
-            return_states (bool): Whether to return them after this call too. Defaults to False.
+            return_states (bool): Whether to return the states after this call too. Defaults to False.
         """
         if states is None and not return_states:
             return super().forward(x)
@@ -183,7 +183,7 @@ class Stage(Sequential):
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer, or what stands in its place, of (N, H, W, C)."""
+    """Apply a linear layer, or its replacement, to (N, H, W, C)."""
     if is_plain(layer, nn.Linear):
         return pointwise(layer, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return layer(x)

@@ -1,4 +1,4 @@
-"""ConvNeur, the backbone."""
+"""The ConvNeur backbone."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,38 +33,39 @@ class ConvNeur(Backbone):
     | m5   | 3, 3, 9, 3  | 96, 192, 384, 768   | 192          |
     | m6   | 3, 3, 27, 3 | 128, 256, 512, 1024 | 256          |
 
-    The paper has m1 to m4. m5 and m6 are ours, with the depths and channels of ConvNeXt-V2 Tiny and Base, for weights
-    that are converted from those.
+    The paper has m1 to m4. m5 and m6 are ours: they have the depths and channels of ConvNeXt-V2 Tiny and Base, so that
+    weights can be converted from those.
 
     Args:
         arch (str | dict): A name from the table, or a dict of ``depths``, ``channels`` and ``mem_channels``.
             Defaults to 'm3'.
         in_channels (int): Channels of the image. Defaults to 3.
         memory_cfg (dict | None): Options of the global branch that differ from their defaults: ``mem_channels``, the
-            width of its bottleneck (default: by arch), and those of the branch's class, for the neural memory those of
-            :class:`NeuralMemory`, among them ``chunk_size=196`` and ``inner_step=1.0``. Options that the branch does
-            not have are refused. Defaults to None.
+            width of its bottleneck (default: by arch), and those of the branch's class. Those of the neural memory are
+            listed in :class:`NeuralMemory`, among them ``chunk_size=196`` and ``inner_step=1.0``. Unknown options are
+            refused. Defaults to None.
         placement (str): Blocks with a global branch: the first of each 'stage', every 'block', or 'none'.
             Defaults to 'stage'.
-        global_branch (str): What stands in the bottleneck: 'neural_memory' or, for comparisons, 'cbam', 'non_local',
+        global_branch (str): Module in the bottleneck: 'neural_memory' or, for comparisons, 'cbam', 'non_local',
             'self_attention', 'rwkv' or 'titans', see :mod:`.global_branches`. Defaults to 'neural_memory'.
-        fusion (str): How the global map meets the local features: 'gate', 'add' or 'concat'. Defaults to 'gate'.
-        drop_path_rate (float): Largest stochastic depth rate; blocks rise to it linearly. Defaults to 0.
+        fusion (str): How the global map is fused with the local features: 'gate', 'add' or 'concat'. Defaults to
+            'gate'.
+        drop_path_rate (float): Largest stochastic depth rate; it rises linearly over the blocks. Defaults to 0.
         out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last). Each has a
-            LayerNorm of its own; stages after the last one returned are not built. Defaults to (0, 1, 2, 3).
-        gap_before_final_norm (bool): Whether each output is averaged over the image before its LayerNorm, as
-            classification wants. Defaults to False.
-        frozen_stages (int): How many stages, from the first, are frozen; 0 and, as in mmdet, -1 freeze none.
+            LayerNorm of its own; stages after the last returned one are not built. Defaults to (0, 1, 2, 3).
+        gap_before_final_norm (bool): Whether each output is averaged over the image before its LayerNorm, as for
+            classification. Defaults to False.
+        frozen_stages (int): Number of stages frozen, from the first; 0 and, as in mmdet, -1 freeze none.
             Defaults to 0.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
-        channels_last (bool): Whether the image is brought to channels_last memory, in which all layers behind it leave
-            their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases
-            (:func:`convneur_mm.models.base.as_output` says why). Defaults to True.
+        channels_last (bool): Whether to convert the image to channels_last memory, which all later layers use for
+            their features anyway: the first convolution then needs no copy. The outputs are contiguous in both cases,
+            see :func:`convneur_mm.models.base.as_output`. Defaults to True.
         init_cfg (dict | list[dict] | None): MMEngine initialisation. ``dict(type='Pretrained', checkpoint=...)``,
-            alone or in a list, takes a path or URL of a ConvNeur checkpoint, bare or of a whole model, and is loaded
-            last; a ``checkpoint`` of None stands for weights still to be named: training then starts at random, with a
-            warning. All others replace the default, a truncated normal distribution of the convolutions' and linear
-            layers' weights with std 0.02. A stem's bias left at zero is drawn from it too. Defaults to None.
+            alone or in a list, takes a path or URL of a ConvNeur checkpoint, of the backbone or of a whole model, and
+            is loaded last. With a ``checkpoint`` of None, training starts from random weights, with a warning. All
+            others replace the default, a truncated normal distribution of the convolutions' and linear layers' weights
+            with std 0.02. A stem bias of zero is drawn from it too. Defaults to None.
 
     Raises:
         ValueError: For an unknown arch, option or stage, naming the value and what was expected.
@@ -146,21 +147,21 @@ class ConvNeur(Backbone):
 
     def forward(self, x: Tensor, states: Sequence[MemoryState] | None = None, return_states: bool = False,
                 ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], tuple[MemoryState, ...]]:
-        """Features of the stages named by ``out_indices``.
+        """Return the features of the stages named by ``out_indices``.
 
-        With ``states`` the memories go on from an earlier call, such as that of a video's frame before: each of the N
-        images is the next frame of a stream of its own. Frames may change their size. With 'previous' the first chunk
-        of a frame then reads what all earlier frames wrote; with 'final' all of its tokens read the memory after this
-        frame. The parallel rule still takes its gradients at the learned M_0. Where states are returned, the last
-        chunk of the frame is written too, which this frame's own features do not depend on with 'previous'. So at each
-        memory, frames one after the other equal one call on all their chunks, up to the limit of
-        :func:`~.global_branch.limit_norm`. Autograd records calls in sequence; detach the states to end that.
+        With ``states`` the memories continue from an earlier call, such as that of the previous video frame: each of
+        the N images is the next frame of a separate stream. Frames may change their size. With 'previous' the first
+        chunk of a frame then reads what all earlier frames wrote; with 'final' all of its tokens read the memory after
+        this frame. The parallel rule still takes its gradients at the learned M_0. Where states are returned, the last
+        chunk of the frame is written too; with 'previous' this frame's own features do not depend on it. So for each
+        memory, consecutive frames equal one call on all their chunks, up to the limit of
+        :func:`~.global_branch.limit_norm`. Autograd records consecutive calls; detach the states to end that.
 
         Args:
-            x (Tensor): Images, (N, in_channels, H, W), of any size from 32 × 32 up.
-            states (Sequence[MemoryState] | None): Those that an earlier call returned, one for each memory in the order
-                of the blocks, in float64 with float64 images and else in float32. None starts at the learned memories.
-                Defaults to None.
+            x (Tensor): Images, (N, in_channels, H, W), of at least 32 × 32 pixels.
+            states (Sequence[MemoryState] | None): States that an earlier call returned, one for each memory in the
+                order of the blocks, in float64 for float64 images and else in float32. None starts at the learned
+                memories. Defaults to None.
             return_states (bool): Whether to return the memories after this call too. Defaults to False.
 
         Returns:
@@ -191,14 +192,14 @@ class ConvNeur(Backbone):
         return (tuple(outs), tuple(returned)) if return_states else tuple(outs)
 
     def _prepared(self, x: Tensor, num_stages: int) -> Tensor:
-        """Images as the first convolution takes them, if they are large enough for so many stages."""
+        """Check that images are large enough for ``num_stages``, and return them in the first layer's layout."""
         stride = 2 ** (1 + num_stages)
         if min(x.shape[2:]) < stride:
             raise ValueError(f'images must be at least {stride} x {stride} pixels, got {tuple(x.shape[2:])}')
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def initial_states(self, batch: int) -> tuple[MemoryState, ...]:
-        """States of ``batch`` streams before their first frame: the learned M_0 and no momentum.
+        """Return the states of ``batch`` streams before their first frame: the learned M_0 and zero momentum.
 
         Raises:
             ValueError: If the backbone has no memory whose state could be carried.
@@ -211,7 +212,7 @@ class ConvNeur(Backbone):
         return tuple(states)
 
     def _memories(self) -> dict[str, NeuralMemory]:
-        """Names and memories in the order of the blocks.
+        """Return the memories by name, in the order of the blocks.
 
         Raises:
             ValueError: If there are none.
@@ -243,12 +244,12 @@ class ConvNeur(Backbone):
                                          'backbone, number of images, dtype and device')
 
     def stage_modules(self) -> list[list[nn.Module]]:
-        """The modules of each stage that is built."""
+        """Return the modules of each built stage."""
         return [list(modules) for modules in zip(self.downsample_layers, self.stages)]
 
     def _complete_weights(self) -> None:
-        # With a bias of zero an image's padding is zero after the stem, and every LayerNorm on the way back multiplies
-        # its gradient by 1 / sqrt(eps) = 1000: through four stages that ends training from random weights at once.
+        # With a bias of zero, an image's padding is zero after the stem, and every LayerNorm multiplies its gradient by
+        # 1 / sqrt(eps) = 1000 in the backward pass: over four stages, training from random weights fails at once.
         stem_bias = self.downsample_layers[0][0].bias
         if not stem_bias.any():
             nn.init.trunc_normal_(stem_bias, std=0.02)

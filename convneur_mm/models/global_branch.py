@@ -1,4 +1,4 @@
-"""The global branch: bottleneck, neural memory or another mixing of tokens, gate map (Sec. 3.3)."""
+"""The global branch: bottleneck, neural memory or another token mixer, and gate map (Sec. 3.3)."""
 from __future__ import annotations
 
 import torch
@@ -14,10 +14,10 @@ MAX_STATE_NORM = 10.0  # see limit_norm
 
 
 class GlobalBranch(BaseModule):
-    """Map features X to the global context map G, of the same shape.
+    """Map features X to the global context map G of the same shape.
 
-    A 1×1 convolution to the bottleneck's channels, the neural memory over all H·W tokens in row-major order, and a 1×1
-    convolution back. Another branch takes the memory's place between the same convolutions.
+    A 1×1 convolution reduces X to the bottleneck's channels, the neural memory runs over all H·W tokens in row-major
+    order, and a 1×1 convolution expands the result. Another branch replaces the memory between the same convolutions.
 
     Args:
         in_channels (int): Channels of X, C.
@@ -50,8 +50,8 @@ class GlobalBranch(BaseModule):
 
         Args:
             x (Tensor): Features, (B, C, H, W).
-            state (MemoryState | None): What an earlier call returned, for the memory to go on from; None starts at the
-                learned M_0. Defaults to None.
+            state (MemoryState | None): State that an earlier call returned, from which the memory continues; None
+                starts at the learned M_0. Defaults to None.
             return_state (bool): Whether to return the memory after the last chunk too, its norm limited by
                 :func:`limit_norm`. Defaults to False.
 
@@ -65,7 +65,7 @@ class GlobalBranch(BaseModule):
             raise ValueError(f"only global_branch='neural_memory' has a state to carry, got {self.branch!r}")
         mixer, output, size = self.token_mixer, None, tuple(x.shape[2:])
         if may_fuse(x) and are_plain(mixer.proj) and is_plain(self.expand, nn.Conv2d) and not has_output_hooks(mixer):
-            with no_autocast(x):  # both are linear: one product with as many weights as the second has
+            with no_autocast(x):  # Both are linear, so one product with a weight of the second's size replaces them.
                 weight = self.expand.weight.flatten(1) @ mixer.proj.weight
 
             def output(y: Tensor) -> Tensor:
@@ -82,35 +82,35 @@ class GlobalBranch(BaseModule):
         return (out, limit_norm(state, mixer.w1, mixer.w2)) if return_state else out
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Return what the branch mixes of features (B, C, H, W): tokens in row-major order, (B, H·W, Cm)."""
+        """Return the tokens of features (B, C, H, W) in row-major order, (B, H·W, Cm)."""
         return _convolve(self.reduce, x).flatten(2).transpose(1, 2)
 
     @property
     def token_mixer(self) -> BaseModule:
-        """Return what mixes the tokens. The neural memory's weights are named ``memory``, those of others ``mixer``."""
+        """Return the module that mixes the tokens: ``memory`` of the neural memory, else ``mixer``."""
         return self.memory if self.branch == 'neural_memory' else self.mixer
 
 
 def limit_norm(state: MemoryState, w1: Tensor, w2: Tensor) -> MemoryState:
-    """Scale down the state that is carried on, for each head of each image where it is too large.
+    """Scale down a carried state, for each head of each image whose norm is too large.
 
-    Memory and momentum, each with both of its weights together, keep norms of at most :data:`MAX_STATE_NORM` times that
-    of the head's M_0. Below that the state is returned unchanged, and two calls still equal one.
+    The norms of memory and momentum, each over both of its weights, stay within :data:`MAX_STATE_NORM` times the norm
+    of the head's M_0. A smaller state is returned unchanged, so that two calls still equal one.
 
     Args:
-        state (MemoryState): After the last chunk, for B images.
+        state (MemoryState): State after the last chunk, for B images.
         w1 (Tensor): First weight of M_0, (h, d, e).
         w2 (Tensor): Second weight of M_0, (h, e, d).
     """
     limit = MAX_STATE_NORM * _norm(w1, w2).to(state.w1.dtype)
-    # Constants to autograd, as the root has no gradient at the momentum of a memory that was never written.
+    # Autograd sees constants, as the root has no gradient at the zero momentum of a memory that was never written.
     memory, momentum = ((limit / _norm(*pair).clamp(min=1e-30)).clamp(max=1) for pair in (state[:2], state[2:]))
     return MemoryState(state.w1 * memory, state.w2 * memory, state.p1 * momentum, state.p2 * momentum)
 
 
 @torch.no_grad()
 def _norm(w1: Tensor, w2: Tensor) -> Tensor:
-    """Return the norm of both weights of a head together, (…, h, 1, 1)."""
+    """Return the joint norm of both weights of a head, (…, h, 1, 1)."""
     return (w1.square().sum((-2, -1), keepdim=True) + w2.square().sum((-2, -1), keepdim=True)).sqrt()
 
 

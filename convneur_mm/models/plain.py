@@ -1,4 +1,4 @@
-"""Layers whose weights may be taken instead of calling them, and what is faster then."""
+"""Layers whose weights may be used without calling them, and faster products with those weights."""
 from __future__ import annotations
 
 from typing import Any
@@ -9,34 +9,34 @@ from torch import Tensor, nn
 
 from ..ops.neural_memory.types import in_autocast, is_exporting
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked in a call, it would part a compiled graph
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # at import, as the query would break a compiled graph
 
 
 def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module does with its weights what its ``kind`` does, unlike an adapter or a quantised one."""
+    """Return whether a module has the forward of ``kind``, unlike an adapter or a quantised layer."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module has the forward of its ``kind``, and no hook that would miss the call."""
+    """Return whether a module has the forward of its ``kind`` and no hook that would be bypassed."""
     return has_forward_of(module, kind) and not (module._forward_pre_hooks or has_output_hooks(module))
 
 
 def has_output_hooks(module: nn.Module) -> bool:
-    """Return whether a hook would see what a module returns, or its gradient."""
+    """Return whether a module has hooks on its output or on gradients."""
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def are_plain(*layers: nn.Linear) -> bool:
-    """Return whether linear layers are plain ones without biases, so that their weights may be put together."""
+    """Return whether linear layers are plain and without biases, so that their weights may be merged."""
     return all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers)
 
 
 def may_fuse(x: Tensor) -> bool:
-    """Return whether products may be put together: not in a graph for others, nor where FLOPs are counted."""
+    """Return whether products may be merged: not in exported graphs, nor where FLOPs are counted."""
     if torch.compiler.is_compiling():
         return not is_exporting()
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()  # modes, of which no public name tells
+    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()  # modes, for which no public function exists
 
 
 def columns(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -45,10 +45,10 @@ def columns(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         weight (Tensor): (M, C).
         x (Tensor): (B, N, C).
-        out (Tensor | None): Takes the product if it fits, where no gradient is wanted. Defaults to None.
+        out (Tensor | None): Buffer for the product, used if it fits and no gradient is needed. Defaults to None.
     """
     if torch.compiler.is_compiling() or in_autocast(x):
-        # Each image has a product of its own: under autocast their gradients are summed in the weight's dtype.
+        # Each image has its own product: under autocast their gradients are summed in the weight's dtype.
         return torch.bmm(weight.expand(x.size(0), -1, -1), x.mT)
     if torch.is_grad_enabled():
         return _Columns.apply(weight, x)
@@ -57,7 +57,7 @@ def columns(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``weight`` (M, C) times a view of columns (B, N, C), (B, N, M), without a copy of the columns."""
+    """Return ``weight`` (M, C) times (B, N, C), a view of columns, as (B, N, M), without a copy of the columns."""
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or in_autocast(x)):
         return _Rows.apply(x, weight, bias)
     return _rows(x, weight, bias)
@@ -108,8 +108,8 @@ class _Rows(torch.autograd.Function):
 def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a plain linear layer or 1×1 convolution to (N, C, H, W) in channels_last memory.
 
-    On a CPU as a convolution, which oneDNN does up to 1.7 times as fast as MKL a matrix product with so few columns,
-    and never slower; elsewhere, and in float64, which oneDNN does not know, as a matrix product.
+    On a CPU it is a convolution: oneDNN is up to 1.7 times as fast as an MKL matrix product with so few columns, and
+    never slower. Elsewhere, and in float64, which oneDNN does not support, it is a matrix product.
     """
     weight = layer.weight.flatten(1)
     if x.device.type == 'cpu' and x.dtype != torch.float64 and HAS_ONEDNN:

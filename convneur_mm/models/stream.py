@@ -1,4 +1,4 @@
-"""Memories carried from frame to frame inside a model that knows nothing of them, and what is done to their states."""
+"""Streams: memory states carried from frame to frame inside a model that does not handle states itself."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ from .convneur import ConvNeur
 
 
 def detach_states(states: Sequence[MemoryState]) -> tuple[MemoryState, ...]:
-    """The same states, of which autograd does not know where they come from."""
+    """Return the states without their autograd history (truncated BPTT)."""
     return tuple(MemoryState(*(tensor.detach() for tensor in state)) for state in states)
 
 
 def reset_states(backbone: ConvNeur, states: Sequence[MemoryState], mask: Tensor) -> tuple[MemoryState, ...]:
-    """States of which some streams begin anew, as at a cut in one video of a batch.
+    """Return states in which some streams start again, as at a cut in one video of a batch.
 
     Args:
         backbone (ConvNeur): The backbone that returned the states.
-        states (Sequence[MemoryState]): Of B streams.
-        mask (Tensor): Streams that begin anew, (B,), bool.
+        states (Sequence[MemoryState]): States of B streams.
+        mask (Tensor): Streams that start again, (B,), bool.
 
     Raises:
         ValueError: If the mask does not fit the states.
@@ -42,7 +42,7 @@ class Stream:
 
     Attributes:
         backbone (ConvNeur): The backbone.
-        states (tuple[MemoryState, ...] | None): Its states after the last call; None before the first one.
+        states (tuple[MemoryState, ...] | None): States after the last call; None before the first one.
     """
 
     def __init__(self, backbone: ConvNeur) -> None:
@@ -50,7 +50,7 @@ class Stream:
         self.states: tuple[MemoryState, ...] | None = None
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Lets the next frame be the first one, of all streams or of those in ``mask`` (B,), bool.
+        """Restart all streams, or those in ``mask`` (B,), bool, at the next frame.
 
         Raises:
             ValueError: If the mask does not fit the states.
@@ -61,7 +61,7 @@ class Stream:
             self.states = reset_states(self.backbone, self.states, mask)
 
     def detach(self) -> None:
-        """Ends what autograd goes back through in time here."""
+        """Detach the states (truncated BPTT)."""
         if self.states is not None:
             self.states = detach_states(self.states)
 
@@ -78,33 +78,33 @@ class Stream:
 
 @contextmanager
 def stream(model: nn.Module) -> Iterator[Stream]:
-    """Lets each call of a model's backbone go on from the memories that the call before left.
+    """Make each call of a model's backbone continue from the memories after the previous call.
 
-    Within it the model is used as ever, with the frames of a video one after the other, or in batches with the next
-    frame of each of B videos::
+    Within the context the model is used as usual, with the frames of a video one after the other, or in batches with
+    the next frame of each of B videos::
 
         with stream(detector) as state:
             for frame in video:
                 result = inference_detector(detector, frame)
 
-    A call of the backbone is a frame: no test-time augmentation, and no second model that shares the backbone. Frames
-    may change their size, their number per batch only after ``reset()``.
+    Each call of the backbone is one frame: do not use test-time augmentation or a second model with the same backbone.
+    Frames may change their size; their number per batch may change only after ``reset()``.
 
     Args:
         model (nn.Module): A ConvNeur, or a model with one inside.
 
     Yields:
-        Stream: Its states, to reset or detach.
+        Stream: The states, to reset or detach.
 
     Raises:
-        ValueError: If the model does not have exactly one ConvNeur, or that has no neural memory.
+        ValueError: If the model does not have exactly one ConvNeur, or the ConvNeur has no neural memory.
     """
     backbones = {name: module for name, module in model.named_modules() if isinstance(module, ConvNeur)}
     if len(backbones) != 1:
         raise ValueError('stream() carries the memories of one ConvNeur from frame to frame, and no other backbone has '
                          f'such a state: {type(model).__name__} has {list(backbones) or "none"}')
     backbone, = backbones.values()
-    backbone.initial_states(0)  # says what is missing if there are none
+    backbone.initial_states(0)  # raises a ValueError if there are no memories
     state = Stream(backbone)
     hooks = (backbone.register_forward_pre_hook(state._before, with_kwargs=True),
              backbone.register_forward_hook(state._after, prepend=True))

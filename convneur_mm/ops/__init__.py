@@ -1,1 +1,1 @@
-"""Operators that the models are made of."""
+"""Operators used by the models."""

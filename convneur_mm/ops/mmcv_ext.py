@@ -1,10 +1,10 @@
-"""Provide mmcv's operators by those of torchvision and PyTorch, for an mmcv that was installed without compiling.
+"""Replace mmcv's operators by those of torchvision and PyTorch, for an mmcv that was installed without compiling.
 
-mmcv's Python files ask one compiled module, ``mmcv._ext``, for their operators. Where mmcv has none,
-:mod:`convneur_mm.stack` has Python load this file under that name. The functions here have the names, arguments and
+mmcv's Python files import their operators from one compiled module, ``mmcv._ext``. Where mmcv has none,
+:mod:`convneur_mm.stack` makes Python load this file under that name. The functions here have the names, arguments and
 effects of the compiled ones: most write their results into tensors that mmcv allocates. All are computed by torchvision
 or PyTorch on the device of their inputs. bfloat16, and float16 on a CPU, are computed in float32, as torchvision has no
-kernels for them. Any other operator of mmcv can be imported and raises NotImplementedError when it is called.
+kernels for them. Any other operator of mmcv can be imported, and raises NotImplementedError when called.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor
 from torchvision import ops
 
-# Who calls the operators of mmcv that are missing here, among mmdet, mmseg and mmpretrain.
+# Users, among mmdet, mmseg and mmpretrain, of the mmcv operators that are missing here.
 USERS = {
     'psamask': 'mmseg\'s PSANet', 'nms_match': 'mmdet\'s ScoreHLRSampler (PISA)',
     'line_nms': 'mmdet\'s CLRNet', 'deform_roi_pool': 'DeformRoIPoolPack and ModulatedDeformRoIPoolPack',
@@ -29,13 +29,13 @@ USERS = {
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Return the indices of the boxes that non-maximum suppression keeps, by falling score.
+    """Return the indices of the boxes that non-maximum suppression keeps, by descending score.
 
     Args:
         boxes (Tensor): (N, 4), as x1, y1, x2, y2.
         scores (Tensor): (N,).
-        iou_threshold (float): A box that overlaps a better one by more is dropped.
-        offset (int): 0 or 1; a box is x2 - x1 + offset wide.
+        iou_threshold (float): Boxes whose overlap with a better one exceeds this are dropped.
+        offset (int): 0 or 1; the width of a box is x2 - x1 + offset.
     """
     boxes, scores = _computable(boxes, scores)
     if offset:
@@ -45,16 +45,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float,
             method: int, offset: int) -> Tensor:
-    """Lower the scores of boxes that overlap better ones, and return the indices of those that keep enough.
+    """Lower the scores of boxes that overlap better ones, and return the indices of the boxes that are kept.
 
     Args:
         boxes (Tensor): (N, 4), on the CPU.
         scores (Tensor): (N,).
         dets (Tensor): (N, 5); its first rows are overwritten by the boxes that are kept and their new scores.
-        iou_threshold (float): For methods 0 and 1: only overlaps from here on count.
+        iou_threshold (float): For methods 0 and 1: smallest overlap that counts.
         sigma (float): For method 2: the width of the Gaussian.
-        min_score (float): Boxes whose score falls below are dropped.
-        method (int): 0 drops, 1 lowers a score linearly with the overlap, 2 by a Gaussian of it.
+        min_score (float): Boxes whose score falls below this are dropped.
+        method (int): 0 drops boxes, 1 lowers scores linearly with the overlap, 2 by a Gaussian of the overlap.
         offset (int): See :func:`nms`.
     """
     boxes, scores, left = boxes.detach(), scores.detach().clone(), torch.arange(len(boxes))
@@ -84,28 +84,28 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
 def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor,
                       aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
                       pool_mode: int, aligned: bool) -> None:
-    """Write the features of boxes, the averages of interpolated samples, into ``output``.
+    """Write the features of boxes, averages of interpolated samples, into ``output``.
 
     Args:
         input (Tensor): (B, C, H, W), in any memory format.
-        rois (Tensor): (N, 5), as index of the image, x1, y1, x2, y2.
+        rois (Tensor): (N, 5), as image index, x1, y1, x2, y2.
         output (Tensor): (N, C, aligned_height, aligned_width), overwritten.
-        argmax_y (Tensor): Not used, as ``argmax_x``: they are for the maximum.
+        argmax_y (Tensor): Not used, like ``argmax_x``, as both are for max pooling.
         argmax_x (Tensor): See ``argmax_y``.
         aligned_height (int): Rows of a box's features.
         aligned_width (int): Columns of a box's features.
-        spatial_scale (float): Size of the features over that of the image.
-        sampling_ratio (int): Samples of each side of a bin, or 0 for as many as it has pixels.
-        pool_mode (int): 1, the average.
-        aligned (bool): Whether pixel centres lie at half numbers.
+        spatial_scale (float): Ratio of the size of the features to that of the image.
+        sampling_ratio (int): Samples along each side of a bin, or 0 for as many as it has pixels.
+        pool_mode (int): 1, average pooling.
+        aligned (bool): Whether pixel centres lie at half-integer coordinates.
 
     Raises:
-        NotImplementedError: If ``pool_mode`` is 0, the maximum.
-        ValueError: If a box is NaN or infinite, on a CPU: torchvision's kernel would end the process.
+        NotImplementedError: If ``pool_mode`` is 0, max pooling.
+        ValueError: If a box is NaN or infinite, on a CPU, where torchvision's kernel would end the process.
     """
     if pool_mode != 1:
         _missing('roi_align with pool_mode=\'max\'', 'RoIAlign layers with pool_mode=\'max\'')
-    if rois.device.type == 'cpu' and not rois.isfinite().all():  # on a GPU, asking would wait for the device
+    if rois.device.type == 'cpu' and not rois.isfinite().all():  # On a GPU this check would wait for the device.
         wrong = rois[~rois.isfinite().all(1)]
         raise ValueError(f'roi_align: expected finite boxes, got {len(wrong)} of {len(rois)} that are NaN or infinite, '
                          f'such as {wrong[0].tolist()} (image, x1, y1, x2, y2)')
@@ -116,7 +116,7 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
 def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor,
                        aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
                        pool_mode: int, aligned: bool) -> None:
-    """Write the gradient of :func:`roi_align_forward` by its input into ``grad_input``; arguments as there."""
+    """Write the gradient of :func:`roi_align_forward` with respect to its input; arguments as there."""
     grad, boxes = _computable(grad_output, rois.to(grad_output.dtype))
     # torchvision has no public function for this, and going through autograd would repeat the forward pass.
     grad_input.copy_(torch.ops.torchvision._roi_align_backward(
@@ -135,7 +135,7 @@ def deform_conv_forward(input: Tensor, weight: Tensor, offset: Tensor, output: T
         weight (Tensor): (C', C / groups, kH, kW).
         offset (Tensor): (B, 2·groups'·kH·kW, H', W'), rows before columns.
         output (Tensor): (B, C', H', W'), overwritten.
-        columns (Tensor): Not used, as ``ones``: scratch space.
+        columns (Tensor): Not used, like ``ones``, as both are scratch space.
         ones (Tensor): See ``columns``.
         **sizes: kW, kH, dW, dH, padW, padH, dilationW, dilationH, group, deformable_group, im2col_step.
     """
@@ -144,14 +144,14 @@ def deform_conv_forward(input: Tensor, weight: Tensor, offset: Tensor, output: T
 
 def deform_conv_backward_input(input: Tensor, offset: Tensor, grad_output: Tensor, grad_input: Tensor,
                                grad_offset: Tensor, weight: Tensor, columns: Tensor, **sizes: int) -> None:
-    """Write the gradients of :func:`deform_conv_forward` by its input and offset; arguments as there."""
+    """Write the gradients of :func:`deform_conv_forward` with respect to input and offset; arguments as there."""
     _write_gradients(lambda x, shift: _deform_conv(x, shift, weight, **_geometry(sizes)), (input, offset), grad_output,
                      (grad_input, grad_offset))
 
 
 def deform_conv_backward_parameters(input: Tensor, offset: Tensor, grad_output: Tensor, grad_weight: Tensor,
                                     columns: Tensor, ones: Tensor, scale: float, **sizes: int) -> None:
-    """Write ``scale`` times the gradient of :func:`deform_conv_forward` by its weight; arguments as there."""
+    """Write ``scale`` times the gradient of :func:`deform_conv_forward` for its weight; arguments as there."""
     _write_gradients(lambda weight: _deform_conv(input, offset, weight, **_geometry(sizes)), (grad_weight,),
                      scale * grad_output, (grad_weight,))
 
@@ -164,9 +164,9 @@ def modulated_deform_conv_forward(input: Tensor, weight: Tensor, bias: Tensor, o
         input (Tensor): (B, C, H, W).
         weight (Tensor): (C', C / groups, kH, kW).
         bias (Tensor): (C',), or empty.
-        ones (Tensor): Not used, as ``columns``: scratch space.
+        ones (Tensor): Not used, like ``columns``, as both are scratch space.
         offset (Tensor): (B, 2·groups'·kH·kW, H', W'), rows before columns. It may be larger than the output, as in
-            mmdet's DyHead. mmcv then takes each image's first numbers, as they lie in memory, and so does this.
+            mmdet's DyHead. Like mmcv, this then uses each image's first numbers in memory order.
         mask (Tensor): (B, groups'·kH·kW, H', W'), or larger like ``offset``.
         output (Tensor): (B, C', H', W'), overwritten.
         columns (Tensor): See ``ones``.
@@ -187,7 +187,7 @@ def modulated_deform_conv_backward(input: Tensor, weight: Tensor, bias: Tensor, 
 
 
 def _geometry(sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Return torchvision's arguments, of (rows, columns), from mmcv's of either kind of convolution."""
+    """Return torchvision's arguments, as (rows, columns), from those of either convolution of mmcv."""
     names = ((('stride', ('stride_h', 'stride_w')), ('padding', ('pad_h', 'pad_w')),
               ('dilation', ('dilation_h', 'dilation_w'))) if 'stride_h' in sizes else
              (('stride', ('dH', 'dW')), ('padding', ('padH', 'padW')), ('dilation', ('dilationH', 'dilationW'))))
@@ -201,7 +201,7 @@ def _deform_conv(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None 
 
 
 def _modulated(sizes: dict[str, int], size: Sequence[int], with_bias: bool) -> Callable[..., Tensor]:
-    """Return the modulated convolution as a function of its tensors, whose output has the size (H', W')."""
+    """Return the modulated convolution as a function of its tensors, with an output of the size (H', W')."""
 
     def first(x: Tensor) -> Tensor:
         return x.flatten(1)[:, :x.size(1) * size[0] * size[1]].reshape(len(x), x.size(1), *size)
@@ -233,17 +233,17 @@ def masked_col2im_forward(col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, o
 
 def carafe_forward(features: Tensor, masks: Tensor, rfeatures: Tensor, routput: Tensor, rmasks: Tensor, output: Tensor,
                    kernel_size: int, group_size: int, scale_factor: int) -> None:
-    """Write features (B, C, H, W), enlarged by sums of k × k neighbours with given weights, into ``output``.
+    """Write features (B, C, H, W), upsampled by weighted sums of k × k neighbours, into ``output``.
 
     Args:
         features (Tensor): (B, C, H, W).
-        masks (Tensor): (B, groups·k², s·H, s·W), the weights.
-        rfeatures (Tensor): (B, C, H, W); overwritten by ``features``, which the backward pass gets here.
-        routput (Tensor): Not used, as ``rmasks``: scratch space.
+        masks (Tensor): Weights, (B, groups·k², s·H, s·W).
+        rfeatures (Tensor): (B, C, H, W); overwritten by ``features``, for the backward pass.
+        routput (Tensor): Not used, like ``rmasks``, as both are scratch space.
         rmasks (Tensor): See ``routput``.
         output (Tensor): (B, C, s·H, s·W), overwritten.
         kernel_size (int): k, an odd number.
-        group_size (int): Number of groups of channels, each of which has its own weights.
+        group_size (int): Number of channel groups, each with its own weights.
         scale_factor (int): s.
     """
     rfeatures.copy_(features)
@@ -253,7 +253,7 @@ def carafe_forward(features: Tensor, masks: Tensor, rfeatures: Tensor, routput: 
 def carafe_backward(grad_output: Tensor, rfeatures: Tensor, masks: Tensor, rgrad_output: Tensor, rgrad_input_hs: Tensor,
                     rgrad_input: Tensor, rgrad_masks: Tensor, grad_input: Tensor, grad_masks: Tensor, kernel_size: int,
                     group_size: int, scale_factor: int) -> None:
-    """Write the gradients of :func:`carafe_forward` by its features and masks; the tensors r… are scratch space."""
+    """Write the gradients of :func:`carafe_forward` for features and masks; the tensors r… are scratch space."""
     _write_gradients(lambda x, weights: _carafe(x, weights, kernel_size, group_size, scale_factor), (rfeatures, masks),
                      grad_output, (grad_input, grad_masks))
 
@@ -269,13 +269,13 @@ def _carafe(features: Tensor, masks: Tensor, kernel: int, groups: int, scale: in
 
 def ms_deform_attn_forward(value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,
                            sampling_locations: Tensor, attention_weights: Tensor, im2col_step: int) -> Tensor:
-    """Return multi-scale deformable attention (B, queries, C), by mmcv's own function for CPUs.
+    """Return multi-scale deformable attention (B, queries, C), computed by mmcv's own function for CPUs.
 
     Args:
         value (Tensor): (B, keys of all levels, heads, C / heads).
-        value_spatial_shapes (Tensor): (levels, 2), the height and width of each.
+        value_spatial_shapes (Tensor): (levels, 2), the height and width of each level.
         value_level_start_index (Tensor): Not used; it follows from ``value_spatial_shapes``.
-        sampling_locations (Tensor): (B, queries, heads, levels, points, 2), as x, y in 0 to 1.
+        sampling_locations (Tensor): (B, queries, heads, levels, points, 2), as x, y from 0 to 1.
         attention_weights (Tensor): (B, queries, heads, levels, points).
         im2col_step (int): Not used.
     """
@@ -302,19 +302,19 @@ def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, ou
     """Write the focal loss of each class into ``output``.
 
     Args:
-        input (Tensor): (N, C), the logits.
-        target (Tensor): (N,), classes; C is the background.
+        input (Tensor): Logits, (N, C).
+        target (Tensor): Classes, (N,); C is the background.
         weight (Tensor): (C,), a factor for the rows of each class, or empty.
         output (Tensor): (N, C), overwritten.
-        gamma (float): Exponent of the modulation.
-        alpha (float): Weight of the positive, 1 - alpha that of the negative.
+        gamma (float): Focusing exponent.
+        alpha (float): Weight of positives; negatives have 1 - alpha.
     """
     output.copy_(_focal_loss(input, target, weight, gamma, alpha))
 
 
 def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float,
                                 alpha: float) -> None:
-    """Write the derivative of each loss of :func:`sigmoid_focal_loss_forward` by its logit; arguments as there."""
+    """Write the derivative of each loss of :func:`sigmoid_focal_loss_forward` for its logit; arguments as there."""
     _write_gradients(lambda x: _focal_loss(x, target, weight, gamma, alpha), (input,), torch.ones_like(input),
                      (grad_input,))
 
@@ -327,21 +327,21 @@ def _focal_loss(x: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: 
     return loss
 
 
-# ---- what is left
+# ---- module attributes
 
 
 def get_compiler_version() -> str:
-    """Return what stands for a compiler's version in MMEngine's list of the environment."""
+    """Return the text shown as compiler version in MMEngine's list of the environment."""
     return 'none, mmcv is not compiled'
 
 
 def get_compiling_cuda_version() -> str:
-    """Return whose operators these are, for MMEngine's list of the environment."""
+    """Return the origin of these operators, for MMEngine's list of the environment."""
     return f'operators of torchvision {torchvision.__version__}, by convneur_mm'
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    """Return a function that raises, for an operator that is not here: mmcv asks for all when it is imported."""
+    """Return a function that raises, for a missing operator, as mmcv looks up all operators when imported."""
     if name.startswith('__'):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
@@ -363,7 +363,7 @@ def _missing(operator: str, users: str) -> NoReturn:
 
 
 def _computable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return the tensors in a type for which torchvision has kernels on their device."""
+    """Return the tensors in a dtype for which torchvision has kernels on their device."""
     first = tensors[0]
     lacking = first.dtype == torch.bfloat16 or (first.dtype == torch.float16 and first.device.type == 'cpu')
     return [x.float() if lacking and x is not None else x for x in tensors]
@@ -377,5 +377,5 @@ def _write_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], 
         output = function(*inputs)
     found = torch.autograd.grad(output, inputs, grad_output.to(output.dtype), allow_unused=True)
     for target, gradient in zip(gradients, found, strict=True):
-        if gradient is not None:  # an empty bias has no part in the output
+        if gradient is not None:  # an empty bias does not affect the output
             target.copy_(gradient)

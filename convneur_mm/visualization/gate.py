@@ -1,4 +1,4 @@
-"""The parts of ConvNeur's gated blocks (Figure 4 of the paper), as the model computes them for an image."""
+"""Parts of ConvNeur's gated blocks (Figure 4 of the paper), as the model computes them for an image."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from .trace import ChunkTrace, trace
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a block with a global branch makes of B images; its output is its input plus ``after``.
+    """Feature maps of a block with a global branch for B images; its output is its input plus ``after``.
 
     Attributes:
-        stage (int): Counted from 1.
-        block (int): Within the stage, counted from 1.
-        stride (int): Pixels of the image from one position of the features to the next, in both directions.
-        branch (str): What stands in the global branch, such as 'neural_memory'.
+        stage (int): Number of the stage, from 1.
+        block (int): Number of the block within the stage, from 1.
+        stride (int): Pixels of the image between adjacent positions of the features, in both directions.
+        branch (str): Name of the global branch, such as 'neural_memory'.
         fusion (str): 'gate', 'add' or 'concat'.
-        local_only (Tensor): F_loc of the same weights where no block has a global path, (B, C, H, W).
-        before (Tensor): F_loc, before it meets the global branch's map, (B, C, H, W).
+        local_only (Tensor): F_loc of the same weights if no block has a global path, (B, C, H, W).
+        before (Tensor): F_loc before its fusion with the global branch's map, (B, C, H, W).
         context (Tensor): The global branch's map G, (B, C, H, W).
-        after (Tensor): What the two become, with 'gate' sigmoid(G) ⊙ F_loc (Eq. 6), (B, C, H, W).
+        after (Tensor): Result of the fusion, with 'gate' sigmoid(G) ⊙ F_loc (Eq. 6), (B, C, H, W).
         memory (ChunkTrace | None): The chunks of the neural memory; None with another branch.
     """
 
@@ -49,19 +49,19 @@ class BlockParts:
 
     @property
     def gate(self) -> Tensor | None:
-        """sigmoid(G), (B, C, H, W); None where fusion is not 'gate'."""
+        """Return sigmoid(G), (B, C, H, W), or None if fusion is not 'gate'."""
         return self.context.sigmoid() if self.fusion == 'gate' else None
 
     @property
     def influence(self) -> Tensor:
-        """The influence map Σ_c |before − after|, (B, H, W)."""
+        """Return the influence map Σ_c |before − after|, (B, H, W)."""
         return (self.before - self.after).abs().sum(dim=1)
 
     def arrays(self, image: int = 0) -> dict[str, np.ndarray]:
-        """Everything of one image by name: (C, H, W), (H, W) or, of the memory, (T, Cm) and (T, h).
+        """Return all arrays of one image by name: (C, H, W), (H, W) or, of the memory, (T, Cm) and (T, h).
 
-        ``chunk`` (H, W) of int64 is the number of the chunk of each position, an index of the T writes, or T where the
-        chunk is not written.
+        ``chunk`` (H, W) of int64 is each position's chunk number, an index of the T writes, or T if the chunk is not
+        written.
         """
         found = dict(local_only=self.local_only, before=self.before, context=self.context, gate=self.gate,
                      after=self.after, influence=self.influence)
@@ -74,10 +74,10 @@ class BlockParts:
 
 
 class GateRecorder:
-    """Records the parts of all blocks with a global branch while a model looks at images.
+    """Record the parts of all blocks with a global branch while a model runs.
 
-    What the model computes stays the same to the bit: hooks see inputs and outputs of blocks, global branches and
-    memories alone, and layers inside them keep their fast ways. What no hook sees is computed a second time.
+    The model's results stay bitwise the same: hooks are only on blocks, global branches and memories, and layers inside
+    them keep their fast paths. Values that no hook sees are computed a second time.
 
     ::
 
@@ -86,11 +86,11 @@ class GateRecorder:
         recorder.parts[0].gate
 
     Args:
-        model (nn.Module): Has one ConvNeur, or is one.
+        model (nn.Module): A ConvNeur, or a model with one inside.
 
     Attributes:
-        image (Tensor | None): What the backbone got, (B, in_channels, H, W), None before it ran.
-        parts (list[BlockParts]): In the order of the blocks.
+        image (Tensor | None): Input of the backbone, (B, in_channels, H, W); None before it ran.
+        parts (list[BlockParts]): Parts in the order of the blocks.
 
     Raises:
         ValueError: If the model has no ConvNeur or several, or its ConvNeur has no global branch.
@@ -142,12 +142,12 @@ class GateRecorder:
 
 
 def context_of(output: Tensor | tuple[Tensor, MemoryState]) -> Tensor:
-    """The map G of what a global branch returns, which may be a pair of it and the memory's state."""
+    """Return the map G from a global branch's output, which may be a pair of the map and the memory's state."""
     return (output[0] if isinstance(output, tuple) else output).detach()
 
 
 def find_backbone(model: nn.Module) -> ConvNeur:
-    """The ConvNeur of a model.
+    """Return the ConvNeur of a model.
 
     Raises:
         ValueError: If it has none, or several.
@@ -161,21 +161,21 @@ def find_backbone(model: nn.Module) -> ConvNeur:
 
 
 def gated_blocks(backbone: ConvNeur) -> dict[tuple[int, int], ConvNeurBlock]:
-    """The blocks with a global branch by stage and place within it, both counted from 1."""
+    """Return the blocks with a global branch by stage and place within it, both counted from 1."""
     return {(i, j): block for i, stage in enumerate(backbone.stages, 1) for j, block in enumerate(stage, 1)
             if isinstance(block.global_branch, GlobalBranch)}
 
 
 @torch.no_grad()
 def local_only_features(backbone: ConvNeur, image: Tensor) -> dict[tuple[int, int], Tensor]:
-    """F_loc of the blocks with a global branch where no block has one: all blocks output X + F_loc.
+    """Compute F_loc of the blocks with a global branch as if no block had one: all blocks output X + F_loc.
 
-    The weights are those of the backbone, which learned them beside its global branches; the paper does not say whether
-    its local-only features are of such a model or of one that was trained without.
+    The weights are the backbone's, trained with its global branches. The paper does not say whether its local-only
+    features are from such a model or from one trained without them.
 
     Args:
-        backbone (ConvNeur): Is not changed.
-        image (Tensor): As its forward takes it, (B, in_channels, H, W).
+        backbone (ConvNeur): The backbone, which is not changed.
+        image (Tensor): Input of the backbone's forward, (B, in_channels, H, W).
 
     Returns:
         dict[tuple[int, int], Tensor]: (B, C, H, W) by stage and block, both counted from 1.

@@ -1,4 +1,4 @@
-"""One sheet for one picture: the parts of the gated blocks (Figure 4 of the paper) and the chunks of the memories."""
+"""A figure for one picture: the parts of the gated blocks (Figure 4 of the paper) and the chunks of the memories."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ from matplotlib.figure import Figure
 
 from .gate import BlockParts
 
-# Inches. 100 dots an inch, so that text of 9 points is legible at 100 %.
+# Lengths in inches. At 100 dots per inch, text of 9 points is legible at 100 %.
 DPI, FONT = 100, 9
 LABELS, PANEL, GAP, TITLES, CAPTION, BAR, MARGIN = 1.5, 2.2, 0.18, 0.55, 0.3, 0.6, 0.15
-PANEL_HEIGHTS = 1.1, 3.3  # at least, at most
-OPACITY = 0.65  # of colours over the picture
+PANEL_HEIGHTS = 1.1, 3.3  # minimum and maximum
+OPACITY = 0.65  # opacity of colours over the picture
 
 
 class Column(NamedTuple):
     """A column of panels.
 
     Attributes:
-        title (str): Plain words, in two lines at most.
-        bar (str): What the colours mean.
-        panels (list[Panel]): One for each block.
+        title (str): Title in plain words, of at most two lines.
+        bar (str): Meaning of the colours.
+        panels (list[Panel]): One panel for each block.
         limits (tuple[float, float]): Values of the first and the last colour.
         colours (str): Name of matplotlib's colour map.
-        over_picture (bool): Whether the picture shines through.
+        over_picture (bool): Whether the picture is visible below the colours.
     """
 
     title: str
@@ -47,9 +47,9 @@ class Panel(NamedTuple):
     """A map as large as the picture.
 
     Attributes:
-        values (np.ndarray): (H, W), NaN where there is none.
-        caption (str): The line below it.
-        hatched (np.ndarray | None): (H, W) of bool: what belongs to a chunk that is not written.
+        values (np.ndarray): (H, W), NaN where there is no value.
+        caption (str): The line below the map.
+        hatched (np.ndarray | None): (H, W) of bool: pixels of chunks that are not written.
     """
 
     values: np.ndarray
@@ -58,12 +58,12 @@ class Panel(NamedTuple):
 
 
 def draw_sheet(picture: np.ndarray, parts: Sequence[BlockParts], title: str) -> Figure:
-    """Draws a sheet of the first image of ``parts``; ``figure.savefig(path)`` writes it.
+    """Draw a sheet of the first image of ``parts``; ``figure.savefig(path)`` writes it to a file.
 
     Args:
-        picture (np.ndarray): What the network got, without padding, (H, W, 3), RGB, uint8.
-        parts (Sequence[BlockParts]): As a :class:`GateRecorder` records them; each is a row.
-        title (str): Of the sheet, such as the names of config, checkpoint and picture, in lines.
+        picture (np.ndarray): Input of the network, without padding, (H, W, 3), RGB, uint8.
+        parts (Sequence[BlockParts]): Parts recorded by a :class:`GateRecorder`, one for each row.
+        title (str): Title of the sheet, such as the names of config, checkpoint and picture, in lines.
 
     Raises:
         ValueError: If there are no parts.
@@ -82,7 +82,7 @@ def draw_sheet(picture: np.ndarray, parts: Sequence[BlockParts], title: str) -> 
     header = max(panel_height, 1.6) + 2 * MARGIN
     total_height = header + sum(heights)
     figure = Figure((total_width, total_height), dpi=DPI)
-    FigureCanvasAgg(figure)  # draws without a display, whatever the user's backend is
+    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has
     layout = _Layout(figure, total_width, total_height, panel_height)
 
     axis = layout.axis(LABELS, MARGIN, PANEL, panel_height)
@@ -96,7 +96,7 @@ def draw_sheet(picture: np.ndarray, parts: Sequence[BlockParts], title: str) -> 
 
 
 def legend(parts: Sequence[BlockParts]) -> list[str]:
-    """Lines that say what the sheet shows."""
+    """Return lines that explain the sheet."""
     first = parts[0]
     lines = [f"Left: the picture as the network gets it. Rows: blocks with a global branch ('{first.branch}', fusion "
              f"'{first.fusion}').",
@@ -109,7 +109,7 @@ def legend(parts: Sequence[BlockParts]) -> list[str]:
 
 
 class _Layout:
-    """Places things by inches from the top left corner."""
+    """Place axes and text by inches from the top left corner."""
 
     def __init__(self, figure: Figure, width: float, height: float, panel_height: float) -> None:
         self.figure, self.width, self.height, self.panel_height = figure, width, height, panel_height
@@ -141,7 +141,7 @@ def _draw_block(layout: _Layout, top: float, rows: Sequence[BlockParts], columns
                         if min(picture.shape[:2]) < 100 * PANEL else 'antialiased')
             if panel.hatched is not None and panel.hatched.any():
                 rows_, cols = panel.hatched.shape
-                # Padded, as a contour that ends at the edge is not filled.
+                # Padded, as a contour that ends at the edge would not be filled.
                 axis.contourf(np.arange(-1, cols + 1), np.arange(-1, rows_ + 1), np.pad(panel.hatched, 1).astype(float),
                               levels=[0.5, 1.5], colors='none', hatches=['////'])
                 axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows_ - 0.5, -0.5))
@@ -155,7 +155,7 @@ def _draw_block(layout: _Layout, top: float, rows: Sequence[BlockParts], columns
 
 
 def row_label(part: BlockParts) -> str:
-    """What stands left of a row."""
+    """Return the text at the left of a row."""
     channels, height, width = part.before.shape[1:]
     lines = [f'stage {part.stage}, block {part.block}', f'{height} x {width} positions', f'{channels} channels']
     if part.memory is not None:
@@ -167,23 +167,23 @@ def row_label(part: BlockParts) -> str:
 
 
 def _coloured(panel: Panel, mappable: ScalarMappable, picture: np.ndarray | None) -> np.ndarray:
-    """(H, W, 3) of 0 to 1."""
+    """Return a panel's colours, (H, W, 3) from 0 to 1."""
     colours = mappable.to_rgba(np.nan_to_num(panel.values, nan=mappable.norm.vmin))[..., :3]
     if picture is None:
         return colours
     grey = np.repeat((picture @ np.array([0.299, 0.587, 0.114]) / 255)[..., None], 3, axis=2)
     colours = OPACITY * colours + (1 - OPACITY) * grey
-    # Light, for hatching to be seen on dark pictures too.
+    # Pixels without a value are light, so that hatching is visible on dark pictures too.
     return np.where(np.isnan(panel.values)[..., None], 0.5 + grey / 2, colours)
 
 
-# ---- what the columns show
+# ---- contents of the columns
 
 
 def gate_columns(parts: Sequence[BlockParts], shape: tuple[int, int]) -> list[Column]:
-    """Local features without the global path, before and after the fusion; the gate; and its influence."""
+    """Return columns of the local features alone, before and after the fusion, the gate, and its influence."""
     maps = {name: [_mean_size(getattr(part, name)) for part in parts] for name in ('local_only', 'before', 'after')}
-    # Those of a row share a scale, so that they can be compared; of different stages they differ by orders.
+    # The maps of a row share a scale, so that they can be compared; those of different stages differ by orders.
     largest = [max(float(of_block.max()) for of_block in row) or 1.0 for row in zip(*maps.values())]
     gated = parts[0].fusion == 'gate'
     titles = dict(local_only='local features,\nwithout any global path', before='local features,\nbefore the '
@@ -206,7 +206,7 @@ def gate_columns(parts: Sequence[BlockParts], shape: tuple[int, int]) -> list[Co
 
 
 def chunk_columns(parts: Sequence[BlockParts], shape: tuple[int, int]) -> list[Column]:
-    """Surprise, size of the write, step, momentum and decay of each chunk, over the tokens it belongs to."""
+    """Return columns of each chunk's surprise, write norm, step, momentum and decay, drawn over its tokens."""
     columns = []
     for name, title, bar in (
             ('surprise', 'surprise of a chunk', 'mean squared error\nof tokens and channels'),
@@ -220,7 +220,7 @@ def chunk_columns(parts: Sequence[BlockParts], shape: tuple[int, int]) -> list[C
 
 
 def _strips(values: torch.Tensor, part: BlockParts, shape: tuple[int, int]) -> Panel:
-    """Of one value for each of T chunks, over their tokens."""
+    """Return a panel of one value for each of T chunks, drawn over the chunks' tokens."""
     chunk = cover(part.memory.chunk_of_tokens().view(part.before.shape[2:]), part.stride, shape)
     known = np.append(values.double().cpu().numpy(), np.nan)
     shown = known[np.where((chunk >= 0) & (chunk < len(values)), chunk, len(values))]
@@ -228,13 +228,13 @@ def _strips(values: torch.Tensor, part: BlockParts, shape: tuple[int, int]) -> P
 
 
 def cover(index: torch.Tensor, stride: int, shape: tuple[int, int]) -> np.ndarray:
-    """Numbers (h, w) of positions, each over its ``stride`` × ``stride`` pixels; -1 beyond the last position."""
+    """Draw the numbers (h, w) of positions over ``stride`` × ``stride`` pixels each; -1 beyond the last position."""
     pixels = index.cpu().numpy().repeat(stride, 0).repeat(stride, 1)[:shape[0], :shape[1]]
     return np.pad(pixels, [(0, size - have) for size, have in zip(shape, pixels.shape)], constant_values=-1)
 
 
 def _smooth(values: torch.Tensor, stride: int, shape: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) over the pixels of a picture, interpolated between the middles of its positions."""
+    """Draw a map (h, w) over the pixels of a picture, interpolated between the centres of its positions."""
     pixels = F.interpolate(values[None, None].double(), scale_factor=stride, mode='bilinear', align_corners=False)
     missing = [max(0, size - have) for size, have in zip(shape, pixels.shape[2:])]
     pixels = F.pad(pixels, (0, missing[1], 0, missing[0]), mode='replicate')
@@ -242,7 +242,7 @@ def _smooth(values: torch.Tensor, stride: int, shape: tuple[int, int]) -> np.nda
 
 
 def _mean_size(x: torch.Tensor) -> torch.Tensor:
-    """Mean |x| over channels of the first image of (B, C, h, w), (h, w)."""
+    """Compute mean |x| over channels of the first image of (B, C, h, w), as (h, w)."""
     return x[0].abs().mean(0)
 
 
@@ -251,9 +251,9 @@ def _range(x: torch.Tensor) -> str:
 
 
 def _limits(values: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """Smallest and largest of all; 0 and 1 where there is nothing.
+    """Return the smallest and the largest value, or 0 and 1 if there are none.
 
-    At least a hundredth apart, relatively: what differs by less looks the same, and numbers on the bar stay short.
+    They differ by at least 1 %: smaller differences should look the same, and numbers on the bar should stay short.
     """
     found = [x for x in values if x.numel()]
     if not found:

@@ -1,4 +1,4 @@
-"""What a memory does with each chunk of its tokens: surprise, step, momentum, decay and the size of the write."""
+"""The memory's values for each chunk of tokens: surprise, step, momentum, decay and norm of the write."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -18,17 +18,17 @@ from ..ops.neural_memory.types import no_autocast
 class ChunkTrace(NamedTuple):
     """The T writes of a memory of Cm channels in h heads, for B images.
 
-    Of N tokens in ⌈N / chunk_size⌉ chunks, T are written: without the last chunk, whose write no token would read,
-    unless the memory's state is returned or ``retrieve='final'``.
+    N tokens form ⌈N / chunk_size⌉ chunks, of which T are written: all but the last chunk, whose write no token would
+    read, unless the memory's state is returned or ``retrieve='final'``.
 
     Attributes:
-        chunk_size (int): Tokens of a chunk, of which the last may be shorter.
-        num_tokens (int): N.
+        chunk_size (int): Tokens per chunk; the last chunk may be shorter.
+        num_tokens (int): Number of tokens, N.
         surprise (Tensor): Mean squared error of each channel over the chunk's tokens, s_t, (T, B, Cm).
-        step (Tensor): θ_t, with the factor ``inner_step``, (T, B, Cm).
+        step (Tensor): θ_t, including the factor ``inner_step``, (T, B, Cm).
         momentum (Tensor): η_t, (T, B, Cm).
         decay (Tensor): α_t, (T, B, Cm).
-        write_norm (Tensor): Norm of each head's write u_t, behind its bound, (T, B, h).
+        write_norm (Tensor): Norm of each head's write u_t, after its bound, (T, B, h).
     """
 
     chunk_size: int
@@ -40,25 +40,25 @@ class ChunkTrace(NamedTuple):
     write_norm: Tensor
 
     def chunk_of_tokens(self) -> Tensor:
-        """Number of the chunk that each token belongs to, counted from 0, (N,) of int64; T or more is not written."""
+        """Return each token's chunk number, counted from 0, (N,) of int64; numbers of T or more are not written."""
         return torch.arange(self.num_tokens) // self.chunk_size
 
 
 @torch.no_grad()
 def trace(memory: NeuralMemory, x: Tensor, state: MemoryState | None = None, return_state: bool = False) -> ChunkTrace:
-    """Write a memory once more, with the operators that it uses itself, and keep what its forward drops.
+    """Write a memory again, with its own operators, and keep what its forward drops.
 
     Args:
-        memory (NeuralMemory): Is not changed.
-        x (Tensor): Tokens as its forward takes them, (B, N, Cm), of which there is at least one.
-        state (MemoryState | None): As its forward takes it. Defaults to None.
-        return_state (bool): As its forward takes it: whether the last chunk is written too. Defaults to False.
+        memory (NeuralMemory): The memory, which is not changed.
+        x (Tensor): Input of the memory's forward, (B, N, Cm), with at least one token.
+        state (MemoryState | None): State passed to the memory's forward. Defaults to None.
+        return_state (bool): Whether the last chunk is written too, as in the memory's forward. Defaults to False.
 
     Returns:
-        ChunkTrace: In float32, or float64 where the parameters are.
+        ChunkTrace: Values in float32, or in float64 if the parameters are.
     """
     options = memory.options(x.size(1), return_state)
-    qkv = memory.project(memory.norm(x))  # outside no_autocast, as the memory projects in autocast's precision too
+    qkv = memory.project(memory.norm(x))  # outside no_autocast, as the memory's forward projects under autocast too
     with no_autocast(x):
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         w1, w2, *generators = (weight.to(dtype) for weight in (memory.w1, memory.w2, *memory.update_generators))

@@ -1,4 +1,4 @@
-"""A picture as a trained model sees it: its prediction, and the parts of the gated blocks on the way there."""
+"""A picture as a trained model sees it: its prediction and the parts of the gated blocks."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from .gate import BlockParts, GateRecorder
 
 
 class GateView(NamedTuple):
-    """What :func:`look` finds.
+    """The result of :func:`look`.
 
     Attributes:
         prediction (Prediction): The picture as loaded, and the model's data sample.
-        picture (np.ndarray): What the network got, resized and cropped by the config's test pipeline, without padding,
+        picture (np.ndarray): Input of the network, resized and cropped by the config's test pipeline, without padding,
             (H, W, 3), RGB, uint8.
-        parts (list[BlockParts]): Of the one image. Padding, if there was any, has positions too.
+        parts (list[BlockParts]): Parts of the one image. Padding, if any, has positions too.
     """
 
     prediction: Prediction
@@ -29,16 +29,16 @@ class GateView(NamedTuple):
     parts: list[BlockParts]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything by name: ``picture``, and ``stage1.block1.before`` for an array of :meth:`BlockParts.arrays`."""
+        """Return all arrays by name: ``picture``, and e.g. ``stage1.block1.before`` of :meth:`BlockParts.arrays`."""
         return {'picture': self.picture, **{f'{part.name}.{name}': array for part in self.parts
                                             for name, array in part.arrays().items()}}
 
 
 def look(model: BaseModel, image: Image) -> GateView:
-    """Predicts a picture, and records what the gated blocks of the model's ConvNeur do meanwhile.
+    """Predict a picture, and record the gated blocks of the model's ConvNeur meanwhile.
 
     Args:
-        model (BaseModel): As :func:`convneur_mm.apis.init_model` returns it.
+        model (BaseModel): Model from :func:`convneur_mm.apis.init_model`.
         image (str | PathLike | np.ndarray): Path of a picture, or an array (H, W, 3) of uint8, BGR.
 
     Raises:
@@ -51,12 +51,12 @@ def look(model: BaseModel, image: Image) -> GateView:
 
 
 def network_picture(model: BaseModel, image: Tensor, sample: BaseDataElement) -> np.ndarray:
-    """The picture that a backbone got as ``image``, (1, 3, H, W), as 8-bit RGB without its padding."""
+    """Return the input of a backbone, (1, 3, H, W), as 8-bit RGB without its padding."""
     preprocessor = model.data_preprocessor
     pixels = image[0].double()
     if preprocessor._enable_normalize:
         pixels = pixels * preprocessor.std.view(-1, 1, 1) + preprocessor.mean.view(-1, 1, 1)
-    # The loader's order is BGR, which the preprocessors of mmdet, mmseg 1.2 and mmpretrain turn round by these names.
+    # The loader's order is BGR; the preprocessors of mmdet, mmseg 1.2 and mmpretrain swap it if one of these is set.
     names = '_channel_conversion', 'channel_conversion', 'to_rgb'
     if not any(getattr(preprocessor, name, False) for name in names):
         pixels = pixels.flip(0)

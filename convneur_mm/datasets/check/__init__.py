@@ -1,7 +1,7 @@
-"""Checks of a data set before training: that every file is there and decodes, and that the annotations fit.
+"""Checks of a data set before training: whether every file exists and decodes, and whether the annotations fit.
 
-A fault is something that stops a run, perhaps hours later, or lets it learn from wrong data without a word. A function
-for each layout, :func:`check_coco`, :func:`check_ade20k` and :func:`check_imagenet`, finds all of them at once.
+A fault stops a run, perhaps hours later, or lets it silently learn from wrong data. There is one function for each
+layout, :func:`check_coco`, :func:`check_ade20k` and :func:`check_imagenet`, which finds all faults in one pass.
 """
 from .coco import check_coco
 from .folders import check_ade20k, check_imagenet

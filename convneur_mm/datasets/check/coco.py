@@ -14,9 +14,9 @@ from typing import Any
 from .images import checked_workers, decode_image, existing_file, existing_folder, in_parallel
 from .report import ClassCount, Fault, Report
 
-# A box may reach this many pixels over the border: rounding does that, and it changes nothing.
+# Boxes may extend this many pixels beyond the border: rounding causes this, and it is harmless.
 BOX_TOLERANCE = 0.5
-# pycocotools counts pixels in 32 bit; a few more are harmless.
+# pycocotools counts pixels in 32 bit; a few more bits are harmless.
 MAX_LENGTH_BITS = 40
 
 _COCO_KEYS = {'categories': ('id', 'name'), 'images': ('id', 'file_name', 'width', 'height'),
@@ -26,23 +26,23 @@ _SINGULAR = {'categories': 'category', 'images': 'image', 'annotations': 'annota
 
 def check_coco(ann_file: str | os.PathLike[str], image_dir: str | os.PathLike[str],
                workers: int | None = None) -> Report:
-    """Checks a data set in COCO's instance format.
+    """Check a data set in COCO's instance format.
 
-    Finds images that are missing, do not decode to their end or differ in size from what the annotation file says;
-    and in that file: JSON that does not parse, missing keys, ids that occur twice, annotations of an unknown image or
-    category, boxes without area or reaching outside the image, and segmentations that give no mask of the image.
+    This finds images that are missing, do not decode completely or differ in size from the annotation file; and in that
+    file: invalid JSON, missing keys, duplicate ids, annotations of an unknown image or category, boxes without area or
+    reaching outside the image, and segmentations that do not give a mask of the image.
 
     Args:
         ann_file: The annotation file, ``instances_*.json``.
-        image_dir: Folder that the file names in ``ann_file`` are relative to.
-        workers: Processes to decode images with; None for one on each core.
+        image_dir: Folder to which the file names in ``ann_file`` are relative.
+        workers: Number of decoding processes; None for one per core.
 
     Returns:
         The report, with images and instances of each class.
 
     Raises:
         FileNotFoundError: ``ann_file`` or ``image_dir`` does not exist.
-        NotADirectoryError: ``image_dir`` is no folder.
+        NotADirectoryError: ``image_dir`` is not a folder.
         ValueError: ``workers`` is not a positive integer.
     """
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def check_coco(ann_file: str | os.PathLike[str], image_dir: str | os.PathLike[st
     if content is not None:
         categories, images, annotations = (_by_id(content[key], key, ann_file, report) for key in _COCO_KEYS)
         _check_annotations(ann_file, categories, images, annotations, report)
-        # Entries with other faults name files that should decode all the same.
+        # Entries with other faults also name files that should decode.
         tasks = [(str(image_dir / image['file_name']), _size_of(image)) for image in content['images']
                  if isinstance(image, dict) and isinstance(image.get('file_name'), str)]
         for faults in in_parallel(_check_sized_image, tasks, workers):
@@ -64,7 +64,7 @@ def check_coco(ann_file: str | os.PathLike[str], image_dir: str | os.PathLike[st
 
 
 def _read_coco(ann_file: Path, report: Report) -> dict[str, list[Any]] | None:
-    """The lists of an annotation file, or None if there is nothing to check further."""
+    """Return the lists of an annotation file, or None if it cannot be checked further."""
     try:
         content = json.loads(ann_file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -86,7 +86,7 @@ def _read_coco(ann_file: Path, report: Report) -> dict[str, list[Any]] | None:
 
 
 def _by_id(entries: list[Any], key: str, ann_file: Path, report: Report) -> dict[int, dict[str, Any]]:
-    """The entries that have all keys, by id; of those that share one the first."""
+    """Return the entries that have all keys, by id; of entries with the same id the first."""
     what, required = _SINGULAR[key], _COCO_KEYS[key]
     found: dict[int, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
@@ -110,7 +110,7 @@ def _by_id(entries: list[Any], key: str, ann_file: Path, report: Report) -> dict
 
 def _check_annotations(ann_file: Path, categories: dict[int, dict[str, Any]], images: dict[int, dict[str, Any]],
                        annotations: dict[int, dict[str, Any]], report: Report) -> None:
-    """Checks all but the image files, counts the classes, and notes what is unusual."""
+    """Check all but the image files, count the classes, and note unusual data."""
     for category_id, category in categories.items():
         if not isinstance(category['name'], str):
             report.add(ann_file, 'bad category name', f'category {category_id}: name must be a string, '
@@ -168,7 +168,7 @@ def _check_annotations(ann_file: Path, categories: dict[int, dict[str, Any]], im
 
 def _annotation_faults(annotation: dict[str, Any], size: tuple[int, int] | None,
                        masks: bool) -> Iterator[tuple[str, str]]:
-    """Kind and reason of what is wrong with an annotation by itself and with the ``size`` (W, H) of its image."""
+    """Yield kind and reason of each fault of an annotation, by itself and with its image's ``size`` (W, H)."""
     box, area = annotation['bbox'], annotation['area']
     if not _are_numbers(box, 4):
         yield 'bad box', f'bbox must be four numbers, got {short_repr(box)}'
@@ -199,7 +199,7 @@ def _polygon_faults(polygons: list[Any]) -> Iterator[tuple[str, str]]:
     for index, polygon in enumerate(polygons):
         if not isinstance(polygon, list):
             yield 'bad polygon', f'polygon {index} must be a list of numbers, got {short_repr(polygon)}'
-            return  # A polygon that is not in a list of its own would else be reported for every number.
+            return  # A polygon without an enclosing list would else be reported for every number.
         if len(polygon) < 6 or len(polygon) % 2:
             yield 'bad polygon', (f'polygon {index} has {len(polygon)} numbers, where an even count of 6 or more is '
                                   'needed')
@@ -224,18 +224,18 @@ def _rle_faults(rle: dict[str, Any], size: tuple[int, int] | None) -> Iterator[t
     except ValueError as error:
         yield 'bad run lengths', str(error)
         return
-    # pycocotools does not notice when they end early, and gives whatever was in memory for the rest.
+    # pycocotools does not notice run lengths that end early, and fills the rest from uninitialised memory.
     if sum(lengths) != shape[0] * shape[1]:
         yield 'run lengths of another size', (f'run lengths cover {sum(lengths)} pixels, their size {shape} '
                                               f'(height, width) has {shape[0] * shape[1]}')
 
 
 def _uncompressed(counts: Any) -> list[int]:
-    """The run lengths of an encoding.
+    """Return the run lengths of an encoding.
 
     Args:
-        counts: The lengths, or the string that COCO packs them into: little endian in digits of 5 bits, a sixth bit
-            to go on, 48 added to make them printable; from the fourth length on, as difference to the last but one.
+        counts: The lengths, or COCO's string of them: little endian in digits of 5 bits, a sixth bit for continuation,
+            48 added to make them printable; from the fourth length on, as difference to the last but one.
 
     Raises:
         ValueError: It is neither of these, or a length is negative.
@@ -278,7 +278,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
-    """(W, H) as the annotation file says, or None if that is no size."""
+    """Return (W, H) from the annotation file, or None if they are not a size."""
     sides = image.get('width'), image.get('height')
     return sides if all(_is_integer(side) and side > 0 for side in sides) else None
 

@@ -1,4 +1,4 @@
-"""The checks of ADE20K's and ImageNet's layouts, whose annotations are folders and label maps."""
+"""Checks of ADE20K's and ImageNet's layouts, whose annotations are folders and label maps."""
 from __future__ import annotations
 
 import os
@@ -24,41 +24,41 @@ from .images import (
 )
 from .report import ClassCount, Fault, Report
 
-# What mmpretrain takes for an image in a class folder, in lower or upper case; it passes over all other files.
+# Endings, in any case, by which mmpretrain recognises images in a class folder; it ignores all other files.
 IMAGENET_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 
 MAX_CLASSES = 1_000_000
-IGNORED = 255  # the value of a label map that mmsegmentation's losses and metrics pass over
+IGNORED = 255  # value of a label map that mmsegmentation's losses and metrics ignore
 
 
 def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike[str], num_classes: int = 150,
                  image_suffix: str = '.jpg', label_suffix: str = '.png', workers: int | None = None,
                  reduce_zero_label: bool = True) -> Report:
-    """Checks a split of a data set in ADE20K's layout: images, and a label map of the same name for each.
+    """Check a split of a data set in ADE20K's layout: images, and a label map of the same name for each.
 
-    Finds images without a label map and the reverse, files that do not decode to their end, pairs that differ in size,
-    and label maps that are not single-channel 8 bit, are JPEG, or have values that stand for no class. Values are 0 for
-    what belongs to no class and 1 to ``num_classes`` for the classes, or with ``reduce_zero_label=False`` 0 to
-    ``num_classes - 1`` for the classes; 255 is ignored in training either way.
+    This finds images without a label map and the reverse, files that do not decode completely, pairs that differ in
+    size, and label maps that are not single-channel 8 bit, are JPEG, or have values without a class. The value 0 is
+    outside all classes and 1 to ``num_classes`` are the classes; with ``reduce_zero_label=False`` the classes are 0 to
+    ``num_classes - 1``. In both cases training ignores 255.
 
     Args:
         image_dir: Folder of the images, searched with its subfolders.
-        label_dir: Folder of the label maps, searched likewise.
+        label_dir: Folder of the label maps, searched with its subfolders.
         num_classes: Number of classes, 1 to 254.
-        image_suffix: How the names of images end, in this case; mmsegmentation's ``img_suffix``.
-        label_suffix: How the names of label maps end instead; mmsegmentation's ``seg_map_suffix``.
-        workers: Processes to decode files with; None for one on each core.
-        reduce_zero_label: Whether 0 is for what belongs to no class; the data set's setting of this name, which is true
-            for ``ADE20KDataset`` and false for most others.
+        image_suffix: Ending of the names of images, case-sensitive; mmsegmentation's ``img_suffix``.
+        label_suffix: Ending of the names of label maps; mmsegmentation's ``seg_map_suffix``.
+        workers: Number of decoding processes; None for one per core.
+        reduce_zero_label: Whether 0 is outside all classes; the data set's setting of this name, which is true for
+            ``ADE20KDataset`` and false for most others.
 
     Returns:
-        The report, with images and pixels of each class; the first is "other", value 0, if that is no class.
+        The report, with images and pixels of each class; the first is "other", value 0, if 0 is not a class.
 
     Raises:
         FileNotFoundError: ``image_dir`` or ``label_dir`` does not exist.
-        NotADirectoryError: One of them is no folder.
+        NotADirectoryError: One of them is not a folder.
         ValueError: ``workers`` or ``num_classes`` is not an integer in its range.
-        StackError: ``num_classes`` is 150 and mmseg, which knows their names, is not installed.
+        StackError: ``num_classes`` is 150 and mmseg, which provides the class names, is not installed.
     """
     start = time.perf_counter()
     workers, num_classes = checked_workers(workers), checked_int('num_classes', num_classes, 1, 254)
@@ -98,26 +98,26 @@ def check_ade20k(image_dir: str | os.PathLike[str], label_dir: str | os.PathLike
 
 def check_imagenet(folder: str | os.PathLike[str], workers: int | None = None,
                    ann_file: str | os.PathLike[str] | None = None, num_classes: int | None = None) -> Report:
-    """Checks a split of a data set in ImageNet's layout: a folder for each class, or a list of images and labels.
+    """Check a split of a data set in ImageNet's layout: a folder for each class, or a list of images and labels.
 
-    Of class folders, finds those without an image, files that are no images, and images that lie beside the class
-    folders instead of in one. As for mmpretrain, hidden files do not count, and subfolders of a class do. Of a list,
-    finds lines that are not a name and a label, labels out of range, images that occur twice, and images in the folder
-    that are not in the list. Of both, finds images that do not decode to their end.
+    In class folders, this finds folders without an image, files that are not images, and images outside the class
+    folders. As in mmpretrain, hidden files are ignored, and subfolders of a class are included. In a list, it finds
+    lines that are not a name and a label, labels out of range, images that occur twice, and images in the folder that
+    are not in the list. In both, it finds images that do not decode completely.
 
     Args:
-        folder: Folder of the class folders, or that the names in ``ann_file`` are relative to.
-        workers: Processes to decode images with; None for one on each core.
+        folder: Folder of the class folders, or the one to which the names in ``ann_file`` are relative.
+        workers: Number of decoding processes; None for one per core.
         ann_file: The list, with a line ``name label`` for each image, such as mmpretrain's ``meta/val.txt``; None for
             class folders.
-        num_classes: Number of classes there must be, that of the model's head; None for any.
+        num_classes: Expected number of classes, that of the model's head; None for any.
 
     Returns:
-        The report, with images of each class that decode, the classes in the order in which mmpretrain numbers them.
+        The report, with the number of images of each class that decode, in mmpretrain's order of classes.
 
     Raises:
         FileNotFoundError: ``folder`` or ``ann_file`` does not exist.
-        NotADirectoryError: ``folder`` is no folder.
+        NotADirectoryError: ``folder`` is not a folder.
         ValueError: ``workers`` or ``num_classes`` is not a positive integer.
     """
     start = time.perf_counter()
@@ -142,7 +142,7 @@ def check_imagenet(folder: str | os.PathLike[str], workers: int | None = None,
 
 def _read_class_folders(folder: Path, num_classes: int | None, report: Report) -> tuple[list[str],
                                                                                         list[tuple[str, str]]]:
-    """Names of the classes, and class and path of each image."""
+    """Return the names of the classes, and class and path of each image."""
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not classes:
         report.add(folder, 'no class folders', 'holds no class folders; a folder of all images needs the list of their '
@@ -166,7 +166,7 @@ def _read_class_folders(folder: Path, num_classes: int | None, report: Report) -
 
 def _read_list(ann_file: Path, folder: Path, num_classes: int | None, report: Report) -> tuple[list[str],
                                                                                              list[tuple[str, str]]]:
-    """The labels as names of the classes, and label and path of each image."""
+    """Return the labels as names of classes, and label and path of each image."""
     try:
         lines = ann_file.read_text(encoding='utf-8').splitlines()
     except UnicodeDecodeError as error:
@@ -200,7 +200,7 @@ def _read_list(ann_file: Path, folder: Path, num_classes: int | None, report: Re
 def _ade20k_names(num_classes: int) -> Sequence[str]:
     if num_classes != 150:
         return [f'class {value}' for value in range(1, num_classes + 1)]
-    # Here, since it takes the better part of a second and the other checks do without mmseg.
+    # Imported here, since it takes almost a second and the other checks do not need mmseg.
     return [name.strip() for name in require('mmseg.utils').ade_classes()]
 
 
@@ -211,7 +211,7 @@ def _check_class_image(task: tuple[str, str]) -> tuple[str, list[Fault]]:
 
 
 def _check_pair(task: tuple[str | None, str | None, int]) -> tuple[list[Fault], np.ndarray]:
-    """Faults of an image and its label map, and how many pixels have each value, int64, shape (256,)."""
+    """Return the faults of an image and its label map, and the pixel count of each value, int64, shape (256,)."""
     image_path, label_path, highest = task
     faults: list[Fault] = []
     histogram = np.zeros(256, np.int64)

@@ -1,4 +1,4 @@
-"""Decoding images on all cores, and the paths and options that every check takes."""
+"""Parallel decoding of images, and the paths and options shared by all checks."""
 from __future__ import annotations
 
 import multiprocessing
@@ -26,9 +26,9 @@ from .report import Fault
 MAX_WORKERS = 1024
 
 _EXIF_ORIENTATION = 0x0112
-# The EXIF orientations that swap width and height.
+# EXIF orientations that swap width and height.
 _TURNED = (5, 6, 7, 8)
-# The formats that OpenCV turns; TIFF Pillow turns by itself.
+# Formats that OpenCV turns; Pillow turns TIFF by itself.
 _TURNED_FORMATS = ('JPEG', 'MPO', 'PNG', *(['WEBP'] if digit_version(cv2.__version__) >= digit_version('4.13') else []))
 
 _Item = TypeVar('_Item')
@@ -38,7 +38,7 @@ _Result = TypeVar('_Result')
 def checked_workers(workers: int | None) -> int:
     if workers is not None:
         return checked_int('workers', workers, 1, MAX_WORKERS)
-    # Where the system says which cores this process may use, those, since a job often has a share of the machine.
+    # The cores that this process may use, where the system tells, since a job often has a share of the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -57,7 +57,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def files_under(folder: Path) -> Iterator[str]:
-    """The files below a folder as mmengine lists them, relative to it: without hidden ones, through links."""
+    """Yield the files below a folder as mmengine lists them, relative to it, without hidden files, following links."""
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
             if not name.startswith('.'):
@@ -65,15 +65,15 @@ def files_under(folder: Path) -> Iterator[str]:
 
 
 def decode_image(path: str) -> tuple[Fault | None, tuple[int, int] | None, tuple[int, int] | None]:
-    """A fault, or the size (W, H) of an image as training will see it, and as it is stored.
+    """Return a fault, or an image's size (W, H) as training will see it and as it is stored.
 
-    Pillow decodes it, since it insists on the last byte where OpenCV may fill up what is missing. Of formats other than
-    JPEG OpenCV decodes it too: it refuses damages that Pillow passes over, and some kinds of pixels.
+    Pillow decodes it, since it requires the last byte, where OpenCV may fill in missing data. Formats other than JPEG
+    are also decoded by OpenCV, which rejects some damage that Pillow ignores, and some pixel formats.
     """
     try:
         with Image.open(path) as image:
             stored, size = image.size, seen_size(image)
-            # For JPEG an eighth of the size, in greys: all of the file is read, in half the time.
+            # For JPEG at an eighth of the size, in grey: this reads the whole file in half the time.
             image.draft('L', (max(stored[0] // 8, 1), max(stored[1] // 8, 1)))
             image.load()
             kind, mode = image.format, image.mode
@@ -89,30 +89,30 @@ def decode_image(path: str) -> tuple[Fault | None, tuple[int, int] | None, tuple
 
 
 def seen_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an open image as training and inference see it: turned as its EXIF orientation says."""
+    """Return an open image's width and height as training and inference see it, turned by its EXIF orientation."""
     turned = image.format in _TURNED_FORMATS and image.getexif().get(_EXIF_ORIENTATION) in _TURNED
     return image.size[::-1] if turned else image.size
 
 
 def too_large(path: str) -> Fault | None:
-    """A fault if an image has more pixels than Pillow decodes, 179 million, by its header alone.
+    """Return a fault if an image has more pixels than Pillow decodes, 179 million, judged only by its header.
 
-    OpenCV, which training and inference decode it with, would take gigabytes for a file of some kilobytes. Files that
-    Pillow does not know pass.
+    OpenCV, which decodes images in training and inference, would need gigabytes for a file of a few kilobytes. Files
+    that Pillow does not recognise pass.
     """
     try:
         with Image.open(path):
             return None
     except Image.DecompressionBombError as error:
         return unreadable(path, error)
-    except Exception:  # what a damaged file makes Pillow raise can be anything
+    except Exception:  # a damaged file can make Pillow raise any exception
         return None
 
 
 def label_fault(label: Image.Image) -> str | None:
-    """Why an open picture is no label map, or None if it is one.
+    """Return why an open picture is not a label map, or None if it is one.
 
-    Of a palette the numbers of the colours count: mmseg reads label maps with Pillow, and casts them to 8 bit.
+    The colour indices of a palette count as labels: mmseg reads label maps with Pillow, and casts them to 8 bit.
     """
     if label.mode not in ('L', 'P'):
         return f'must have one channel of 8 bit, got mode {label.mode} of Pillow'
@@ -122,7 +122,7 @@ def label_fault(label: Image.Image) -> str | None:
 
 
 def unreadable(path: str, error: Exception) -> Fault:
-    # A damaged file makes Pillow raise errors of any kind, depending on the format and the place of the damage.
+    # A damaged file makes Pillow raise any exception, depending on the format and the place of the damage.
     if isinstance(error, FileNotFoundError):
         return Fault(path, 'missing', 'does not exist')
     if isinstance(error, Image.DecompressionBombError):
@@ -141,11 +141,11 @@ class _RateColumn(ProgressColumn):
 
 
 def in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> Iterator[_Result]:
-    """Yields ``function`` of each item, in order, computed by ``workers`` processes, and shows how far it is."""
+    """Yield ``function`` of each item, in order, computed by ``workers`` processes, with a progress bar."""
     if not items:
         return
     workers = min(workers, len(items))
-    # Linux's fork spares the workers seconds of imports. Elsewhere it is missing or unsafe.
+    # On Linux, fork saves the workers seconds of imports. Elsewhere it is missing or unsafe.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), _RateColumn(),
@@ -160,7 +160,7 @@ def in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item], wo
 
 
 def _start_worker() -> None:
-    # The parent handles Ctrl-C; without this every worker would print a traceback of its own.
+    # The parent handles Ctrl-C; without this every worker would print its own traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What Pillow warns of is no fault, and its lines would tear up the progress bar.
+    # Pillow's warnings are not faults, and would break the progress bar.
     warnings.simplefilter('ignore')

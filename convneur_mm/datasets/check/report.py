@@ -1,4 +1,4 @@
-"""What a check found, and how a person reads it."""
+"""The result of a check, and its text for users."""
 from __future__ import annotations
 
 import os
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Fault:
-    """Something to mend.
+    """A fault in the data.
 
     Attributes:
         path: The file, or for an annotation the annotation file.
-        kind: What sort of fault it is, in few words, the same for all of the sort.
-        reason: What is wrong with this one.
+        kind: Kind of fault in a few words, the same for all faults of the kind.
+        reason: Description of this fault.
     """
 
     path: str
@@ -28,13 +28,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class ClassCount:
-    """How often a class occurs.
+    """Number of occurrences of a class.
 
     Attributes:
         name: Name of the class.
-        images: Images it occurs in.
-        instances: Its annotations; only of COCO.
-        pixels: Its pixels; only of ADE20K.
+        images: Number of images with the class.
+        instances: Number of its annotations; only for COCO.
+        pixels: Number of its pixels; only for ADE20K.
     """
 
     name: str
@@ -45,15 +45,15 @@ class ClassCount:
 
 @dataclass
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        name: What was checked.
-        images: Number of images that should be there.
-        counts: A count for each class, those that do not occur included.
+        name: Name of the checked data.
+        images: Number of images that should exist.
+        counts: A count for each class, including those that do not occur.
         faults: All faults, in the order of the files.
-        notes: What is no fault, but good to know.
-        seconds: How long the check took.
+        notes: Remarks that are not faults.
+        seconds: Duration of the check.
     """
 
     name: str
@@ -65,22 +65,22 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether there are no faults."""
+        """Return whether there are no faults."""
         return not self.faults
 
     def add(self, path: str | os.PathLike[str], kind: str, reason: str) -> None:
-        """Adds a fault."""
+        """Add a fault."""
         self.faults.append(Fault(str(path), kind, reason))
 
     def text(self, max_shown: int = 10, width: int | None = None) -> str:
-        """The report for a person to read.
+        """Return the report as text for users.
 
         Args:
-            max_shown: How many faults to show; of the others, how many there are.
-            width: Characters in a line of the classes and notes; None for those of the terminal.
+            max_shown: Number of faults to show; the others are only counted.
+            width: Line width of the classes and notes in characters; None for that of the terminal.
 
         Returns:
-            Lines without a last line break.
+            Lines without a final line break.
         """
         width = width or shutil.get_terminal_size().columns
         rate = f' ({self.images / self.seconds:.0f} images/s)' if self.images and self.seconds else ''
@@ -104,7 +104,7 @@ class Report:
 
 
 def _class_table(counts: list[ClassCount], width: int) -> list[str]:
-    """The counts as a table, with several classes side by side where the lines are long enough."""
+    """Return the counts as a table, with several classes side by side if the lines are long enough."""
     header = ['class', 'images']
     if counts[0].instances is not None:
         header.append('instances')
@@ -122,8 +122,8 @@ def _class_table(counts: list[ClassCount], width: int) -> list[str]:
     cells = ['  '.join(text.ljust(size) if i == 0 else text.rjust(size)
                        for i, (text, size) in enumerate(zip(row, widths))) for row in rows]
     titles, cells = cells[0], cells[1:]
-    # A line is indented by 2, and has 4 spaces between its columns: 2 + n (length + 4) - 4 characters.
-    # A column fewer than ten classes high is not worth the search for where the next one starts.
+    # A line has an indent of 2 and 4 spaces between its columns: 2 + n (length + 4) - 4 characters.
+    # Columns of fewer than ten classes would make the table harder to read.
     columns = max(1, min((width + 2) // (len(titles) + 4), -(-len(cells) // 10)))
     height = -(-len(cells) // columns)
     columns = -(-len(cells) // height)

@@ -1,4 +1,4 @@
-"""The branches that may stand in the bottleneck: the neural memory and those it is compared with (Table 5)."""
+"""Global branches for the bottleneck: the neural memory and those that it is compared with (Table 5)."""
 from __future__ import annotations
 
 import inspect
@@ -23,7 +23,7 @@ GLOBAL_BRANCHES: dict[str, type[BaseModule]] = {
 
 
 def branch_options(branch: str) -> tuple[str, ...]:
-    """Return the options that a branch of :data:`GLOBAL_BRANCHES` takes beside its number of channels."""
+    """Return the options that a branch of :data:`GLOBAL_BRANCHES` takes besides its number of channels."""
     parameters = inspect.signature(GLOBAL_BRANCHES[branch]).parameters
     return tuple(name for name in parameters if name not in ('channels', 'init_cfg'))
 

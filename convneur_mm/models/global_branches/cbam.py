@@ -12,7 +12,7 @@ KERNEL_SIZE = 7
 
 
 class CBAM(TokenMixer):
-    """Scales each channel, then each position.
+    """Scale each channel, then each position.
 
     - channels (Sec. 3, Eq. 2): ``F' = sigmoid(MLP(avg F) + MLP(max F)) ⊙ F``, both taken over the map; the MLP has
       one hidden layer of Cm / 16 with a ReLU,
@@ -30,7 +30,7 @@ class CBAM(TokenMixer):
         self.conv = nn.Conv2d(2, 1, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """See :meth:`TokenMixer.mix`."""
+        """Mix tokens, see :meth:`TokenMixer.mix`."""
         x = x * (self.mlp(x.mean(1, keepdim=True)) + self.mlp(x.amax(1, keepdim=True))).sigmoid()
         pooled = torch.stack((x.mean(2), x.amax(2)), dim=1).unflatten(2, size)  # (B, 2, H, W)
         return x * self.conv(pooled).flatten(2).transpose(1, 2).sigmoid()

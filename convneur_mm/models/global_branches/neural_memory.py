@@ -1,4 +1,4 @@
-"""The neural memory as a layer over a sequence of tokens (Sec. 3.3 of the paper, between the two 1×1 convolutions)."""
+"""The neural memory as a layer over a sequence of tokens (Sec. 3.3, between the two 1×1 convolutions)."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from ...ops.neural_memory import run as run_memory
 from .._mmengine import BaseModule
 from ..plain import are_plain, columns, is_plain, may_fuse, rows
 
-# Where no gradient is wanted, inputs of more tokens (images times length) than the first pass in segments of the next.
-# On a CPU a segment's tensors should fit in the cache, and be small enough for the allocator to use them again: the
-# system clears every page of a new large one. On other devices only their memory counts.
+# Without gradients, inputs of more tokens (images times length) than the first number are processed in segments of the
+# second. On a CPU a segment's tensors should fit in the cache and be small enough for the allocator to reuse, as the
+# system clears every page of a new large one. On other devices only memory use matters.
 CPU_TOKENS, CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**12, 2**19
 
-# Initial output biases of the update generators: a small step, a half momentum, hardly any decay.
+# Initial output biases of the update generators: a small step, a momentum of one half, almost no decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
 
 
 class NeuralMemory(BaseModule):
     """Multi-head neural memory: LayerNorm, projections, chunk-wise retrieval and update, output projection.
 
-    LayerNorm and projections are ordinary modules: hooks, adapters, pruning and quantised layers act on them as on any.
-    The update generators run inside the operators, once a chunk, and are refused if anything but their weights matters.
+    LayerNorm and projections are ordinary modules: hooks, adapters, pruning and quantised layers work on them as usual.
+    The update generators run inside the operators, once per chunk; hooks or another forward on them are refused.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -37,11 +37,11 @@ class NeuralMemory(BaseModule):
             Defaults to 'sequential'.
         retrieve (str): 'previous' (Eq. 2, causal over chunks) or 'final' (every token reads M_T).
             Defaults to 'previous'.
-        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. Defaults to 1.0.
+        max_write_norm (float): Bound on the norm of one head's write, at least 1e-6. Defaults to 1.0.
         backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory.neural_memory`. Defaults to 'auto'.
-        num_chunks (int | None): Chunks per image, which instead decide L = ⌈N / num_chunks⌉ of an image of N tokens: so
-            one setting serves all image sizes. Defaults to None.
-        init_cfg (dict | list[dict] | None): MMEngine initialisation on top of the layer's own. Defaults to None.
+        num_chunks (int | None): Chunks per image; it replaces ``chunk_size`` by L = ⌈N / num_chunks⌉ for an image of N
+            tokens, so that one setting serves all image sizes. Defaults to None.
+        init_cfg (dict | list[dict] | None): MMEngine initialisation after the layer's own. Defaults to None.
 
     Raises:
         ValueError: If an option is outside its range or ``channels`` is not a multiple of ``head_dim``.
@@ -94,7 +94,7 @@ class NeuralMemory(BaseModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections as all of ConvNeXt-V2's, M_0 at the scale of its fan-in, the generators' biases as above."""
+        """Draw projections as in ConvNeXt-V2 and M_0 by its fan-in, and set the generators' biases."""
         self.norm.reset_parameters()
         for linear in (self.query, self.key, self.value, self.proj, self.generators[0], self.generators[2]):
             nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -107,14 +107,14 @@ class NeuralMemory(BaseModule):
         decay.fill_(DECAY_BIAS)
 
     def init_weights(self) -> None:
-        """Reset the layer, as an ``init_cfg`` around it may have set its biases, then apply its own ``init_cfg``."""
+        """Reset the layer, whose biases an outer ``init_cfg`` may have set, then apply its own ``init_cfg``."""
         if not self.is_init:
             self.reset_parameters()
         super().init_weights()
 
     def tokens_per_chunk(self, num_tokens: int) -> int:
         """Return L for an image of ``num_tokens`` tokens."""
-        # Nothing negative is divided: ONNX rounds that towards zero.
+        # The dividend is never negative, as ONNX rounds a negative quotient towards zero.
         return self.chunk_size if self.num_chunks is None else max(
             1, (num_tokens + self.num_chunks - 1) // self.num_chunks)
 
@@ -127,22 +127,22 @@ class NeuralMemory(BaseModule):
                 output: Callable[[Tensor], Tensor] | None = None) -> Tensor | tuple[Tensor, MemoryState]:
         """Read the memory for every token while it is rewritten chunk by chunk.
 
-        Where no gradient is wanted long inputs pass in segments of whole chunks.
+        Without gradients, long inputs are processed in segments of whole chunks.
 
         Args:
-            x (Tensor): Tokens in row-major order, (B, N, channels), of which B and N may be 0.
-            state (MemoryState | None): Memory to go on from, as an earlier call returned it; None starts at the
-                learned M_0. Defaults to None.
+            x (Tensor): Tokens in row-major order, (B, N, channels); B and N may be 0.
+            state (MemoryState | None): State that an earlier call returned, from which the memory continues; None
+                starts at the learned M_0. Defaults to None.
             return_state (bool): Whether to return the memory after the last chunk too. Defaults to False.
-            output (Callable | None): A linear map in place of ``proj``, of (B, n, channels), a view of columns, to
+            output (Callable | None): A linear map that replaces ``proj``, from (B, n, channels), a view of columns, to
                 (B, n, M). Defaults to None.
 
         Returns:
             Tensor | tuple[Tensor, MemoryState]: Tokens (B, N, channels), and the state if asked for.
 
         Raises:
-            ValueError: If ``x`` is not (B, N, channels), if its dtype or the state do not fit the parameters, or if the
-                generators were replaced by layers whose weights are not all that they do.
+            ValueError: If ``x`` is not (B, N, channels), if its dtype or the state do not fit the parameters, or if a
+                generator's layer has hooks or its own forward.
         """
         if x.dim() != 3 or x.size(-1) != self.channels:
             raise ValueError(f'expected tokens of shape (B, N, {self.channels}), got {tuple(x.shape)}')
@@ -157,7 +157,7 @@ class NeuralMemory(BaseModule):
             y, state = self._read(self.project(self.norm(x)), state, options)
             return (output(y), state) if return_state else output(y)
         out: Tensor | None = None
-        qkv: Tensor | None = None  # of the segment before, whose memory is in the cache
+        qkv: Tensor | None = None  # of the previous segment, whose memory is in the cache
         for start in range(0, num_tokens, length):
             options = options._replace(return_state=return_state or start + length < num_tokens)
             qkv = self.project(self.norm(x[:, start:start + length]), qkv)
@@ -170,7 +170,7 @@ class NeuralMemory(BaseModule):
 
     def _read(self, qkv: Tensor, state: MemoryState | None,
               options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-        """Return what the queries read, (B, N, channels), a view of columns, and the state."""
+        """Return the values read by the queries, (B, N, channels), a view of columns, and the state."""
         y, state = run_memory(qkv, self.w1, self.w2, self.update_generators, state, self.backend, options)
         return y.flatten(1, 2).mT, state
 
@@ -179,7 +179,7 @@ class NeuralMemory(BaseModule):
         """Return the weights of the update generators.
 
         Raises:
-            ValueError: If a layer of them does something else than its weights say, which would have no effect.
+            ValueError: If one of their layers has hooks or its own forward, which would have no effect.
         """
         first, _, last = self.generators
         for name, layer in (('0', first), ('2', last)):
@@ -191,10 +191,10 @@ class NeuralMemory(BaseModule):
         return UpdateGenerators(first.weight, first.bias, last.weight, last.bias)
 
     def project(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return queries, keys and values (B, 3, h, d, N) of normalised tokens (B, N, channels), in ``out`` if it fits.
+        """Project normalised tokens (B, N, channels) to queries, keys, values (B, 3, h, d, N), in ``out`` if it fits.
         """
         layers = self.query, self.key, self.value
-        if are_plain(*layers):  # one product for all three
+        if are_plain(*layers):  # one product computes all three
             qkv = columns(torch.cat([layer.weight for layer in layers]), tokens,
                           None if out is None else out.flatten(1, 3))
         else:

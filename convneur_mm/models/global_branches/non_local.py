@@ -31,6 +31,6 @@ class NonLocal(TokenMixer):
         self.output = nn.Linear(inner, channels)
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """See :meth:`TokenMixer.mix`."""
+        """Mix tokens, see :meth:`TokenMixer.mix`."""
         y = F.scaled_dot_product_attention(self.theta(x), self.phi(x), self.g(x), scale=1.0)
         return self.output(y) + x

@@ -10,14 +10,14 @@ from .token_mixer import TokenMixer
 
 
 def bi_wkv(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
-    """Bidirectional WKV of Vision-RWKV (Duan et al., 2024), channel by channel, in time linear in N.
+    """Compute the bidirectional WKV of Vision-RWKV (Duan et al., 2024) per channel, in time linear in N.
 
-    With w = ``decay`` and u = ``bonus``, for every token t the mean of all ``v_i``, weighted by
-    ``exp(k_i − (|t − i| − 1)·w / N)`` for i ≠ t and by ``exp(k_t + u)`` for itself.
+    With w = ``decay`` and u = ``bonus``, the output of token t is the mean of all ``v_i``, weighted by
+    ``exp(k_i − (|t − i| − 1)·w / N)`` for i ≠ t and by ``exp(k_t + u)`` for i = t.
 
     Half-precision inputs are computed in float32. Since w is divided by N, the decay over the whole sequence is exp(w)
-    however long it is, which lets cumulative sums stand for the recurrence over tokens. They are finite in float32 as
-    long as w is between -70 and 150 and the keys of a channel are within 80 of each other.
+    for any length, so cumulative sums can replace the recurrence over tokens. They are finite in float32 as long as w
+    is between -70 and 150 and the keys of a channel differ by at most 80.
 
     Args:
         k (Tensor): Keys, (B, N, C).
@@ -30,7 +30,7 @@ def bi_wkv(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     k, values, decay, bonus = (x.to(dtype) for x in (k, v, decay, bonus))
-    weight = (k - k.detach().amax(1, keepdim=True)).exp()  # a common factor, which the quotient drops
+    weight = (k - k.detach().amax(1, keepdim=True)).exp()  # The common factor cancels in the quotient.
     x = torch.cat((weight * values, weight), dim=2)  # numerators and denominators, (B, N, 2C)
     step = torch.cat((decay, decay)) / k.size(1)
     x = _sum_before(x, step) + _sum_before(x.flip(1), step).flip(1) + x * torch.cat((bonus, bonus)).exp()
@@ -39,9 +39,9 @@ def bi_wkv(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
 
 
 def _sum_before(x: Tensor, step: Tensor) -> Tensor:
-    """``Σ_{i<t} exp(−(t − 1 − i)·step)·x_i`` for all t of (B, N, C), with ``step`` (C,)."""
+    """Compute ``Σ_{i<t} exp(−(t − 1 − i)·step)·x_i`` for all t of (B, N, C), with ``step`` (C,)."""
     length = x.size(1)
-    # Counted from the middle, so that exponents stay within half of the decay over the sequence.
+    # Positions count from the middle, so that exponents stay within half of the decay over the sequence.
     position = torch.arange(length, device=x.device, dtype=x.dtype) - (length - 1) / 2
     exponent = position[:, None] * step  # (N, C)
     total = (x * exponent.exp()).cumsum(1)
@@ -49,15 +49,15 @@ def _sum_before(x: Tensor, step: Tensor) -> Tensor:
 
 
 def q_shift(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Quad-directional shift of Vision-RWKV: a quarter of the channels moves by one position in each direction.
+    """Apply Vision-RWKV's quad-directional shift: one quarter of the channels moves by one position per direction.
 
     Args:
         x (Tensor): Tokens of a map in row-major order, (B, H·W, C).
         size (tuple[int, int]): H and W.
 
     Returns:
-        Tensor: (B, H·W, C). The first quarter of channels holds the left neighbours, the second the right, the third
-        the upper, the fourth the lower ones; zeros where there is none. Up to three left over channels do not move.
+        Tensor: (B, H·W, C). The first quarter of the channels holds the left neighbours, the second the right, the
+        third the upper, the fourth the lower ones, or zeros where there is none. Up to three left over channels stay.
     """
     maps = x.transpose(1, 2).unflatten(2, size)
     quarter = x.size(2) // 4
@@ -71,7 +71,7 @@ def q_shift(x: Tensor, size: tuple[int, int]) -> Tensor:
 class SpatialMix(nn.Module):
     """Spatial mix of Vision-RWKV: ``W_O (sigmoid(r) ⊙ LayerNorm(Bi-WKV(k, v)))``.
 
-    r, k and v are linear maps of the tokens, each first blended with its shifted neighbours by learned shares.
+    r, k and v are linear maps of the tokens, each first blended with its shifted neighbours by learned weights.
 
     Args:
         channels (int): Channels of the tokens, C.
@@ -91,7 +91,7 @@ class SpatialMix(nn.Module):
         self.output = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, H·W, C) of a map of ``size`` (H, W) → (B, H·W, C)."""
+        """Map (B, H·W, C) of a map of ``size`` (H, W) to the same shape."""
         shifted = q_shift(x, size)
         r, k, v = (layer(x * share + shifted * (1 - share)) for layer, share in (
             (self.receptance, self.mix_receptance), (self.key, self.mix_key), (self.value, self.mix_value)))
@@ -102,8 +102,8 @@ class IRRWKV(TokenMixer):
     """The inverted residual RWKV block with an expansion of 1, as all branches have Cm channels.
 
     ``h = GELU(LayerNorm(W_1 x))``, ``h ← h + LayerNorm(SpatialMix(h))``, ``h ← h + SiLU(LayerNorm(DW-Conv5×5(h)))``,
-    ``x + W_2 h``. The norm behind the depthwise convolution is a batch norm in the original; here it is a LayerNorm, so
-    that, as in all of ConvNeur, no image depends on the others of its batch.
+    ``x + W_2 h``. The original has a batch norm after the depthwise convolution; here it is a LayerNorm so that, as in
+    all of ConvNeur, no image depends on the others of its batch.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -121,7 +121,7 @@ class IRRWKV(TokenMixer):
         self.pointwise2 = nn.Linear(channels, channels)
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """See :meth:`TokenMixer.mix`."""
+        """Mix tokens, see :meth:`TokenMixer.mix`."""
         h = F.gelu(self.norm1(self.pointwise1(x)))
         h = h + self.norm2(self.spatial_mix(h, size))
         local = self.norm3(self.depthwise_conv(h.transpose(1, 2).unflatten(2, size)))

@@ -15,7 +15,7 @@ class MultiHeadAttention(nn.Module):
         head_dim (int): Channels per head, d. Must divide ``channels``.
 
     Raises:
-        ValueError: If ``head_dim`` is no positive integer or does not divide ``channels``.
+        ValueError: If ``head_dim`` is not a positive integer or does not divide ``channels``.
     """
 
     def __init__(self, channels: int, head_dim: int) -> None:
@@ -31,11 +31,11 @@ class MultiHeadAttention(nn.Module):
         self.output = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor, num_outputs: int | None = None) -> Tensor:
-        """Every token attends to every token.
+        """Attend from every token to every token.
 
         Args:
             x (Tensor): Tokens, (B, N, Cm).
-            num_outputs (int | None): How many of the last tokens are put out. Defaults to None, which is all.
+            num_outputs (int | None): Number of last tokens to output. Defaults to None, which is all.
 
         Returns:
             Tensor: (B, num_outputs, Cm).
@@ -47,11 +47,11 @@ class MultiHeadAttention(nn.Module):
 
 
 class SelfAttention(TokenMixer):
-    """:class:`MultiHeadAttention` of all tokens of the map.
+    """:class:`MultiHeadAttention` over all tokens of the map.
 
     Args:
         channels (int): Channels of the tokens, Cm.
-        head_dim (int): Channels per head, d. Must divide ``channels``. Defaults to 16, as the neural memory's.
+        head_dim (int): Channels per head, d. Must divide ``channels``. Defaults to 16, as in the neural memory.
         init_cfg (dict | list[dict] | None): MMEngine initialisation. Defaults to None.
 
     Raises:
@@ -63,5 +63,5 @@ class SelfAttention(TokenMixer):
         self.attention = MultiHeadAttention(channels, head_dim)
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """See :meth:`TokenMixer.mix`."""
+        """Mix tokens, see :meth:`TokenMixer.mix`."""
         return self.attention(x)

@@ -13,28 +13,29 @@ from .self_attention import MultiHeadAttention
 
 
 class MemoryAsContext(BaseModule):
-    """The neural memory with Titans' segmented attention and persistent tokens around it (MAC, Sec. 4.1 there).
+    """The neural memory with Titans' segmented attention and persistent tokens (MAC, Sec. 4.1 there).
 
-    Tokens come in segments S_t. With the memory M of ConvNeur, whose LayerNorm and output projection stand before and
-    after all of this, for each segment:
+    Tokens are split into segments S_t. ConvNeur's LayerNorm and output projection come before and after all of this.
+    With ConvNeur's memory M, for each segment:
 
     - ``h_t = M_{t-1}(S_t W_Q)``,
-    - ``y_t = Attn([p_1 … p_n, h_t, S_t])``, in which every token of the context attends; of its outputs those of the
-      segment's tokens go on,
-    - M_t is M_{t-1} written with ``y_t W_K`` and ``y_t W_V``, the segment being one chunk,
+    - ``y_t = Attn([p_1 … p_n, h_t, S_t])``, in which every token of the context attends; only the outputs of the
+      segment's tokens are kept,
+    - M_t is M_{t-1} written with ``y_t W_K`` and ``y_t W_V``, with the segment as one chunk,
     - ``o_t = y_t ⊙ M_t(y_t)``.
 
     Args:
         channels (int): Channels of the tokens, Cm.
         chunk_size (int): Tokens per segment, L. Defaults to 196.
-        num_persistent (int): Persistent tokens, n: learned, the same for all segments and images. Defaults to 4.
+        num_persistent (int): Number of persistent tokens, n; they are learned and the same for all segments and
+            images. Defaults to 4.
         inner_step (float): See :class:`NeuralMemory`. Defaults to 1.0.
         head_dim (int): Channels per head of the memory and of the attention. Defaults to 16.
         hidden_dim (int): See :class:`NeuralMemory`. Defaults to 8.
         max_write_norm (float): See :class:`NeuralMemory`. Defaults to 1.0.
         backend (str): See :class:`NeuralMemory`. Defaults to 'auto'.
-        num_chunks (int | None): Segments per image, which instead decide L, see :class:`NeuralMemory`. Defaults to
-            None.
+        num_chunks (int | None): Segments per image, which replace ``chunk_size``, see :class:`NeuralMemory`. Defaults
+            to None.
         init_cfg (dict | list[dict] | None): MMEngine initialisation. Defaults to None.
 
     Raises:
@@ -57,7 +58,7 @@ class MemoryAsContext(BaseModule):
         super().__init__(init_cfg=init_cfg)
         if isinstance(num_persistent, bool) or not isinstance(num_persistent, int) or num_persistent < 1:
             raise ValueError(f'num_persistent must be an integer of at least 1, got {num_persistent!r}')
-        # Its parts serve here and its forward is never called: what is read and what is written differ.
+        # Only its parts are used and its forward is never called: the tokens read differ from those written.
         self.memory = NeuralMemory(
             channels, chunk_size=chunk_size, inner_step=inner_step, head_dim=head_dim, hidden_dim=hidden_dim,
             max_write_norm=max_write_norm, backend=backend, num_chunks=num_chunks)
@@ -80,7 +81,7 @@ class MemoryAsContext(BaseModule):
         outputs, state = [], None
         for segment in memory.norm(x).split(memory.tokens_per_chunk(x.size(1)), dim=1):
             q = memory.query(segment)
-            read = self._run(q, q, q, state)[0].to(segment.dtype)  # M_{t-1}(S_t W_Q); nothing is written
+            read = self._run(q, q, q, state)[0].to(segment.dtype)  # M_{t-1}(S_t W_Q), without a write
             y = self.attention(torch.cat((persistent.to(segment.dtype), read, segment), dim=1), segment.size(1))
             read, state = self._run(y, memory.key(y), memory.value(y), state, retrieve='final', return_state=True)
             outputs.append(y * read.to(y.dtype))
@@ -88,7 +89,7 @@ class MemoryAsContext(BaseModule):
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState | None,
              **options: str | bool) -> tuple[Tensor, MemoryState | None]:
-        """Return what a chunk of tokens (B, L, Cm) reads, alike, and the state if it is asked for."""
+        """Return the values read by a chunk of tokens (B, L, Cm), in that shape, and the state if asked for."""
         memory = self.memory
         q, k, v = (x.unflatten(2, (-1, memory.head_dim)).transpose(1, 2).to(
             torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""The protocol of all global branches, and the layers around the mixing that they share with the neural memory."""
+"""The interface of all global branches, and the layers around the mixing that they share with the neural memory."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from .._mmengine import BaseModule
 
 
 class TokenMixer(BaseModule):
-    """LayerNorm, a mixing of tokens that a subclass defines as :meth:`mix`, and an output projection.
+    """LayerNorm, a token mixing that a subclass defines as :meth:`mix`, and an output projection.
 
     The neural memory has the same norm and the same projection (Cm→Cm, without bias), so that branches in the same
-    bottleneck differ in nothing but the mixing. Every branch has ``proj`` and takes another linear map in its place, as
-    :class:`GlobalBranch` may put it together with the convolution behind it.
+    bottleneck differ only in the mixing. Every branch has ``proj`` and accepts another linear map in its place, as
+    :class:`GlobalBranch` may merge it with the convolution after it.
 
     Args:
         channels (int): Channels of the tokens, Cm.
@@ -27,7 +27,7 @@ class TokenMixer(BaseModule):
         self.proj = nn.Linear(channels, channels, bias=False)
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Normalised tokens (B, H·W, Cm) of a map of ``size`` (H, W) → (B, H·W, Cm)."""
+        """Mix normalised tokens (B, H·W, Cm) of a map of ``size`` (H, W); return the same shape."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, size: tuple[int, int], output: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -36,7 +36,7 @@ class TokenMixer(BaseModule):
         Args:
             x (Tensor): Tokens in row-major order, (B, H·W, channels), of a floating-point dtype.
             size (tuple[int, int]): H and W.
-            output (Callable | None): A linear map of (B, H·W, channels) in place of ``proj``. Defaults to None.
+            output (Callable | None): A linear map of (B, H·W, channels) that replaces ``proj``. Defaults to None.
 
         Returns:
             Tensor: Tokens of the same shape.

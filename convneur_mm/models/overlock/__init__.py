@@ -1,4 +1,4 @@
-"""OverLoCK, a peer backbone. Its classification head needs mmpretrain, so :mod:`.head` is imported by name."""
+"""OverLoCK, a backbone for comparison. Its classification head needs mmpretrain: import it from :mod:`.head`."""
 from .backbone import OverLoCK
 
 __all__ = ['OverLoCK']

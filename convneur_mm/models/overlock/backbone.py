@@ -1,4 +1,4 @@
-"""OverLoCK, a peer backbone. Weights have the names of its authors' checkpoints."""
+"""OverLoCK, a backbone for comparison. Weights have the names of its authors' checkpoints."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ CONTEXT_REDUCTION = 4  # The context prior has a quarter of the last stage's cha
 class OverLoCK(Backbone):
     """OverLoCK, from "An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels" (CVPR 2025).
 
-    Base-Net computes features down to stride 16. Overview-Net takes them to stride 32 at once and yields the context
-    prior. Guided by it, Focus-Net refines Base-Net's features at stride 16 and takes them to stride 32; its outputs
-    hold the features' channels, then those of the context prior.
+    Base-Net computes features down to stride 16. Overview-Net takes them directly to stride 32 and outputs the context
+    prior. Guided by the prior, Focus-Net refines Base-Net's features at stride 16 and takes them to stride 32. Its
+    output channels are those of the features, then those of the context prior.
 
     | arch | depths of the 3 nets | channels          | groups | output channels   |
     |------|----------------------|-------------------|--------|-------------------|
@@ -30,8 +30,8 @@ class OverLoCK(Backbone):
     | s    | 6, 6, 8 / 3 / 16, 3  | 64, 128, 320, 512 | 8, 16  | 64, 128, 448, 640 |
     | b    | 8, 8, 10 / 4 / 20, 4 | 80, 160, 384, 576 | 6, 9   | 80, 160, 528, 720 |
 
-    Its authors publish the size of the merged model without the auxiliary head, and leave ContMix's weighted sums out
-    of the FLOPs. Counted in full, the classifier has, at 224 × 224:
+    Its authors publish the size of the merged model without the auxiliary head, and do not count ContMix's weighted
+    sums in the FLOPs. Counted in full, the classifier at 224 × 224 has:
 
     | arch | as trained            | merged                | published         |
     |------|-----------------------|-----------------------|-------------------|
@@ -45,18 +45,18 @@ class OverLoCK(Backbone):
             Overview-Net), ``focus_depths`` (of Focus-Net's two stages), ``channels`` (of the four strides),
             ``kernel_sizes`` (of the four strides) and ``groups`` (of Focus-Net's two stages). Defaults to 't'.
         in_channels (int): Channels of the image. Defaults to 3.
-        drop_path_rate (float): Largest stochastic depth rate; blocks rise to it linearly, in the order Base-Net,
+        drop_path_rate (float): Largest stochastic depth rate; it rises linearly over the blocks, in the order Base-Net,
             Overview-Net, Focus-Net. Defaults to 0.
         out_indices (int | Sequence[int]): Stages to return, counted from 0 (negative from the last). Each has a
-            LayerNorm of its own; stages after the last one returned are not built. Defaults to (0, 1, 2, 3).
-        for_classifier (bool): Whether to return what :class:`OverLoCKClsHead` takes: the last features of Overview-Net
-            and of Focus-Net, without LayerNorm. ``out_indices`` must then be 3. Defaults to False.
-        add_overview (bool): Whether a projection of Overview-Net's features, at first of scale 1e-5, is added to the
-            last stage's output, as in the authors' detectors. Defaults to False.
-        frozen_stages (int): How many stages, from the first, are frozen; 0 and, as in mmdet, -1 freeze none.
+            LayerNorm of its own; stages after the last returned one are not built. Defaults to (0, 1, 2, 3).
+        for_classifier (bool): Whether to return the inputs of :class:`OverLoCKClsHead`: the last features of
+            Overview-Net and of Focus-Net, without LayerNorm. ``out_indices`` must then be 3. Defaults to False.
+        add_overview (bool): Whether a projection of Overview-Net's features, with an initial scale of 1e-5, is added
+            to the last stage's output, as in the authors' detectors. Defaults to False.
+        frozen_stages (int): Number of stages frozen, from the first; 0 and, as in mmdet, -1 freeze none.
             Overview-Net is frozen with the third. Defaults to 0.
-        norm_eval (bool): Whether BatchNorms keep their running statistics in training, as detectors with few images on
-            each GPU want. Defaults to False.
+        norm_eval (bool): Whether BatchNorms keep their running statistics in training, for detectors with few images
+            per GPU. Defaults to False.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory. Defaults to False.
         deploy (bool): Whether the model is built merged, for weights saved after :meth:`switch_to_deploy`.
             Defaults to False.
@@ -72,7 +72,7 @@ class OverLoCK(Backbone):
                    kernel_sizes=[17, 15, 13, 7], groups=[4, 6]),
         't': dict(depths=[4, 4, 6, 2], focus_depths=[12, 2], channels=[64, 128, 256, 512],
                   kernel_sizes=[17, 15, 13, 7], groups=[4, 8]),
-        # The paper's table has groups of 5 and 8; the released model has these.
+        # The paper's table has groups of 5 and 8; the released model has 8 and 16.
         's': dict(depths=[6, 6, 8, 3], focus_depths=[16, 3], channels=[64, 128, 320, 512],
                   kernel_sizes=[17, 15, 13, 7], groups=[8, 16]),
         'b': dict(depths=[8, 8, 10, 4], focus_depths=[20, 4], channels=[80, 160, 384, 576],
@@ -154,7 +154,7 @@ class OverLoCK(Backbone):
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of the stages named by ``out_indices``.
+        """Return the features of the stages named by ``out_indices``.
 
         Args:
             x (Tensor): Images, (N, in_channels, H, W), of any size.
@@ -195,7 +195,7 @@ class OverLoCK(Backbone):
         return tuple(outs)
 
     def _split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and context prior."""
+        """Split fused features into features and context prior."""
         return fused.split([fused.size(1) - self.context_channels, self.context_channels], dim=1)
 
     def _focus(self, blocks: ModuleList, x: Tensor, context: Tensor, initial: Tensor) -> Tensor:
@@ -217,13 +217,13 @@ class OverLoCK(Backbone):
         return self
 
     def switch_to_deploy(self) -> None:
-        """Merges every Dilated RepConv into one convolution; the outputs in evaluation mode stay the same."""
+        """Merge every Dilated RepConv into one convolution; the outputs in evaluation mode stay the same."""
         for module in self.modules():
             if isinstance(module, DilatedRepConv):
                 module.switch_to_deploy()
 
     def stage_modules(self) -> list[list[nn.Module]]:
-        """The modules of each stage that is built; Overview-Net is of the third."""
+        """Return the modules of each built stage; Overview-Net belongs to the third."""
         names = (('patch_embed1', 'blocks1'), ('patch_embed2', 'blocks2'),
                  ('patch_embed3', 'blocks3', 'patch_embed4', 'blocks4', 'high_level_proj', 'sub_blocks3'),
                  ('patch_embedx', 'sub_blocks4'))

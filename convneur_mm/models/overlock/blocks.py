@@ -13,10 +13,10 @@ from torch import Tensor
 from ..blocks import GRN, LayerNorm2d, drop_path
 from .contmix import neighborhood_sum, relative_position_bias
 
-SMALL_KERNEL = 5  # of half the channels of ContMix
+SMALL_KERNEL = 5  # kernel size for half the channels of ContMix
 POOLED_SIZE = 7  # The context prior is averaged over 7 × 7 regions.
-BASE_RATIO, FOCUS_RATIO = 4, 3  # of the ConvFFNs' hidden channels
-# Of each large kernel: (size, dilation) of the kernels merged into it.
+BASE_RATIO, FOCUS_RATIO = 4, 3  # hidden channels of the ConvFFNs, as multiples of C
+# For each large kernel, the (size, dilation) of the kernels merged into it.
 DILATED_KERNELS = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
@@ -26,13 +26,13 @@ DILATED_KERNELS = {
 
 
 class ResidualDWConv(nn.Conv2d):
-    """``x + DWConv3×3(x)``."""
+    """A convolution with a skip connection: ``x + DWConv3×3(x)``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+        """Add the convolution to (N, C, H, W)."""
         return x + super().forward(x)
 
 
@@ -41,16 +41,16 @@ class ChannelScale(nn.Module):
 
     Args:
         channels (int): Number of channels, C.
-        init_value (float): What the scales start from. Defaults to 1.
+        init_value (float): Initial value of the scales. Defaults to 1.
     """
 
     def __init__(self, channels: int, init_value: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), init_value))  # that of a depthwise convolution
+        self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), init_value))  # as in a depthwise convolution
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+        """Scale and shift (N, C, H, W)."""
         return F.conv2d(x, self.weight, self.bias, groups=x.size(1))
 
 
@@ -61,7 +61,7 @@ class GRN2d(GRN):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from all channels' means.
+    """Scale each channel by a gate computed from all channels' means.
 
     Args:
         channels (int): Number of channels, C.
@@ -75,20 +75,20 @@ class SqueezeExcite(nn.Module):
             nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+        """Scale (N, C, H, W)."""
         return x * self.proj(x)
 
 
 class DilatedRepConv(nn.Module):
-    """A large depthwise convolution, trained as the sum of itself and smaller dilated ones, each with a BatchNorm.
+    """A large depthwise convolution, trained as a sum with smaller dilated ones, each with a BatchNorm.
 
     Args:
         channels (int): Number of channels, C.
         kernel_size (int): A key of :data:`DILATED_KERNELS`.
-        deploy (bool): Whether to build the merged convolution at once. Defaults to False.
+        deploy (bool): Whether to build the merged convolution directly. Defaults to False.
 
     Raises:
-        ValueError: If ``kernel_size`` is another.
+        ValueError: If ``kernel_size`` is not a key.
     """
 
     def __init__(self, channels: int, kernel_size: int, deploy: bool = False) -> None:
@@ -113,14 +113,14 @@ class DilatedRepConv(nn.Module):
                 *((getattr(self, f'dil_conv_k{name}'), getattr(self, f'dil_bn_k{name}')) for name in names)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+        """Convolve (N, C, H, W)."""
         if self.deploy:
             return self.lk_origin(x)
         return sum(bn(conv(x)) for conv, bn in self._branches())
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Merges all branches into one convolution, equal to them in evaluation mode; a second call does nothing."""
+        """Merge all branches into one convolution, equal in evaluation mode; a second call does nothing."""
         if self.deploy:
             return
         old = self.lk_origin
@@ -128,7 +128,7 @@ class DilatedRepConv(nn.Module):
         bias = torch.zeros(old.out_channels, dtype=torch.float64, device=old.weight.device)
         for conv, bn in self._branches():
             scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-            # Where the weights of the dilated kernel lie in the large one.
+            # Positions of the dilated kernel's weights within the large one.
             margin = (old.kernel_size[0] - conv.dilation[0] * (conv.kernel_size[0] - 1) - 1) // 2
             inside = slice(margin, old.kernel_size[0] - margin, conv.dilation[0])
             kernel[:, :, inside, inside] += conv.weight.double() * scale.view(-1, 1, 1, 1)
@@ -144,20 +144,20 @@ class DilatedRepConv(nn.Module):
 
 
 def conv_ffn(in_channels: int, hidden_channels: int) -> list[nn.Module]:
-    """Layers of a ConvFFN: 1×1 → GELU → residual DWConv 3×3 → GRN → 1×1 back."""
+    """Return the layers of a ConvFFN: 1×1 → GELU → residual DWConv 3×3 → GRN → 1×1 back."""
     return [nn.Conv2d(in_channels, hidden_channels, 1), nn.GELU(), ResidualDWConv(hidden_channels),
             GRN2d(hidden_channels), nn.Conv2d(hidden_channels, in_channels, 1)]
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
-    """A convolution without bias, padded to keep the size but for its stride, and a BatchNorm."""
+    """Return a convolution without bias, padded so that only the stride changes the size, and a BatchNorm."""
     return [nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False),
             nn.BatchNorm2d(out_channels)]
 
 
 @contextmanager
 def _batch_norms_kept(module: nn.Module) -> Iterator[None]:
-    """Running statistics of the BatchNorms inside stay as they are."""
+    """Keep the running statistics of the BatchNorms inside unchanged."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -170,10 +170,10 @@ def _batch_norms_kept(module: nn.Module) -> Iterator[None]:
 
 
 class Block(nn.Module):
-    """What Base-Net's and Focus-Net's blocks share: recomputing themselves in the backward pass.
+    """Base class of the blocks, which can be recomputed in the backward pass.
 
     Args:
-        with_cp (bool): Whether to do so.
+        with_cp (bool): Whether to recompute the block in the backward pass to save memory.
     """
 
     def __init__(self, with_cp: bool) -> None:
@@ -181,15 +181,15 @@ class Block(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, *features: Tensor) -> Tensor:
-        """Calls :meth:`update`."""
+        """Call :meth:`update`, with recomputation if it is wanted."""
         if self.with_cp and any(x.requires_grad for x in features):
-            # The second pass sees the same batch, which running statistics must not count twice.
+            # The recomputation sees the same batch, which running statistics must not count twice.
             return cp.checkpoint(self.update, *features, use_reentrant=False,
                                  context_fn=lambda: (nullcontext(), _batch_norms_kept(self)))
         return self.update(*features)
 
     def update(self, *features: Tensor) -> Tensor:
-        """What the block computes."""
+        """Compute the block's output."""
         raise NotImplementedError
 
 
@@ -198,7 +198,7 @@ class BaseBlock(Block):
 
     Args:
         channels (int): Number of channels, C.
-        kernel_size (int): Of the Dilated RepConv.
+        kernel_size (int): Kernel size of the Dilated RepConv.
         scaled (bool): Whether the residual is scaled by a learned factor for each channel.
         drop_path_rate (float): Stochastic depth rate. Defaults to 0.
         with_cp (bool): Whether to recompute the block in the backward pass to save memory. Defaults to False.
@@ -215,7 +215,7 @@ class BaseBlock(Block):
         self.ls = ChannelScale(channels) if scaled else nn.Identity()
 
     def update(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+        """Map (N, C, H, W) to the same shape."""
         x = self.dwconv(x)
         return self.ls(x) + self.proj(x)
 
@@ -226,8 +226,8 @@ class DynamicBlock(Block):
     Args:
         channels (int): Channels of Z, C.
         context_channels (int): Channels of P, Cp.
-        kernel_size (int): Of the larger of ContMix's two kernels and of the Dilated RepConv.
-        groups (int): Groups of channels with a kernel of their own, of each of the two kernel sizes.
+        kernel_size (int): Size of the larger of ContMix's two kernels and of the Dilated RepConv.
+        groups (int): Number of channel groups with their own kernel, for each of the two kernel sizes.
         first (bool): Whether this is the first block, whose P is the initial context prior itself.
         drop_path_rate (float): Stochastic depth rate. Defaults to 0.
         with_cp (bool): Whether to recompute the block in the backward pass to save memory. Defaults to False.
@@ -269,7 +269,7 @@ class DynamicBlock(Block):
         self.drop_path = drop_path(drop_path_rate)
 
     def update(self, x: Tensor, context: Tensor, initial: Tensor) -> Tensor:
-        """Z (N, C, H, W), P and the initial P, (N, Cp, H, W) both → updated Z and P side by side, (N, C + Cp, H, W)."""
+        """Update Z (N, C, H, W) and P with the initial P, both (N, Cp, H, W); return both as (N, C + Cp, H, W)."""
         if hasattr(self, 'x_scale'):
             context = self.x_scale(context) + self.h_scale(initial)
         identity = self.dwconv1(torch.cat((x, context), dim=1))
@@ -281,13 +281,13 @@ class DynamicBlock(Block):
         return self.ls2(fused) + self.drop_path(self.mlp(self.norm2(fused)))
 
     def mix(self, fused: Tensor, x: Tensor) -> Tensor:
-        """ContMix (Sec. 3.2).
+        """Apply ContMix (Sec. 3.2).
 
-        A map smaller than the kernel is enlarged to it and the result averaged back, as its authors do.
+        A map smaller than the kernel is enlarged to it and the result averaged back, as in the authors' code.
 
         Args:
-            fused (Tensor): (N, C + Cp, H, W), of which the queries and the keys are computed.
-            x (Tensor): (N, C, H, W), to be convolved.
+            fused (Tensor): (N, C + Cp, H, W), from which queries and keys are computed.
+            x (Tensor): (N, C, H, W), the input of the convolution.
 
         Returns:
             Tensor: (N, C, H, W).
@@ -316,11 +316,11 @@ class DynamicBlock(Block):
 
 
 class ContextDownsample(nn.Module):
-    """Halves the resolution of features and context prior between the two stages of Focus-Net.
+    """Halve the resolution of features and context prior between the two stages of Focus-Net.
 
     Args:
         in_channels (int): Channels of the features.
-        out_channels (int): What they become.
+        out_channels (int): Channels of the downsampled features.
         context_channels (int): Channels of the context prior.
     """
 
@@ -330,5 +330,5 @@ class ContextDownsample(nn.Module):
         self.h_proj = nn.Sequential(*conv_bn(context_channels, context_channels, 3, stride=2))
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) and (N, Cp, H, W) → (N, C', H/2, W/2) and (N, Cp, H/2, W/2), sizes rounded up."""
+        """Map (N, C, H, W) and (N, Cp, H, W) to (N, C', H/2, W/2) and (N, Cp, H/2, W/2), sizes rounded up."""
         return self.x_proj(x), self.h_proj(context)

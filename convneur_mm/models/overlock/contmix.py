@@ -1,4 +1,4 @@
-"""The spatially varying convolution of ContMix: each position weighs its own K × K neighbourhood."""
+"""The spatially varying convolution of ContMix: each position weights its own K × K neighbourhood."""
 from __future__ import annotations
 
 import torch
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def window_starts(size: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
-    """First position of each position's window along one axis; windows at the border are shifted inwards.
+    """Return the first position of each position's window on one axis; windows at the border are shifted inwards.
 
     Args:
         size (int): Length of the axis, at least ``kernel_size``.
         kernel_size (int): Length of a window, K, odd.
-        device (torch.device | None): Where the result is created. Defaults to None.
+        device (torch.device | None): Device of the result. Defaults to None.
 
     Returns:
         Tensor: (size,), int64, from 0 to ``size - kernel_size``.
@@ -27,10 +27,10 @@ def window_starts(size: int, kernel_size: int, device: torch.device | None = Non
 
 
 def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
-    """Looks up a bias for each position and each of its neighbours, by their offset.
+    """Look up a bias for each position and each of its neighbours by their offset.
 
     Args:
-        table (Tensor): (g, 2K - 1, 2K - 1), of the offsets from -(K - 1) to K - 1 in rows and columns.
+        table (Tensor): (g, 2K - 1, 2K - 1), for the offsets from -(K - 1) to K - 1 in rows and columns.
         height (int): Height of the map.
         width (int): Width of the map.
 
@@ -50,10 +50,10 @@ def relative_position_bias(table: Tensor, height: int, width: int) -> Tensor:
 
 
 def neighborhood_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """Weighted sum of the values in each position's neighbourhood.
+    """Compute the weighted sum of the values in each position's neighbourhood.
 
-    The neighbourhoods are copied one kernel row at a time and copied again in the backward pass, so that K times the
-    values are held at once; a single product over all of a neighbourhood would hold K² times the values, and keep
+    The neighbourhoods are copied one kernel row at a time, and again in the backward pass, so that only K times the
+    values are in memory at once. A single product over whole neighbourhoods would need K² times the values, and keep
     them for the backward pass.
 
     Args:
@@ -61,8 +61,8 @@ def neighborhood_sum(weights: Tensor, values: Tensor) -> Tensor:
         values (Tensor): (B, g, H, W, c), of the same dtype.
 
     Returns:
-        Tensor: (B, g, H, W, c). Position (h, w) sums over rows ``window_starts(H, K)[h]`` and on, and columns
-        ``window_starts(W, K)[w]`` and on.
+        Tensor: (B, g, H, W, c). Position (h, w) sums over K rows from ``window_starts(H, K)[h]`` and K columns from
+        ``window_starts(W, K)[w]``.
 
     Raises:
         ValueError: If the map is smaller than a neighbourhood.
@@ -82,13 +82,13 @@ def neighborhood_sum(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _row_sum(weights: Tensor, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Weighted sum of K neighbours in one row.
+    """Compute the weighted sum of K neighbours in one row.
 
     Args:
         weights (Tensor): (B, g, H, W, K).
         values (Tensor): (B, g, H, W, c).
-        rows (Tensor): (H,), the row of each row's neighbours.
-        columns (Tensor): (W,), the first of each column's K neighbours.
+        rows (Tensor): (H,), for each position's row, the row of its neighbours.
+        columns (Tensor): (W,), for each position's column, the first of its K neighbours.
     """
     windows = values.index_select(2, rows).unfold(3, weights.size(-1), 1)  # (B, g, H, W - K + 1, c, K), a view
     return torch.matmul(windows.index_select(3, columns), weights.unsqueeze(-1)).squeeze(-1)

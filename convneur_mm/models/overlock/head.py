@@ -1,4 +1,4 @@
-"""OverLoCK's classification head. It needs mmpretrain: configs import this module by name."""
+"""OverLoCK's classification head. It needs mmpretrain, so configs import this module by name."""
 from __future__ import annotations
 
 import torch.nn as nn
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @MODELS.register_module()
 class OverLoCKClsHead(ClsHead):
-    """Classifies Focus-Net's features, and in training Overview-Net's too, as an auxiliary loss.
+    """Classify Focus-Net's features and, as an auxiliary loss in training, Overview-Net's.
 
     The weights have the names of the authors' classifier, so ``init_cfg=dict(type='Pretrained', checkpoint=...)``
-    takes the head's part of their checkpoints.
+    loads the head's part of their checkpoints.
 
     Args:
         num_classes (int): Number of classes.
@@ -45,7 +45,7 @@ class OverLoCKClsHead(ClsHead):
                 nn.Conv2d(overview_channels, num_classes, 1))
 
     def pre_logits(self, feats: tuple[Tensor, Tensor]) -> Tensor:
-        """Features before the last layer.
+        """Return the features before the last layer.
 
         Args:
             feats (tuple[Tensor, Tensor]): Overview-Net's (N, overview_channels, H, W) and Focus-Net's
@@ -57,11 +57,11 @@ class OverLoCKClsHead(ClsHead):
         return self.head[:-1](feats[-1])
 
     def forward(self, feats: tuple[Tensor, Tensor]) -> Tensor:
-        """Class scores (N, num_classes) of Focus-Net's features."""
+        """Compute class scores (N, num_classes) from Focus-Net's features."""
         return self.head[-1](self.pre_logits(feats)).flatten(1)
 
     def loss(self, feats: tuple[Tensor, Tensor], data_samples: list[DataSample], **kwargs) -> dict[str, Tensor]:
-        """``loss`` of Focus-Net's scores and, weighted, ``loss_aux`` of Overview-Net's."""
+        """Compute ``loss`` from Focus-Net's scores and the weighted ``loss_aux`` from Overview-Net's."""
         losses = super().loss(feats, data_samples, **kwargs)
         if self.aux_weight > 0:
             scores = self.aux_head(feats[0]).flatten(1)

@@ -1,4 +1,4 @@
-"""The neural memory of Sec. 3.3: the function :func:`neural_memory` and the operators that it is made of."""
+"""The neural memory of Sec. 3.3: the function :func:`neural_memory` and its operators."""
 from . import cpu
 from .op import BACKENDS, check_backend, neural_memory, run
 from .types import (

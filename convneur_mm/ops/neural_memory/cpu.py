@@ -1,7 +1,7 @@
 """The memory's operators in C++ for CPUs, for heads of 16 channels with 8 hidden units; see :mod:`.operators`.
 
-Installing the package compiles ``csrc`` for the PyTorch that is there. What the compiled operators do not take
-(:func:`refuses`) goes to :mod:`.pytorch`; the first call that only lacks the compiled code warns of it.
+Installing the package compiles ``csrc`` for the installed PyTorch. Memories that the compiled operators do not take
+(:func:`refuses`) use :mod:`.pytorch`; the first call for which only the compiled code is missing raises a warning.
 """
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Compiled code fits one version of torch; its name, which setup.py gives it, says which.
+# Compiled code works with one version of torch only, which setup.py puts into the module's name.
 MODULE = '_cpu_' + re.sub(r'\W', '_', torch.__version__.split('+')[0])
-HEAD_DIM, HIDDEN_DIM = 16, 8  # the sizes that csrc is compiled for
+HEAD_DIM, HIDDEN_DIM = 16, 8  # the only sizes for which csrc is compiled
 kernels: Any = None
-missing = ''  # why there are no kernels, if there are none
+missing = ''  # why there are no kernels, if so
 try:
     kernels = importlib.import_module(f'.{MODULE}', __package__)
 except ModuleNotFoundError:
     missing = f'they were not compiled for PyTorch {torch.__version__}'
 except ImportError as error:
     missing = f'they were compiled for another PyTorch and do not load ({error})'
-# An installed wheel has no sources; a checkout may have been brought up to date since they were compiled.
+# An installed wheel has no sources; those of a checkout may have changed since they were compiled.
 sources = Path(__file__).with_name('csrc')
 if kernels is not None and sources.is_dir() and getattr(kernels, 'SOURCE', '') != hashlib.sha256(
         b''.join(path.read_bytes() for path in sorted(sources.iterdir()))).hexdigest():
@@ -36,7 +36,7 @@ _has_warned = False
 
 
 def refuses(memories: Tensor) -> str | None:
-    """Return why there are no kernels for memories of rows (…, 2e, d), or None if there are."""
+    """Return why no kernel takes memories of rows (…, 2e, d), or None if one does."""
     if memories.device.type != 'cpu' or memories.dtype not in (torch.float32, torch.float64):
         return f'takes float32 and float64 on a CPU, got {memories.dtype} on {memories.device}'
     hidden, d = memories.size(-2) // 2, memories.size(-1)
@@ -56,8 +56,8 @@ def _warn_once() -> None:
 
 
 def install_command() -> str:
-    """Return the command that compiles the kernels for the torch that is installed."""
+    """Return the command that compiles the kernels for the installed torch."""
     checkout = Path(__file__).resolve().parents[3]
-    # The source is there in a checkout, and not where a wheel was installed.
+    # A checkout has the source; an installed wheel does not.
     source = f'-e {shlex.quote(str(checkout))}' if (checkout / 'setup.py').is_file() else 'path/to/convneur-mm'
     return f"pip install 'setuptools>=77' && pip install --no-build-isolation --no-deps {source}"

@@ -1,8 +1,8 @@
-"""The memory in operators that other runtimes have: what ``torch.export``, and with it ONNX, sees of it.
+"""The memory for ``torch.export``, and so for ONNX, in operators that other runtimes support.
 
-The chunks are a scan, so that one graph serves all sizes of images: their number follows the input. A scan's body must
-not hold the number of images, which is why memories are (n, 2e, d), and a scan must have a chunk: so the last chunk is
-padded and written, whether it is read or not.
+A scan runs over the chunks, so that one graph serves all image sizes: the number of chunks follows the input. A scan's
+body must not depend on the number of images, so memories are (n, 2e, d). A scan needs at least one chunk, so the last
+chunk is padded and written even if it is not read.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory over the operators: one loop over chunks and its derivative, as the operator ``convneur_mm::memory``."""
+"""The loop over chunks and its derivative, as the operator ``convneur_mm::memory``."""
 from __future__ import annotations
 
 import math
@@ -14,29 +14,29 @@ from .operators import implementation
 from .reference import neural_memory_reference
 from .types import MemoryOptions, MemoryState, UpdateGenerators, no_autocast, pack, unpack
 
-# Names of the tensors of a call, in the order in which all functions here take them. Queries, keys and values are one
-# tensor of columns, (B, 3, h, d, N), as one product makes them. M_0 is (h, 2e, d), memory and momentum (n, 2e, d).
+# Names of a call's tensors, in the order in which all functions here take them. Queries, keys and values are columns of
+# one tensor (B, 3, h, d, N), as one product computes them. M_0 is (h, 2e, d), memory and momentum are (n, 2e, d).
 TENSORS = ('qkv', 'initial', 'memory', 'momentum', *UpdateGenerators._fields)
 
 
 def run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,
         options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """Return what the queries read, (B, h, d, N), and the state if it is asked for.
+    """Return the values read by the queries, (B, h, d, N), and the state if asked for.
 
     Args:
         qkv (Tensor): Queries, keys and values, (B, 3, h, d, N), of any floating-point dtype.
-        w1 (Tensor): First weight of M_0, (h, d, e), in the inner loop's dtype as all that follow.
+        w1 (Tensor): First weight of M_0, (h, d, e), in the inner loop's dtype, as are all that follow.
         w2 (Tensor): Second weight of M_0, (h, e, d).
-        generators (UpdateGenerators): Their weights.
-        state (MemoryState | None): Memory and momentum to begin with; None for M_0 and no momentum.
-        backend (str): Whose operators, see :func:`.operators.implementation`.
+        generators (UpdateGenerators): Weights of the update generators.
+        state (MemoryState | None): Initial memory and momentum; None for M_0 and zero momentum.
+        backend (str): Name of the operators, see :func:`.operators.implementation`.
         options (MemoryOptions): The memory's options.
     """
     batch, _, heads = qkv.shape[:3]
     initial, memory, momentum = begin(batch, w1, w2, state)
     tensors = qkv, initial, memory, momentum, *generators
     if not qkv.numel():
-        # As in layers of PyTorch an empty input has an empty output and gradients of zero, which DDP waits for.
+        # As in PyTorch's layers, an empty input gives an empty output and zero gradients, for which DDP waits.
         y = qkv[:, 0] + sum(x.flatten()[:0].sum() for x in tensors)
         memory, momentum = memory.clone(), momentum.clone()
     else:
@@ -58,12 +58,12 @@ def begin(batch: int, w1: Tensor, w2: Tensor, state: MemoryState | None) -> tupl
 
 def write_all(qkv: Tensor, initial: Tensor, memory: Tensor, momentum: Tensor, generators: UpdateGenerators,
               options: MemoryOptions, operators: Any) -> list[tuple[Tensor, ...]]:
-    """Write all chunks that are read, one after the other.
+    """Write all chunks whose writes are read, one after the other.
 
     Returns:
-        list[tuple[Tensor, ...]]: For each of T written chunks the memory and the momentum before it, (1, n, 2e, d), its
-        gradient of Eq. 3, alike, its errors, (1, n, d), the generators' hidden units, (B, 4Cm), and their outputs,
-        (B, 3Cm); and at last a pair, memory and momentum after the last chunk.
+        list[tuple[Tensor, ...]]: For each of T written chunks: memory and momentum before it, (1, n, 2e, d), its
+        gradient of Eq. 3, of the same shape, its errors, (1, n, d), the generators' hidden units, (B, 4Cm), and their
+        outputs, (B, 3Cm). The last item is the pair of memory and momentum after the last chunk.
     """
     rule, found = (*generators, options.inner_step, options.max_write_norm), []
     memory, momentum = memory[None], momentum[None]
@@ -82,26 +82,26 @@ def write_all(qkv: Tensor, initial: Tensor, memory: Tensor, momentum: Tensor, ge
 
 
 def _written(qkv: Tensor, options: MemoryOptions) -> list[tuple[Tensor, ...]]:
-    """Return the chunks that are written of keys and of values."""
+    """Return the written chunks of keys and of values."""
     length = options.written_tokens(qkv.size(-1))
     return [z[..., :length].split(options.chunk_size, dim=-1) if length else () for z in qkv[:, 1:].unbind(1)]
 
 
 def _points(qkv: Tensor, initial: Tensor, options: MemoryOptions) -> tuple[Any, ...]:
-    """Return the first arguments of ``surprise`` where the gradients of all chunks are taken at M_0."""
+    """Return the first arguments of ``surprise`` for the gradients of all chunks at M_0."""
     length = options.written_tokens(qkv.size(-1))
     points = initial.repeat(qkv.size(0), 1, 1).expand(options.num_written(qkv.size(-1)), -1, -1, -1)
     return *(z[..., :length] for z in qkv[:, 1:].unbind(1)), points, options.chunk_size, options.qk_norm_eps
 
 
 def _readable(memories: Tensor, num_tokens: int, options: MemoryOptions) -> Tensor:
-    """Return the memory that each chunk reads, (chunks, n, 2e, d)."""
+    """Return the memory read by each chunk, (chunks, n, 2e, d)."""
     chunks = math.ceil(num_tokens / options.chunk_size)
     return memories[-1].expand(chunks, -1, -1, -1) if options.retrieve == 'final' else memories[:chunks]
 
 
 def _forward(tensors: Sequence[Tensor], keep: bool, backend: str, options: MemoryOptions) -> list[Tensor]:
-    """Return reads, memory and momentum afterwards, and what the backward needs beside the inputs if it is kept."""
+    """Return reads, final memory and momentum, and, with ``keep``, the saved tensors besides the inputs."""
     qkv, initial, memory, momentum, *generators = tensors
     operators = implementation(backend, memory)
     options = options._replace(chunk_size=min(options.chunk_size, qkv.size(-1)))
@@ -120,7 +120,7 @@ def _forward(tensors: Sequence[Tensor], keep: bool, backend: str, options: Memor
 
 
 def _kept_shapes(chunks: int, qkv: Tensor, memory: Tensor, generators: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Return the shapes of what is kept of so many chunks: what :func:`write_all` returns of each, one after the other.
+    """Return the shapes of the saved tensors of ``chunks`` chunks: the results of :func:`write_all`, concatenated.
     """
     rows, batch = memory.shape, qkv.size(0)
     return [(chunks + 1, *rows), (chunks, *rows), (chunks, *rows), (chunks, rows[0], rows[2]),
@@ -129,7 +129,7 @@ def _kept_shapes(chunks: int, qkv: Tensor, memory: Tensor, generators: Sequence[
 
 def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor], backend: str,
               options: MemoryOptions) -> list[Tensor]:
-    """Return the gradients of all tensors."""
+    """Compute the gradients of all tensors."""
     qkv, initial, _, _, *generators = tensors
     memories, momenta, gradients, errors, hidden, outputs = kept
     operators = implementation(backend, memories)
@@ -174,13 +174,13 @@ def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence
     return [grad_qkv, grad_initial, grad_memory[0], grad_momentum[0].clone(), *grad_weights]
 
 
-# ---- as one operator with a derivative: unrolled, the loop would be thousands of them to autograd and to compilers
+# ---- one operator with a derivative, as autograd and compilers would see the unrolled loop as thousands of operators
 
 
 def _memory(*args: Any) -> list[Tensor]:
     tensors, (keep, backend, *options) = args[:len(TENSORS)], args[len(TENSORS):]
     y, memory, momentum, *kept = _forward(tensors, keep, backend, MemoryOptions(*options))
-    # What is kept is one tensor: a graph for all sizes must not ask whether there are no chunks, or one.
+    # The saved tensors are concatenated: a graph for all sizes must not branch on whether there are 0 or 1 chunks.
     return [y, memory, momentum, *([torch.cat([x.flatten() for x in kept])] if keep else ())]
 
 
@@ -224,8 +224,8 @@ def _keep(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    *tensors, kept = ctx.saved_tensors  # once: checkpointing recomputes them
-    if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate once more
+    *tensors, kept = ctx.saved_tensors  # read only once, as checkpointing recomputes them
+    if torch.is_grad_enabled():  # with create_graph=True, a second derivative may be needed
         found = _differentiable_gradients(tensors, grads[:3], MemoryOptions(*ctx.settings[1:]))
     else:
         found = memory_backward_operator(tensors, kept, grads[:3], *ctx.settings)
@@ -234,8 +234,8 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ..
 
 def _differentiable_gradients(tensors: Sequence[Tensor], grads: Sequence[Tensor],
                               options: MemoryOptions) -> list[Tensor | None]:
-    """Return gradients of ``tensors`` that can be differentiated again, None where one requires none."""
-    # Views are nodes of their own: what one input was made of another would else be counted twice.
+    """Return gradients of ``tensors`` that can be differentiated again, None for those that require none."""
+    # Views make each input a separate node: an input computed from another would else be counted twice.
     tensors = [x.view_as(x) for x in tensors]
     qkv, initial, memory, momentum, *generators = tensors
     batch, heads = qkv.size(0), qkv.size(2)
@@ -255,9 +255,9 @@ memory_operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _flops(tensors: Sequence[Sequence[int]], options: MemoryOptions, read: int, surprise: int, step: int) -> int:
-    """Return the FLOPs of a call, from its tensors' shapes and how often its operators multiply by each weight."""
+    """Return a call's FLOPs from its tensors' shapes and the number of products with each weight."""
     (batch, _, heads, d, length), (_, rows, _), _, _, in_weight, _, out_weight, _ = tensors
-    token = batch * heads * d * rows  # two operations with each of e·d numbers, and rows are 2e
+    token = batch * heads * d * rows  # two operations for each of e·d weights; rows is 2e
     generators = 2 * batch * (math.prod(in_weight) + math.prod(out_weight))
     return (token * (read * length + surprise * options.written_tokens(length))
             + generators * step * options.num_written(length))

@@ -1,4 +1,4 @@
-"""The neural memory as a function of queries, keys and values, and the checks of its arguments."""
+"""The neural memory as a function of queries, keys and values, with checks of its arguments."""
 from __future__ import annotations
 
 import os
@@ -26,7 +26,7 @@ def neural_memory(
     backend: str = 'auto',
     **options: Any,
 ) -> tuple[Tensor, MemoryState | None]:
-    """Read and rewrite a small per-image memory, chunk by chunk (Eqs. 2-4).
+    """Read and rewrite a small memory per image, chunk by chunk (Eqs. 2-4).
 
     With fast weights ``M(z) = z + GELU(z·W1)·W2`` per head, for each chunk t of ``chunk_size`` tokens:
 
@@ -35,33 +35,33 @@ def neural_memory(
     - write ``u_t = θ_t ⊙ ∇L_t``, bounded per head: ``u_t / sqrt(1 + ‖u_t‖² / max_write_norm²)``
     - ``P_t = η_t ⊙ P_{t-1} − u_t``, ``M_t = (1 − α_t) ⊙ M_{t-1} + P_t`` (Eq. 4)
 
-    θ, η and α come from the generators, which see each channel's mean squared error in the chunk. Everything is
-    differentiable, also through the updates. Half-precision inputs are computed in float32, float64 stays float64,
-    and autocast does not reach inside.
+    θ, η and α come from the generators, whose inputs are each channel's mean squared error in the chunk. Everything is
+    differentiable, also through the updates. Half-precision inputs are computed in float32, float64 stays float64, and
+    autocast is off inside.
 
     Args:
-        q (Tensor): Queries, (B, h, N, d), of which B and N may be 0. Float64 goes with float64 alone.
+        q (Tensor): Queries, (B, h, N, d); B and N may be 0. If one tensor is in float64, all must be.
         k (Tensor): Keys, (B, h, N, d).
         v (Tensor): Values, (B, h, N, d).
         w1 (Tensor): First weight of the learned initial memory M_0, (h, d, e).
         w2 (Tensor): Second weight of M_0, (h, e, d).
         generators (UpdateGenerators): Weights of the update generators for Cm = h·d channels.
-        state (MemoryState | None): Memory and momentum to go on from, as returned by an earlier call. Two calls
-            split at a chunk boundary equal one. Its dtype is the inner loop's. None starts at M_0 with no momentum.
+        state (MemoryState | None): Memory and momentum to continue from, as returned by an earlier call, in the inner
+            loop's dtype. Two calls split at a chunk boundary equal one. None starts at M_0 with zero momentum.
             Defaults to None.
-        backend (str): Whose operators: 'torch' (closed forms in PyTorch, any device), 'cpp' (compiled, CPU), 'triton'
-            (CUDA; it has not run on a GPU yet), 'reference' (autograd for the inner gradient, slow), or 'auto': what
-            the environment variable CONVNEUR_MEMORY_BACKEND names, or else 'cpp' where it is compiled and takes the
+        backend (str): Operators to use: 'torch' (closed forms in PyTorch, any device), 'cpp' (compiled, CPU), 'triton'
+            (CUDA; it has not run on a GPU yet), 'reference' (autograd for the inner gradient, slow), or 'auto': the
+            environment variable CONVNEUR_MEMORY_BACKEND if set, or else 'cpp' where it is compiled and takes the
             tensors, and 'torch' otherwise. Defaults to 'auto'.
-        **options: Those of :class:`MemoryOptions`.
+        **options: Fields of :class:`MemoryOptions`.
 
     Returns:
         tuple[Tensor, MemoryState | None]: ``y`` (B, h, N, d) in the dtype of ``q``, and the state in the inner
         loop's dtype if asked for.
 
     Raises:
-        ValueError: For an option outside its range, tensors whose shapes, dtypes or devices do not fit together, or
-            tensors that the backend asked for cannot take.
+        ValueError: For an option outside its range, tensors whose shapes, dtypes or devices do not match, or tensors
+            that the requested backend cannot take.
     """
     backend, options = resolve_backend(backend), MemoryOptions(**options).check()
     if q.dim() != 4:
@@ -79,9 +79,9 @@ def neural_memory(
 
 def run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, state: MemoryState | None, backend: str,
         options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """Return what :func:`neural_memory` returns, whose arguments these are, with tokens as columns.
+    """Run :func:`neural_memory`, with the same arguments but with tokens as columns.
 
-    Queries, keys and values are one tensor (B, 3, h, d, N), reads are (B, h, d, N) in its dtype.
+    Queries, keys and values are one tensor (B, 3, h, d, N); reads are (B, h, d, N) in its dtype.
     """
     check_tensors(dict(qkv=qkv), qkv.size(0), qkv.size(2), qkv.size(3), w1, w2, generators, state)
     return _run(qkv, w1, w2, generators, state, resolve_backend(backend), options.check())
@@ -98,7 +98,7 @@ def _run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, stat
         return neural_memory_exported(qkv, w1, w2, generators, options), None
     if backend == 'reference' and qkv.numel():
         if not options.written_tokens(qkv.size(-1)):
-            # The generators have no part in the output then, and plain DDP refuses parameters without a gradient.
+            # The generators do not affect the output then, and plain DDP refuses parameters without a gradient.
             w1 = w1 + sum(p.flatten()[:0].sum() for p in generators)
         y, state = neural_memory_reference(*qkv.mT.unbind(1), w1, w2, generators, state, options)
         return y.mT.to(qkv.dtype), state
@@ -106,15 +106,15 @@ def _run(qkv: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators, stat
 
 
 def check_backend(backend: str, name: str = 'backend') -> None:
-    """Raise a ValueError unless ``backend`` is known."""
+    """Raise a ValueError unless ``backend`` is a known name."""
     check_choice(name, backend, ('auto', *BACKENDS))
 
 
 def resolve_backend(backend: str) -> str:
-    """Return 'auto' or the backend that ``backend`` or, for 'auto', CONVNEUR_MEMORY_BACKEND names.
+    """Return ``backend``, or, if it is 'auto', the value of CONVNEUR_MEMORY_BACKEND if set.
 
     Raises:
-        ValueError: If one of the two is unknown.
+        ValueError: If either name is unknown.
     """
     check_backend(backend)
     if backend == 'auto':
@@ -127,8 +127,8 @@ def check_tensors(inputs: dict[str, Tensor], batch: int, heads: int, d: int, w1:
                   generators: UpdateGenerators, state: MemoryState | None) -> None:
     """Raise a ValueError that names the first tensor that does not fit ``batch`` images of ``heads`` heads of ``d``.
 
-    ``inputs`` holds the tokens first, and what else must fit their dtype and device. Float64 goes with float64 alone,
-    as all else would round it. A state has the inner loop's dtype.
+    ``inputs`` holds the tokens first, then other tensors that must match their dtype and device. If one tensor is in
+    float64, all must be, as others would be rounded. A state has the inner loop's dtype.
     """
     if w1.dim() != 3 or w1.shape[:2] != (heads, d) or not w1.numel():
         raise ValueError(f'w1 must have shape {(heads, d, "e")} and no empty dimension, got {tuple(w1.shape)}')

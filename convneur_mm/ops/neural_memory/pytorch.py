@@ -1,8 +1,8 @@
-"""The memory's operators in PyTorch, on any device; :mod:`.operators` has their schemas, shapes and equations.
+"""The memory's operators in PyTorch, for any device; see :mod:`.operators` for schemas, shapes and equations.
 
-The operators split tokens (B, h, d, N) into chunks, and fill up the last one with zeros: tokens of zero have no error,
-no gradient and no curvature. The functions below them, which export takes too, work on n memories with a chunk of L
-tokens each: rows (…, n, 2e, d) and tokens (…, n, d, L).
+The operators split tokens (B, h, d, N) into chunks and pad the last one with zeros: zero tokens have no error, gradient
+or curvature. The functions below them, which export uses too, take n memories with one chunk of L tokens each: rows
+(…, n, 2e, d) and tokens (…, n, d, L).
 """
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def surprise_backward(grad_gradient: Tensor, grad_errors: Tensor, grad_curvature
     active, slope = _gelu(hidden)
     bend = (hidden.square() * -0.5).exp() * (2 - hidden.square()) / math.sqrt(2 * math.pi)  # GELU''
     error = unit - values + w2.mT @ active
-    back, grad_slopes = w2 @ error, g1 @ unit  # what comes back to the hidden units in Eq. 3 is back·slope
+    back, grad_slopes = w2 @ error, g1 @ unit  # the gradient of the hidden units in Eq. 3 is back·slope
     grad_error = error * (grad_errors * 2 / chunk_lengths(k, memories, chunk_size)).unsqueeze(-1)
     grad_error = grad_error + w2.mT @ (grad_slopes * slope) + g2.mT @ active
     grad_active = w2 @ grad_error + g2 @ error
@@ -90,15 +90,15 @@ def surprise_chunks(k: Tensor, v: Tensor, rows: Tensor, lengths: Tensor | int,
 
 
 def _gelu(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return GELU and its slope."""
+    """Return GELU and its derivative."""
     if not is_exporting():
         return F.gelu(hidden), _gelu_backward(torch.ones_like(hidden), hidden)
-    cumulative = 0.5 * (1 + torch.erf(hidden * math.sqrt(0.5)))  # in operators that other runtimes have
+    cumulative = 0.5 * (1 + torch.erf(hidden * math.sqrt(0.5)))  # with operators that other runtimes support
     return hidden * cumulative, cumulative + hidden * torch.exp(hidden.square() * -0.5) / math.sqrt(2 * math.pi)
 
 
 def unit_length(z: Tensor, eps: float) -> Tensor:
-    """Return tokens of unit length over d, those shorter than ``eps`` divided by ``eps``; as they are if it is 0."""
+    """Return tokens divided by their norms over d, or by ``eps`` where it is larger; unchanged if ``eps`` is 0."""
     return z / z.square().sum(-2, keepdim=True).sqrt().clamp_min(eps) if eps else z
 
 
@@ -125,6 +125,6 @@ def from_chunks(z: Tensor, like: Tensor) -> Tensor:
 
 
 def chunk_lengths(tokens: Tensor, memories: Tensor, chunk_size: int) -> Tensor:
-    """Return how many tokens each chunk has, (T, 1, 1)."""
+    """Return the number of tokens of each chunk, (T, 1, 1)."""
     starts = chunk_size * torch.arange(memories.size(0), device=tokens.device)[:, None, None]
     return (tokens.size(3) - starts).clamp(max=chunk_size).to(memories.dtype)

@@ -1,7 +1,7 @@
-"""The neural memory as the paper writes it: one chunk after the other, inner gradients by autograd.
+"""The neural memory as written in the paper: one chunk after the other, with inner gradients by autograd.
 
-This is the definition that every faster implementation is tested against. It favours likeness to the equations over
-speed and holds all of the graph that autograd makes of them.
+Every faster implementation is tested against this definition. It stays close to the equations instead of being fast,
+and holds autograd's whole graph of them.
 """
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .types import MemoryOptions, MemoryState, UpdateGenerators, check_inner_dty
 
 
 def read(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """M(z) = z + GELU(z·W1)·W2 for ``z`` (B, h, L, d), ``w1`` (B, h, d, e) and ``w2`` (B, h, e, d)."""
+    """Compute M(z) = z + GELU(z·W1)·W2 for ``z`` (B, h, L, d), ``w1`` (B, h, d, e) and ``w2`` (B, h, e, d)."""
     return z + F.gelu(z @ w1) @ w2
 
 
 def update_coefficients(surprise: Tensor, generators: UpdateGenerators, inner_step: float) -> tuple[Tensor, ...]:
-    """Step θ, momentum η and decay α, each (B, h, d), from the per-channel surprise (B, h, d)."""
+    """Compute step θ, momentum η and decay α, each (B, h, d), from the per-channel surprise (B, h, d)."""
     hidden = F.gelu(F.linear(surprise.flatten(1), generators.in_weight, generators.in_bias))
     out = F.linear(hidden, generators.out_weight, generators.out_bias).sigmoid()
     step, momentum, decay = (c.reshape(surprise.shape) for c in out.chunk(3, dim=-1))
@@ -26,16 +26,16 @@ def update_coefficients(surprise: Tensor, generators: UpdateGenerators, inner_st
 
 
 def bound(relative: Tensor) -> Tensor:
-    """The factor that keeps a write within its bound, from its squared norm over that of the bound."""
+    """Return the factor that bounds a write, from the ratio of its squared norm to that of the bound."""
     return (1 + relative).rsqrt()
 
 
 def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators,
                             state: MemoryState | None,
                             options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
-    """See :func:`convneur_mm.ops.neural_memory.neural_memory`; the reads come in the inner loop's dtype.
+    """Run the memory, see :func:`convneur_mm.ops.neural_memory.neural_memory`; reads are in the inner loop's dtype.
 
-    Runs under ``torch.no_grad`` but not under ``torch.inference_mode``, which forbids autograd altogether.
+    It runs under ``torch.no_grad`` but not under ``torch.inference_mode``, which forbids autograd altogether.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q):
@@ -60,17 +60,17 @@ def _read_and_write(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, gen
     for t, q_t in enumerate(q_chunks):
         outputs.append(read(q_t, m1, m2))  # Eq. 2
         if t == len(q_chunks) - 1 and not (options.return_state or options.retrieve == 'final'):
-            break  # nothing reads what the last chunk would write
+            break  # The last chunk's write would not be read.
         k_t, v_t = k_chunks[t], v_chunks[t]
 
         with torch.enable_grad():
-            # A view, as keys and values may depend on the memory themselves: the gradient of Eq. 3 leaves that out.
+            # A view, as keys and values may depend on the memory themselves; the gradient of Eq. 3 excludes that.
             a1, a2 = (
                 a.view_as(a) if learn and a.requires_grad else a.detach().requires_grad_()
                 for a in ((m1, m2) if options.update_rule == 'sequential' else initial)
             )
             error = read(k_t, a1, a2) - v_t
-            loss = error.square().mean(dim=-1).sum()  # Eq. 3; heads have weights of their own, so one sum serves
+            loss = error.square().mean(dim=-1).sum()  # Eq. 3; heads have separate weights, so one sum suffices
             g1, g2 = torch.autograd.grad(loss, (a1, a2), create_graph=learn)
         if not learn:
             error = error.detach()

@@ -1,8 +1,9 @@
-"""The memory's rule between surprise and memory: update generators, the bound of a write, and Eq. 4, with derivatives.
+"""The memory's rule from surprise to memory: update generators, the bound of a write, and Eq. 4, with derivatives.
 
 Rows are cat(W1ᵀ, W2) of n = B·h memories, (n, 2e, d), as every coefficient acts on d. Export and PyTorch's operators
-take these functions as they are. A change of the rule begins in :func:`write` and :func:`write_backward`, which
-``csrc/memory.cpp`` has in ``step`` and ``step_backward``, and ``triton_kernels.py`` under the same names.
+use these functions. To change the rule, start with :func:`write` and :func:`write_backward`, which are also in
+``csrc/memory.cpp``, within ``step`` and ``step_backward``, and in ``triton_kernels.py``, as ``write_kernel`` and
+``write_backward_kernel``.
 """
 from __future__ import annotations
 
@@ -31,14 +32,14 @@ def generate_backward(grad_outputs: Tensor, hidden: Tensor, in_weight: Tensor,
 
 
 def coefficients(outputs: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return step θ (without ``inner_step``), momentum η and decay α, (…, n, 1, d) each, of outputs (…, B, 3Cm)."""
+    """Return step θ (without ``inner_step``), momentum η and decay α, each (…, n, 1, d), of outputs (…, B, 3Cm)."""
     heads = outputs.size(-1) // (3 * d)
     theta, eta, alpha = outputs.sigmoid().unflatten(-1, (3, heads, 1, d)).unbind(-4)
     return tuple(x.flatten(-4, -3) for x in (theta, eta, alpha))
 
 
 def bounded(step: Tensor, max_norm: float) -> Tensor:
-    """Return writes whose norms stay below a bound: u / sqrt(1 + ‖u‖² / max_norm²) for each head's ``step`` u."""
+    """Return writes with bounded norms: u / sqrt(1 + ‖u‖² / max_norm²) for each head's ``step`` u."""
     return step * (1 + step.square().sum((-2, -1), keepdim=True) / max_norm**2).rsqrt()
 
 
@@ -51,7 +52,7 @@ def bounded_backward(grad: Tensor, step: Tensor, max_norm: float) -> Tensor:
 
 def write(gradient: Tensor, outputs: Tensor, memory: Tensor, momentum: Tensor, inner_step: float,
           max_write_norm: float) -> tuple[Tensor, Tensor]:
-    """Return memory and momentum after a chunk (Eq. 4), of its ``gradient`` of Eq. 3, all of them (…, n, 2e, d)."""
+    """Return memory and momentum after a chunk (Eq. 4), from its ``gradient`` of Eq. 3, all of them (…, n, 2e, d)."""
     theta, eta, alpha = coefficients(outputs, memory.size(-1))
     momentum = eta * momentum - bounded(inner_step * theta * gradient, max_write_norm)
     return (1 - alpha) * memory + momentum, momentum

@@ -1,9 +1,9 @@
 """The memory's operators for CUDA, in Triton; see :mod:`.operators`.
 
-Surprise and reads run on a grid of images, heads, chunks and ``splits`` programs for each chunk, so that few images
-with long chunks fill a GPU too; parts of sums over tokens are added in a fixed order. Eq. 4 is one kernel. None waits
-for the device. The environment variable CONVNEUR_MEMORY_PRECISION names how ``tl.dot`` multiplies: 'ieee', the default,
-or 'tf32x3', which tensor cores do with nearly the same rounding.
+Surprise and reads run on a grid of images, heads, chunks and ``splits`` programs per chunk, so that few images with
+long chunks fill a GPU too; partial sums over tokens are added in a fixed order. Eq. 4 is one kernel. No kernel waits
+for the device. The environment variable CONVNEUR_MEMORY_PRECISION sets the precision of ``tl.dot``: 'ieee', the
+default, or 'tf32x3', which runs on tensor cores with nearly the same rounding.
 """
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ try:
 except ImportError:
     triton = kernels = None
 
-MAX_WIDTH = 64  # of d and of e: a head's weights and their gradients stay in registers, of which wider heads spill some
-TILE = 64  # tokens that a program works on at a time, in heads of up to 16 channels
+MAX_WIDTH = 64  # of d and of e: a head's weights and gradients stay in registers; wider heads would spill
+TILE = 64  # tokens that a program processes at a time, in heads of up to 16 channels
 PRECISIONS = ('ieee', 'tf32x3')
 
 
 def is_available(x: Tensor) -> bool:
-    """Return whether the kernels can run where a tensor is: on CUDA, or anywhere in Triton's interpreter."""
-    # TRITON_INTERPRET=1 makes something else of a kernel, provided that it was set when Triton was first imported.
+    """Return whether the kernels can run on a tensor: on CUDA, or on any device in Triton's interpreter."""
+    # With TRITON_INTERPRET=1, set before Triton was first imported, kernels are not of the class JITFunction.
     return triton is not None and (x.is_cuda or not isinstance(kernels.read_kernel, triton.JITFunction))
 
 
 def refuses(memories: Tensor) -> str | None:
-    """Return why there are no kernels for memories of rows (…, 2e, d), or None if there are."""
+    """Return why no kernel takes memories of rows (…, 2e, d), or None if one does."""
     if not is_available(memories):
         return f'needs Triton and CUDA tensors, got tensors on {memories.device}'
     if memories.dtype != torch.float32:
@@ -104,7 +104,7 @@ def step_backward(grad_memory: Tensor, grad_momentum: Tensor, gradient: Tensor, 
 
 def _launch_write(name: str, given: tuple[Tensor, ...], outputs: Tensor, like: tuple[Tensor, ...],
                   *rule: float) -> tuple[Tensor, ...]:
-    """Launch one program for each of n memories, and return what it fills, in the shapes of ``like``."""
+    """Launch one program for each of n memories, and return the filled tensors, shaped like ``like``."""
     rows, d = like[0].shape[-2:]
     filled = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
     with torch.cuda.device_of(outputs):  # Triton launches on the current device
@@ -116,15 +116,15 @@ def _launch_write(name: str, given: tuple[Tensor, ...], outputs: Tensor, like: t
 def _launch(name: str, tokens: Tensor, memories: Tensor, chunk_size: int, eps: float,
             arguments: Callable[[Tensor], tuple],
             part: tuple[int, ...] = (), **options: Any) -> Tensor | None:
-    """Launch a kernel over all chunks of all heads; return the sum of the parts, of the shape ``part``, if it has any.
+    """Launch a kernel over all chunks of all heads; return the sum of its parts if their shape ``part`` is given.
 
-    ``arguments`` makes the kernel's first arguments of the parts (splits, *part).
+    ``arguments`` maps the parts (splits, *part) to the kernel's first arguments.
     """
     (batch, heads, _, length), (chunks, _, rows, d) = tokens.shape, memories.shape
     sizes = _sizes(rows, d)
     grid, part_size = grid_of(batch * heads, length, chunk_size, max(sizes['DP'], sizes['EP']), tokens.device)
     tile = tile_of(max(sizes['DP'], sizes['EP']))
-    if not part:  # nothing is added up, so every tile is a program
+    if not part:  # nothing is summed, so every tile gets a program
         part_size, grid = tile, batch * heads * chunks * math.ceil(min(chunk_size, length) / tile)
     parts = memories.new_empty(grid // (batch * heads * chunks), *part) if part else memories
     kind = os.environ.get('CONVNEUR_MEMORY_PRECISION', 'ieee')
@@ -137,18 +137,18 @@ def _launch(name: str, tokens: Tensor, memories: Tensor, chunk_size: int, eps: f
 
 
 def _sizes(rows: int, d: int) -> dict[str, int]:
-    """Return the kernels' compile-time sizes: d, e and both padded to powers of two that ``tl.dot`` takes."""
+    """Return the kernels' compile-time sizes: d, e and both padded to powers of two that ``tl.dot`` accepts."""
     padded_d, padded_e = (max(16, triton.next_power_of_2(x)) for x in (d, rows // 2))
     return dict(D=d, E=rows // 2, DP=padded_d, EP=padded_e)
 
 
 def tile_of(width: int) -> int:
-    """Return the tokens that a program works on at a time: fewer in wider heads, but no fewer than ``tl.dot`` takes."""
+    """Return the tokens a program processes at a time: fewer in wider heads, but at least what ``tl.dot`` needs."""
     return max(16, TILE * 16 // width)
 
 
 def grid_of(n: int, num_tokens: int, chunk_size: int, width: int, device: torch.device) -> tuple[int, int]:
-    """Return how many programs work on all chunks of n heads, and the tokens of each: four for each multiprocessor."""
+    """Return the number of programs for all chunks of n heads, about four per multiprocessor, and their tokens."""
     tile, chunks = tile_of(width), math.ceil(num_tokens / chunk_size)
     tiles = math.ceil(min(chunk_size, num_tokens) / tile)
     splits = min(tiles, max(1, 4 * _multiprocessors(device) // (n * chunks)))

@@ -1,15 +1,16 @@
-"""The Triton kernels behind :mod:`convneur_mm.ops.neural_memory.triton`; importing this needs Triton.
+"""The Triton kernels of :mod:`convneur_mm.ops.neural_memory.triton`; importing this module needs Triton.
 
-Names and layouts in all of them:
+Names and layouts in all kernels:
 
 - B images, h heads of d channels, n = B·h, e hidden units, T chunks of ``chunk_size`` tokens.
 - Rows cat(W1ᵀ, W2) of a memory are (2e, d), contiguous. In registers the two halves are (EP, DP): e and d padded to
-  what ``tl.dot`` takes. Every load masks the padding to zero, and zeros stay zeros throughout, so no later step needs a
-  mask: GELU(0) = 0, and a padded hidden unit gets no gradient from W2.
+  sizes that ``tl.dot`` accepts. Every load sets the padding to zero, and it stays zero throughout, so later steps need
+  no mask: GELU(0) = 0, and a padded hidden unit gets no gradient from W2.
 - Tokens are (B, h, d, N) of any strides and dtype, and float32 in registers. All else is float32.
-- A grid has one axis, the head fastest: neighbours in it read neighbouring bytes. ``splits`` programs share a chunk,
-  each writes a part of the sums over tokens, and the parts are added in a fixed order: results are deterministic.
-- Offsets that grow with n·T or with N are int64; within a tile int32 does.
+- The grid has one axis, on which the head varies fastest: neighbouring programs read neighbouring bytes. ``splits``
+  programs share a chunk, each writes its part of the sums over tokens, and the parts are added in a fixed order, so
+  results are deterministic.
+- Offsets that grow with n·T or with N are int64; within a tile int32 suffices.
 """
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def _store_rows(pointer, first, second, D: tl.constexpr, E: tl.constexpr, DP: tl
 
 @triton.jit
 def _place(tokens, chunk_size, chunks, part_size, batch, heads):
-    """Return what this program works on: image, head, chunk and the chunk's tokens [begin, end) of [0, length)."""
+    """Return this program's image, head and chunk, its tokens [begin, end) of the chunk, and the chunk's length."""
     pid = tl.program_id(0)
     head = pid % heads
     image = (pid // heads) % batch
@@ -80,13 +81,13 @@ def _place(tokens, chunk_size, chunks, part_size, batch, heads):
 
 @triton.jit
 def _at(pointer, strides, image, head, token):
-    """Return where the tokens of an image's head begin, from ``token`` on."""
+    """Return a pointer to an image's head from ``token`` on."""
     return pointer + image * strides[0] + head * strides[1] + token * strides[3]
 
 
 @triton.jit
 def _unit(z, eps, NORMALIZE: tl.constexpr):
-    """Return tokens of unit length, those shorter than ``eps`` over ``eps``, the factor, and whether each is long."""
+    """Return tokens over their norms or ``eps`` if larger, the factor, and whether each norm is at least ``eps``."""
     length = tl.sqrt(tl.sum(z * z, 1))[:, None]
     if NORMALIZE:
         factor = 1 / tl.maximum(length, eps)
@@ -106,7 +107,7 @@ def _unit_backward(grad, unit, factor, is_long, NORMALIZE: tl.constexpr):
 def read_kernel(q, memories, y, q_strides, y_strides, memory_stride, batch, heads, tokens, chunk_size, chunks,
                 part_size, eps, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
                 TILE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """Fill y = q + GELU(q·W1)·W2, for the tokens of chunk t with the memory at t·``memory_stride``."""
+    """Fill y = q + GELU(q·W1)·W2 for the tokens of chunk t, with the memory at t·``memory_stride``."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
     w1, w2 = _load_rows(memories + chunk * memory_stride + (image * heads + head) * (2 * E * D), D, E, DP, EP)
     for start in range(begin, end, TILE):
@@ -123,7 +124,7 @@ def read_backward_kernel(grad_y, q, memories, grad_q, parts, grad_y_strides, q_s
                          batch, heads, tokens, chunk_size, chunks, part_size, eps, D: tl.constexpr, E: tl.constexpr,
                          DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr, NORMALIZE: tl.constexpr,
                          PRECISION: tl.constexpr):
-    """Fill the gradients of q and, in ``parts`` (splits, T, n, 2e, d), of the memories read."""
+    """Fill the gradients of q and, in ``parts`` (splits, T, n, 2e, d), of the memories that were read."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
     w1, w2 = _load_rows(memories + chunk * memory_stride + (image * heads + head) * (2 * E * D), D, E, DP, EP)
     grad_w1 = tl.zeros((EP, DP), tl.float32)
@@ -148,7 +149,7 @@ def surprise_kernel(k, v, memories, gradients, errors, curvatures, part_stride, 
                     batch, heads, tokens, chunk_size, chunks, part_size, eps, D: tl.constexpr, E: tl.constexpr,
                     DP: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr, NORMALIZE: tl.constexpr,
                     PRECISION: tl.constexpr, CURVATURE: tl.constexpr):
-    """Fill parts, ``part_stride`` apart, of gradients of Eq. 3, mean squared errors, and curvature bounds."""
+    """Fill parts of the gradients of Eq. 3, mean squared errors and curvature bounds, ``part_stride`` apart."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
     n = image * heads + head
     w1, w2 = _load_rows(memories + chunk * memory_stride + n * (2 * E * D), D, E, DP, EP)
@@ -185,7 +186,7 @@ def surprise_backward_kernel(grad_gradients, grad_errors, grad_curvatures, k, v,
                              chunk_size, chunks, part_size, eps, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr,
                              EP: tl.constexpr, TILE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
                              CURVATURE: tl.constexpr):
-    """Fill the gradients of k and v, and in ``parts`` (splits, T, n, 2e, d) that of the memories."""
+    """Fill the gradients of k and v and, in ``parts`` (splits, T, n, 2e, d), of the memories."""
     image, head, chunk, begin, end, length = _place(tokens, chunk_size, chunks, part_size, batch, heads)
     n = image * heads + head
     place = chunk * batch * heads + n
@@ -207,7 +208,7 @@ def surprise_backward_kernel(grad_gradients, grad_errors, grad_curvatures, k, v,
         value = _load_tile(_at(v, v_strides, image, head, token), v_strides, left, D, DP, TILE)
         active, slope, bend = _gelu(_dot(key, tl.trans(w1), PRECISION))
         error = key + _dot(active, w2, PRECISION) - value
-        back = _dot(error, tl.trans(w2), PRECISION)  # what comes back to the hidden units in Eq. 3 is back·slope
+        back = _dot(error, tl.trans(w2), PRECISION)  # the gradient of the hidden units in Eq. 3 is back·slope
 
         grad_slopes = _dot(key, tl.trans(grad_g1), PRECISION)
         grad_back = grad_slopes * slope
@@ -232,12 +233,12 @@ def surprise_backward_kernel(grad_gradients, grad_errors, grad_curvatures, k, v,
     _store_rows(parts + tl.program_id(0).to(tl.int64) * (2 * E * D), grad_w1, grad_w2, D, E, DP, EP)
 
 
-# ---- Eq. 4, as rule.py has it: one head of one image for each program
+# ---- Eq. 4 as in rule.py, with one program for each head of each image
 
 
 @triton.jit
 def _load_coefficients(outputs, n, heads, D: tl.constexpr, DP: tl.constexpr):
-    """Return one head's step, momentum and decay, (1, DP) each, of the generators' ``outputs`` (B, 3, h, d)."""
+    """Return one head's step, momentum and decay, each (1, DP), from the generators' ``outputs`` (B, 3, h, d)."""
     d = tl.arange(0, DP)
     pointer = outputs + (n // heads * 3 * heads + n % heads) * D + d
     step = tl.sigmoid(tl.load(pointer, mask=d < D, other=0.0))

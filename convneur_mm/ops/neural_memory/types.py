@@ -1,4 +1,4 @@
-"""The memory's options, the tensors that belong together, and small functions that all implementations share."""
+"""The memory's options, its named tuples of tensors, and small functions shared by all implementations."""
 from __future__ import annotations
 
 import math
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Queries and keys shorter than this are not stretched to unit length any further. It only matters for tokens that are
-# zero, as every token of an image's padding is at initialisation: F.normalize's own 1e-12 multiplies their gradient by
-# 1e12, which ends a detector's training in its first iteration. Ordinary norms are around 1.
+# Queries and keys with a norm below this are divided by it, not by their norm. This only matters for zero tokens, as
+# are all those of an image's padding at initialisation: F.normalize's default of 1e-12 multiplies their gradient by
+# 1e12, so that a detector's training fails in its first iteration. Ordinary norms are around 1.
 NORMALIZE_EPS = 1e-2
 
 # The smallest bound whose gradient does not underflow in float32.
@@ -21,19 +21,19 @@ RETRIEVALS = ('previous', 'final')
 
 
 class MemoryOptions(NamedTuple):
-    """Options of the memory, in the order in which operators take them.
+    """Options of the memory, in the order of the operators' arguments.
 
     Attributes:
         chunk_size (int): Tokens per chunk, L. The last chunk may be shorter. Defaults to 196.
-        inner_step (float): Factor of the step θ. 0 never writes. Defaults to 1.0.
-        max_write_norm (float): Bound of the norm of one head's write, at least 1e-6. A bound far above typical norms
-            has no effect, and under the sequential rule a memory may then grow without end. Defaults to 1.0.
+        inner_step (float): Factor of the step θ. 0 disables writing. Defaults to 1.0.
+        max_write_norm (float): Bound on the norm of one head's write, at least 1e-6. A bound far above typical norms
+            has no effect, and under the sequential rule a memory may then grow without limit. Defaults to 1.0.
         update_rule (str): 'sequential' takes the gradient of Eq. 3 at M_{t-1}; 'parallel' takes those of all chunks
             at M_0. Defaults to 'sequential'.
-        retrieve (str): 'previous' reads as Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
+        retrieve (str): 'previous' reads as in Eq. 2; with 'final' every token reads M_T. Defaults to 'previous'.
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
-        qk_norm_eps (float): If above 0, queries and keys are divided by their norms over d, or by this where their norm
-            is smaller. Defaults to 0.0, which takes them as they are.
+        qk_norm_eps (float): If above 0, queries and keys are divided by their norms over d, or by this value where it
+            is larger. Defaults to 0.0, which leaves them unchanged.
     """
 
     chunk_size: int = 196
@@ -45,12 +45,12 @@ class MemoryOptions(NamedTuple):
     qk_norm_eps: float = 0.0
 
     def check(self) -> MemoryOptions:
-        """Return the options.
+        """Check the options and return them.
 
         Raises:
             ValueError: If an option is outside its range.
         """
-        # A SymInt is that of a graph for all sizes, whose number of chunks is fixed.
+        # chunk_size is a SymInt in an exported graph for all sizes with a fixed number of chunks.
         known = isinstance(self.chunk_size, (int, torch.SymInt)) and not isinstance(self.chunk_size, bool)
         if not known or self.chunk_size < 1:
             raise ValueError(f'chunk_size must be an integer of at least 1, got {self.chunk_size!r}')
@@ -66,11 +66,11 @@ class MemoryOptions(NamedTuple):
         return self
 
     def written_tokens(self, num_tokens: int) -> int:
-        """Return how many of the first tokens are written, see :func:`written_tokens`."""
+        """Return the number of leading tokens that are written, see :func:`written_tokens`."""
         return written_tokens(num_tokens, self.chunk_size, self.retrieve, self.return_state)
 
     def num_written(self, num_tokens: int) -> int:
-        """Return how many chunks are written, T; the number of tokens may be symbolic."""
+        """Return the number of chunks that are written, T; the number of tokens may be symbolic."""
         return (self.written_tokens(num_tokens) + self.chunk_size - 1) // self.chunk_size
 
 
@@ -81,9 +81,9 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 class MemoryState(NamedTuple):
-    """Fast weights and momentum of a batch of memories, after some chunk t.
+    """Fast weights and momentum of a batch of memories after a chunk t.
 
-    B images, h heads of d channels, e hidden units per head.
+    There are B images and h heads of d channels, with e hidden units per head.
 
     Attributes:
         w1 (Tensor): First fast weight of M_t, (B, h, d, e).
@@ -115,9 +115,9 @@ class UpdateGenerators(NamedTuple):
 
 
 def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous', return_state: bool = False) -> int:
-    """Return how many of the first tokens are written to the memory; the sizes may be symbolic.
+    """Return the number of leading tokens that are written to the memory; the sizes may be symbolic.
 
-    The last chunk is not, as no token reads what it would write, unless the state is returned or every token reads M_T.
+    The last chunk is written only if the state is returned or every token reads M_T, as else no token reads that write.
     """
     if return_state or retrieve == 'final' or isinstance(num_tokens, int) and not num_tokens:
         return num_tokens
@@ -125,36 +125,36 @@ def written_tokens(num_tokens: int, chunk_size: int, retrieve: str = 'previous',
 
 
 def is_exporting() -> bool:
-    """Return whether ``torch.export`` traces the call, and not ``torch.compile``, which some versions take for it."""
+    """Return whether ``torch.export``, not ``torch.compile``, traces the call; some versions confuse the two."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def in_autocast(x: Tensor) -> bool:
-    """Return whether autocast is on where a tensor is; it does not know the meta device, where FLOPs are counted."""
+    """Return whether autocast is on for a tensor's device; the meta device, used to count FLOPs, has no autocast."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Turn autocast off."""
+    """Return a context manager that turns autocast off on a tensor's device."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
 
 
 def check_inner_dtype(x: Tensor, name: str) -> None:
-    """Raise a ValueError unless the dtype of a tensor is one of the inner loop's.
+    """Raise a ValueError unless a tensor has a dtype of the inner loop, float32 or float64.
 
-    The inner loop adds up to thousands of small writes, which half precision would round away, and squares what it adds
-    up, which overflows in float16. So it runs in float32, or float64, whatever autocast does around it.
+    The inner loop sums up to thousands of small writes, which half precision would round away, and squares the sum,
+    which overflows in float16. So it runs in float32 or float64 even under autocast.
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'the inner loop of a memory runs in float32 or float64, got {name} in {x.dtype}')
 
 
 def pack(w1: Tensor, w2: Tensor) -> Tensor:
-    """Return both weights (…, d, e) and (…, e, d) of a memory as rows, (…, 2e, d)."""
+    """Return both weights of a memory, (…, d, e) and (…, e, d), as rows (…, 2e, d)."""
     return torch.cat((w1.mT, w2), dim=-2)
 
 
 def unpack(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights that :func:`pack` made ``rows`` of."""
+    """Return the weights that :func:`pack` combined into ``rows``."""
     w1, w2 = rows.chunk(2, dim=-2)
     return w1.mT, w2
