@@ -1,4 +1,4 @@
-"""What the tools' runs need: files, checks, runner, hooks and launch, of which each imports only those before it."""
+"""Run the tools: files, checks, runner, hooks, launch; each imports only those before it."""
 from .files.safe_files import safe_loading
 from .hooks.checkpoints import CheckpointKeysHook, ClassNamesHook, SaveThenDeleteHook
 from .hooks.drawing import DrawPredictionsHook

@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, early checks, and the process group."""
+"""Arguments, early checks and process group that ``tools/train.py`` and ``tools/test.py`` share."""
 from __future__ import annotations
 
 import argparse
@@ -29,19 +29,19 @@ from .runner.interrupts import Interrupted, exit_without_finalizing, leave, rais
 from .runner.loops import RESUMABLE_LOOPS
 from .settings import apply_settings
 
-# Blanks of a value that are not beside a comma or at a bracket's inner side, where they only set things apart.
+# Matches blanks within a value, except beside a comma or just inside a bracket, where they only separate.
 BLANKS_WITHIN = re.compile(r'(?<=[^\s,(\[]) +(?=[^\s,)\]])')
-KEPT_BLANK = '\ue000'  # a code point of Unicode that is nobody's
+KEPT_BLANK = '\ue000'  # private-use code point
 SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
-# What watches a run, unless the config has it already, perhaps with settings of its own.
+# Hooks to add, unless the config has them already, perhaps with its own settings.
 HOOKS_OF_TOOLS = ('CheckpointKeysHook', 'ClassNamesHook', 'LabelRangeHook', 'NonFiniteLossHook', 'SaveAtSigtermHook')
 
 
 class OverridesAction(DictAction):
-    """MMEngine's ``--cfg-options``, which keeps the blanks within a value, such as those of a folder's name.
+    """MMEngine's ``--cfg-options``, but it keeps blanks within a value, such as those of a folder's name.
 
-    MMEngine's own leaves them out, and so reads other files than the ones that are named. Words that are no
-    ``KEY=VALUE`` end the program with a message in place of a traceback.
+    MMEngine's own drops them, and so reads other files than the named ones. A word that is not ``KEY=VALUE`` ends the
+    program with a message in place of a traceback.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Sequence[str],
@@ -67,7 +67,7 @@ def _with_blanks(value: object) -> object:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that training and testing share."""
+    """Make a parser of the arguments that training and testing share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='path of a config, or the name of one that convneur_mm ships')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
@@ -79,13 +79,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         help='load checkpoints and pickled or YAML data files that hold more than tensors and plain '
                         'values, which can run any code; without it they are refused. Configs are Python programs, and '
                         'run in either case')
-    # Launchers spell it either way; the value is read from the environment.
+    # Launchers use either spelling; the value is read from the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of tools that use a trained model on pictures: those of ``apis.init_model``."""
+    """Add the arguments of tools that use a trained model on pictures, as in ``apis.init_model``."""
     add = parser.add_argument
     add('config', help='path of a config, or the name of one that convneur_mm ships')
     add('checkpoint', help='path or URL of the checkpoint')
@@ -97,9 +97,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main``; what the user gave wrong and signals end it with one line from each machine, not with tracebacks.
+    """Run ``main``; on user errors and signals, end with one line from each machine instead of tracebacks.
 
-    The process group it has joined is left afterwards.
+    Leave the process group that ``main`` has joined afterwards.
     """
     is_first = not int(os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0)
     try:
@@ -111,7 +111,7 @@ def run(main: Callable[[], None]) -> None:
         if shows_tracebacks():
             raise
         if not is_first:
-            # Most likely the first process of this machine fails in the same way: its launcher then ends this one
+            # The first process of this machine most likely fails in the same way: its launcher then ends this one
             # before it repeats the message.
             time.sleep(1)
         print(f'error: {_node_name(os.environ)}{error}', file=sys.stderr, flush=True)
@@ -127,44 +127,44 @@ def _run(main: Callable[[], None]) -> None:
             _leave_group()
     except RuntimeError:
         if torch.distributed.is_initialized():
-            # Most likely a signal has ended another process, and comes here within this time.
+            # Most likely a signal has ended another process, and reaches this one within this time.
             time.sleep(1)
         raise
 
 
 def _leave_group() -> None:
-    """Leaves all process groups, those of hooks too, once every process has come here, and joins their threads.
+    """Leave all process groups, including those of hooks, once every process is here, and join their threads.
 
-    A thread of gloo's that drops a tensor while the interpreter shuts down would abort it, after all work is done.
+    A gloo thread that drops a tensor while the interpreter shuts down would abort it, after all work is done.
     """
-    # PyTorch has no public list of the groups, nor of their backends.
+    # PyTorch has no public list of the groups or of their backends.
     backends = [group._get_backend(device) for group in torch.distributed.distributed_c10d._world.pg_map
                 for device in group._device_types]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # Freeing a backend joins its threads. Its own Python object releases the GIL meanwhile; DDP's reducer does not,
-    # which is a deadlock with a thread that needs the GIL to drop a tensor. So the other owners go first: the groups,
+    # Freeing a backend joins its threads. Its own Python object releases the GIL meanwhile. DDP's reducer does not,
+    # which deadlocks with a thread that needs the GIL to drop a tensor. So free the other owners first: the groups,
     # and the runner, whose parts refer to each other.
     gc.collect()
     del backends
 
 
 def _node_name(env: Mapping[str, str]) -> str:
-    """'node 1 (its host name): ' of a run on several machines, by torchrun's or Slurm's variables; '' on one."""
+    """Return 'node 1 (its host name): ' from torchrun's or Slurm's variables, or '' if there is one machine."""
     torchrun = 'GROUP_WORLD_SIZE' in env
     count, node = ('GROUP_WORLD_SIZE', 'GROUP_RANK') if torchrun else ('SLURM_NNODES', 'SLURM_NODEID')
     return f'node {env[node]} ({socket.gethostname()}): ' if int(env.get(count, 1)) > 1 else ''
 
 
 def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
-    """Loads the config with its overrides, checks what can be checked at once, and joins the process group.
+    """Load the config with its overrides, run the early checks, and join the process group.
 
     Args:
-        args (argparse.Namespace): As parsed by :func:`make_parser`.
-        splits (tuple[str, ...]): The data the run reads, of 'train', 'val' and 'test'.
+        args (argparse.Namespace): Arguments that :func:`make_parser` parsed.
+        splits (tuple[str, ...]): Splits that the run reads, of 'train', 'val' and 'test'.
 
     Returns:
-        Config: Ready for ``Runner.from_cfg``.
+        Config: Config that is ready for ``Runner.from_cfg``.
 
     Raises:
         LaunchError: If the config, a data file or a device it names does not exist, or model and data disagree on the
@@ -178,7 +178,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(find_config(args.config), args.cfg_options)
     if 'train' not in splits:
-        # The training's own start, which a config in a work dir names, may be gone, and is not what is tested.
+        # A config in a work dir names where its training started from, which may be gone and is not what is tested.
         cfg.load_from, cfg.resume = None, False
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
@@ -210,24 +210,24 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
 
 def read_config(path: str, options: dict) -> Config:
-    """Reads a config with its overrides, applies its settings, and imports the OpenMMLab package that it is for.
+    """Read a config with its overrides, apply its settings, and import the OpenMMLab package that it is for.
 
-    Without that package MMEngine would find none of the names in the config, and say so of the first one alone.
+    Without that package, MMEngine would find none of the names in the config, and would report only the first.
 
     Args:
-        path (str): Of the config file.
+        path (str): Path of the config file.
         options (dict): Overrides, as :meth:`Config.merge_from_dict` takes them.
 
     Raises:
-        LaunchError: If the config is not valid, the package, or one that a base of the config lies in, is not installed
-            or does not import, mmcv lacks the operators a detector needs on this machine's GPU, or a setting cannot be
+        LaunchError: If the config is not valid; if its package, or that of one of its bases, is not installed or does
+            not import; if mmcv lacks the operators a detector needs on this machine's GPU; or if a setting cannot be
             applied.
     """
     try:
         try:
             cfg = Config.fromfile(path)
         except ModuleNotFoundError as error:
-            # Of a base such as 'mmdet::…', or of custom_imports; only the first is ours to name the remedy of.
+            # A base such as 'mmdet::…' or custom_imports needs it; we know the remedy only for the first.
             package = str(error).partition(' is not installed')[0]
             if package in SCOPES:
                 require(package)
@@ -249,7 +249,7 @@ def read_config(path: str, options: dict) -> Config:
 
 
 def use_resumable_loop(train_cfg: dict) -> None:
-    """Replaces a training loop of MMEngine's by ours of the same kind, in place; another one stays."""
+    """Replace MMEngine's training loop by ours of the same kind, in place; leave any other loop as it is."""
     if 'type' not in train_cfg and 'by_epoch' in train_cfg:
         train_cfg['type'] = 'EpochBasedTrainLoop' if train_cfg.pop('by_epoch') else 'IterBasedTrainLoop'
     if train_cfg.get('type') in RESUMABLE_LOOPS:
@@ -257,21 +257,21 @@ def use_resumable_loop(train_cfg: dict) -> None:
 
 
 def set_loader_defaults(cfg: Config) -> None:
-    """Gives the data loaders of a classifier what mmpretrain's own tool does; those of mmdet and mmseg give nothing.
+    """Set the data loader defaults of mmpretrain's own tool for a classifier; mmdet's and mmseg's tools have none.
 
-    A batch is then one tensor, which is copied and normalised at once.
+    A batch is then one tensor, which is copied and normalised in one go.
     """
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
         if loader:
             loader.setdefault('collate_fn', dict(type='default_collate'))
             loader.setdefault('pin_memory', torch.cuda.is_available())
-            # PyTorch refuses it without workers.
+            # PyTorch refuses this without workers.
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
 def find_config(name: str) -> str:
-    """Path of a config given by path, relative to the current folder or to the shipped ``configs``, or by name."""
+    """Find a config by path, relative to the current folder or to the shipped ``configs``, or by name."""
     path = name if name.endswith('.py') else f'{name}.py'
     root = config_root()
     candidates = [name, path, str(root / path), str(root.parent / path)]
@@ -282,13 +282,13 @@ def find_config(name: str) -> str:
 
 
 def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str:
-    """Local path of a checkpoint, looked into before any long work; a name that MMEngine resolves stays as it is.
+    """Check that a checkpoint can be read, and return its local path; return a name for MMEngine unchanged.
 
     Args:
         filename (str): Path, URL, or a name such as ``torchvision://resnet50``.
-        argument (str): The command line's name for it, for messages.
-        allow_pickle (bool): Whether files that hold more than weights are loaded too. They are not looked into, as
-            their code would run twice.
+        argument (str): Name of the command line's argument, for messages.
+        allow_pickle (bool): Whether files that hold more than weights are loaded too. If so, the file is not checked,
+            as its code would run twice.
 
     Raises:
         LaunchError: If there is no such file, it is no checkpoint, or it needs pickle and that is not allowed.
@@ -307,7 +307,7 @@ def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str
 
 
 def without_sync_bn(cfg: dict | list) -> bool:
-    """Replaces SyncBN by BN, in place: it exists on GPUs only. Returns whether there was any."""
+    """Replace SyncBN, which needs a GPU, by BN in place, and return whether there was any."""
     found = isinstance(cfg, dict) and cfg.get('type') == 'SyncBN'
     if found:
         cfg['type'] = 'BN'
@@ -318,18 +318,18 @@ def without_sync_bn(cfg: dict | list) -> bool:
 
 
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torch.distributed for a process that srun started.
+    """Return the variables of torch.distributed for a process that srun started.
 
     MMEngine's own set-up keeps MASTER_ADDR and MASTER_PORT, and sets the others to the same values.
 
     Args:
-        env (Mapping[str, str]): The environment. MASTER_ADDR and MASTER_PORT in it are kept.
+        env (Mapping[str, str]): Environment, whose MASTER_ADDR and MASTER_PORT are kept.
 
     Returns:
         dict[str, str]: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        LaunchError: If srun did not start this process, or the address of the first node cannot be found out.
+        LaunchError: If srun did not start this process, or the address of the first node cannot be found.
     """
     for name in ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NODELIST', 'SLURM_JOB_ID'):
         if name not in env:
@@ -340,7 +340,7 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     return dict(
         RANK=env['SLURM_PROCID'], WORLD_SIZE=env['SLURM_NTASKS'], LOCAL_RANK=env['SLURM_LOCALID'],
         MASTER_ADDR=env.get('MASTER_ADDR') or _first_slurm_node(env),
-        # Jobs and their steps may share a node, so each has a port of its own, below those Linux gives to clients.
+        # Jobs and their steps may share a node, so each gets its own port, below those that Linux gives to clients.
         MASTER_PORT=env.get('MASTER_PORT') or str(12000 + (job + 1009 * step) % 20000))
 
 
@@ -357,9 +357,9 @@ def _first_slurm_node(env: Mapping[str, str]) -> str:
 
 
 def set_up_processes(cfg: Config) -> None:
-    """Joins the process group over gloo where there is no GPU; with GPUs, MMEngine does it over NCCL.
+    """Join the process group over gloo if there is no GPU; with GPUs, MMEngine joins it over NCCL.
 
-    MMEngine's own set-up asks for a CUDA device whatever the backend, and its DDP wrapper names one; both leave an
+    MMEngine's own set-up asks for a CUDA device whatever the backend, and its DDP wrapper names one. Both leave an
     existing process group and an explicit ``model_wrapper_cfg`` alone. The launcher's variables (RANK, WORLD_SIZE, …)
     are read from the environment.
 
@@ -390,10 +390,10 @@ def set_up_processes(cfg: Config) -> None:
 
 
 def use_new_store() -> None:
-    """Has processes that torchrun has started again find each other in a store of their own, by their variables.
+    """Make processes that torchrun has restarted find each other in a new store, by their variables.
 
-    torchrun keeps a store for all its starts. There, PyTorch lets a process find the addresses of those before, who are
-    gone.
+    torchrun keeps one store for all its starts. In that store, PyTorch would give a process the addresses of earlier
+    ones, which are gone.
     """
     env = os.environ
     start = env.get('TORCHELASTIC_RESTART_COUNT', '0')
@@ -405,12 +405,12 @@ def use_new_store() -> None:
         with socket.socket() as probe:
             probe.bind(('', 0))
             store.set(key, str(probe.getsockname()[1]))
-    # The first process, which is where the address is, serves the new store.
+    # The first process runs at MASTER_ADDR, and serves the new store.
     env.update(MASTER_PORT=store.get(key).decode(), TORCHELASTIC_USE_AGENT_STORE='False')
 
 
 def why_no_gpu() -> str:
-    """Why torch finds no usable CUDA device, and what helps."""
+    """Return why torch finds no usable CUDA device, and what helps."""
     if not torch.backends.cuda.is_built():
         return f'torch {torch.__version__} is a build without CUDA'
     try:

@@ -1,28 +1,28 @@
-"""Top-level settings of the shipped configs, such as ``classes``, carried to wherever a config needs them.
+"""Apply top-level settings of the shipped configs, such as ``classes``, wherever a config needs them.
 
-MMEngine evaluates ``num_classes=len(classes)`` when it reads the file that says so. A child config or ``--cfg-options``
-that sets ``classes`` afterwards changes that variable and nothing else. The shipped configs therefore name the values
-they were written for in their :class:`SettingsHook`, and :func:`apply_settings` brings a config whose variables differ
-from those up to date. The tools call it, and so does :class:`SettingsRunner`, which the configs name as their
-``runner_type``, so that most tools of other projects do too; the hook stops a run of any other.
+MMEngine evaluates ``num_classes=len(classes)`` when it reads the file with that line. A child config or
+``--cfg-options`` that sets ``classes`` afterwards changes that variable and nothing else. The shipped configs therefore
+name the values they were written for in their :class:`SettingsHook`, and :func:`apply_settings` updates a config whose
+variables differ from those. The tools call it, and so does :class:`SettingsRunner`, which the configs name as their
+``runner_type``, so that most tools of other projects apply the settings too. The hook stops a run of any other tool.
 
 | setting                                               | where it goes                                              |
 |-------------------------------------------------------|------------------------------------------------------------|
 | classes                                               | num_classes of all heads, names of all data sets           |
-| palette, class_weight, topk                           | data sets; losses; accuracies. With classes alone: without |
+| palette, class_weight, topk                           | data sets; losses; accuracies. For classes alone see below |
 | data_root                                             | all data sets, annotation files of the evaluators          |
 | train_ann, val_ann, train_images, val_images          | data sets below data_root, annotation files of evaluators  |
 | train_labels, val_labels, img_suffix, seg_map_suffix  | data sets below data_root                                  |
-| image_size                                            | Resize and its random kinds; mmseg's crops and padding     |
+| image_size                                            | Resize and its random variants; mmseg's crops and padding  |
 | max_epochs, max_iters                                 | the training loop, ends of the schedules                   |
-| milestones                                            | the schedules. With max_epochs alone: in proportion        |
+| milestones                                            | the schedules. With max_epochs alone: scaled               |
 | pretrained                                            | init_cfg.checkpoint of the backbone, by its arch           |
 
-Where classes alone is set, there is neither a palette nor weights of classes, and no k of an accuracy beyond their
-number.
+If only classes is set, the palette, the class weights and each k of an accuracy beyond the number of classes are
+removed.
 
-A config has those that its SettingsHook names; other variables of these names are the user's own. Where a child config
-or the command line sets one of these places itself, that stays.
+A config has the settings that its SettingsHook names; other variables of these names are the user's own. If a child
+config or the command line sets one of these places itself, that value stays.
 """
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ Settings = Mapping[str, object]
 
 
 class SettingsError(LaunchError):
-    """A setting has a value that cannot be, contradicts another part of the config, or has no place in it."""
+    """A setting has an invalid value, contradicts another part of the config, or has no place in it."""
 
 
 class _Place(NamedTuple):
-    """Where a setting goes.
+    """Place in the config where a setting goes.
 
     Attributes:
-        owner (dict): A part of the config.
-        key (str): Of a value in ``owner``; with dots, of one in a dict within it.
+        owner (dict): Part of the config.
+        key (str): Key of a value in ``owner``; with dots, of a value in a dict within it.
         name (str): Full name of ``owner``.
-        settings (tuple[str, ...]): Names of the settings it depends on.
-        value (Callable): What it should be, given all settings. None stands for no value.
-        fill (bool): Whether it is also set where it has no value yet.
+        settings (tuple[str, ...]): Settings that the value depends on.
+        value (Callable): Returns the value, given all settings; None is no value.
+        fill (bool): Whether it is also set if it has no value yet.
     """
 
     owner: dict
@@ -89,15 +89,15 @@ class _Change(NamedTuple):
 
 
 def apply_settings(cfg: Config) -> Config:
-    """Carries the top-level settings of a config to wherever it needs them, in place.
+    """Apply the top-level settings of a config wherever it needs them, in place.
 
     Configs without a :class:`SettingsHook` among their ``default_hooks`` stay as they are.
 
     Args:
-        cfg (Config): As loaded, with the overrides of the command line.
+        cfg (Config): Loaded config, with the overrides of the command line.
 
     Returns:
-        Config: The same one. A second call changes nothing.
+        Config: The same config. A second call changes nothing.
 
     Raises:
         SettingsError: Names the setting, its value, and what was expected or contradicts it.
@@ -115,7 +115,7 @@ def apply_settings(cfg: Config) -> Config:
         cfg.default_hooks.settings[name] = value
         if name in cfg:
             cfg[name] = value
-    # Its work is done.
+    # From now on a plain Runner will do.
     if cfg.get('runner_type') == 'SettingsRunner':
         cfg.pop('runner_type')
     return cfg
@@ -123,10 +123,10 @@ def apply_settings(cfg: Config) -> Config:
 
 @HOOKS.register_module()
 class SettingsHook(Hook):
-    """Holds the settings that a config was written for, and stops a run in which others were set but not applied.
+    """Hold the settings that a config was written for, and stop a run in which others were set but not applied.
 
     Args:
-        **settings: See :mod:`.settings`. Of ``classes`` the number is enough where the data sets know the names.
+        **settings: See :mod:`.settings`. For ``classes`` the number is enough if the data sets know the names.
     """
 
     priority = 'VERY_HIGH'
@@ -135,7 +135,7 @@ class SettingsHook(Hook):
         self.settings = settings
 
     def before_run(self, runner: Runner) -> None:
-        """Compares the Runner's config with the settings.
+        """Check that the Runner's config has its settings applied.
 
         Raises:
             SettingsError: If :func:`apply_settings` would change the config.
@@ -156,11 +156,11 @@ class SettingsHook(Hook):
 
 @RUNNERS.register_module()
 class SettingsRunner(Runner):
-    """A Runner that applies the settings of its config; tools build what ``runner_type`` names."""
+    """Apply the settings of the config first; tools build the Runner that ``runner_type`` names."""
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> Runner:
-        """See :meth:`Runner.from_cfg`."""
+        """Apply the settings; see :meth:`Runner.from_cfg`."""
         return Runner.from_cfg(apply_settings(cfg))
 
 
@@ -170,7 +170,7 @@ def _written_for(cfg: Config) -> dict[str, object] | None:
 
 
 def _wanted(cfg: Config, written_for: Settings) -> dict[str, object]:
-    """The settings as the config's variables have them, checked; where one has none, as it was written for."""
+    """Return the settings in the config's variables, checked, or the value it was written for if none is set."""
     wanted = {}
     for name, value in written_for.items():
         given = cfg.get(name)
@@ -179,7 +179,7 @@ def _wanted(cfg: Config, written_for: Settings) -> dict[str, object]:
     def changed(name: str) -> bool:
         return name in wanted and not _same(wanted[name], written_for[name])
 
-    # Colours and weights are those of particular classes.
+    # Colours and weights belong to particular classes.
     for name in ('palette', 'class_weight'):
         if changed('classes') and name in wanted and not changed(name):
             wanted[name] = None
@@ -192,7 +192,7 @@ def _wanted(cfg: Config, written_for: Settings) -> dict[str, object]:
 
 
 def _changes(cfg: Config, written_for: Settings, wanted: Settings) -> Iterator[_Change]:
-    """What the settings change of a config; see :func:`apply_settings`."""
+    """Yield what the settings change in a config; see :func:`apply_settings`."""
     if all(_same(wanted[name], value) for name, value in written_for.items()):
         return
     if 'pretrained' in wanted:
@@ -254,7 +254,7 @@ def _dataset_places(cfg: Config, dataset: dict, name: str, side: str) -> Iterato
     yield place('metainfo.palette', 'palette')
     yield place('data_root', 'data_root')
     yield place('ann_file', f'{side}_ann')
-    # A folder's name alone in mmpretrain, else one for each kind of file.
+    # mmpretrain's is a folder's name; others have one for each kind of file.
     prefix = dataset.get('data_prefix')
     images = ('img' if 'img' in prefix else 'img_path') if isinstance(prefix, dict) else None
     yield place(f'data_prefix.{images}' if images else 'data_prefix', f'{side}_images')
@@ -268,12 +268,12 @@ def _pipeline_places(pipeline: object, name: str) -> Iterator[_Place]:
     for owner, full_name in _dicts(pipeline, name):
         if owner.get('type') in ('Resize', 'RandomResize', 'RandomResizedCrop') and 'scale' in owner:
             yield _Place(owner, 'scale', full_name, ('image_size',), _setting('image_size'))
-        if owner.get('type') == 'RandomCrop':  # of mmseg, in the order of an array's axes
+        if owner.get('type') == 'RandomCrop':  # mmseg's has the order of an array's axes
             yield _Place(owner, 'crop_size', full_name, ('image_size',), lambda s: s['image_size'][::-1])
 
 
 def _dicts(node: object, name: str) -> Iterator[tuple[dict, str]]:
-    """All dicts of a part of the config, with their full names."""
+    """Yield all dicts of a part of the config with their full names."""
     if isinstance(node, dict):
         yield node, name
         for key, value in node.items():
@@ -296,7 +296,7 @@ def _arch(cfg: Config) -> str | None:
 
 
 def _check_arch(cfg: Config, before: Mapping[str, str | None], wanted: Mapping[str, str | None]) -> None:
-    """Raises a SettingsError if weights were named, but not for the config's arch, or it has no place for them."""
+    """Raise a SettingsError if weights are named, but not for the config's arch, or it has no place for them."""
     named = [arch for arch, path in wanted.items() if path != before.get(arch)]
     if not named:
         return
@@ -380,7 +380,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """``value`` with tuples as lists, which configs and the command line do not keep apart."""
+    """Return ``value`` with tuples as lists, which configs and the command line do not tell apart."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value

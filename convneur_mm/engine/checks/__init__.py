@@ -1,1 +1,1 @@
-"""What is checked of configs and data before a run."""
+"""Checks of configs and data before a run."""

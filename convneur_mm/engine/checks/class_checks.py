@@ -1,7 +1,7 @@
-"""Whether model, data sets and annotation files agree on the classes, told before any data are read.
+"""Check before a run that model, data sets and annotation files agree on the classes.
 
-Labels are mere numbers. If the model has too few of them a loss fails in the middle of a step, if it has too many, or
-the names are in another order, a training ends well and finds the wrong things.
+Labels are mere numbers. If the model has too few classes, a loss fails in the middle of a step. If it has too many, or
+the names are in another order, a training ends normally but finds the wrong things.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mmengine.registry import DATASETS
 from ..files.errors import LaunchError
 from .file_checks import data_sets, evaluators, local_path
 
-# Where configs of mmdet's, mmseg's and mmpretrain's models have the heads whose ``num_classes`` is that of the data. A
-# proposal head has one class, a semantic head of a detector classes of its own.
+# Keys of the heads of mmdet, mmseg and mmpretrain whose ``num_classes`` is that of the data. A proposal head has one
+# class, and a detector's semantic head has its own classes.
 HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head', 'segm_head', 'glbctx_head', 'decode_head',
          'auxiliary_head', 'head')
 
@@ -28,9 +28,9 @@ class DataClasses(NamedTuple):
     """The classes of a data set.
 
     Attributes:
-        key (str): Where the config has them, or would have them.
-        names (tuple[str, ...]): By label.
-        is_set (bool): Whether the config says them, rather than the data set's own code or its folders.
+        key (str): Config key that has them, or would have them.
+        names (tuple[str, ...]): Class names in label order.
+        is_set (bool): Whether the config sets them, not the data set's own code or its folders.
     """
 
     key: str
@@ -43,20 +43,20 @@ class DataClasses(NamedTuple):
 
 
 def check_classes(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks the classes of all data sets, of their annotation files or class folders, and of the model's heads.
+    """Check that data sets, annotation files, class folders and the model's heads agree on the classes.
 
-    Models and data sets of other kinds than those of mmdet, mmseg and mmpretrain pass.
+    Only models and data sets like those of mmdet, mmseg and mmpretrain are checked.
 
     Args:
-        cfg (Config): Of a run.
-        splits (tuple[str, ...]): The data it reads, of 'train', 'val' and 'test'.
+        cfg (Config): Config of a run.
+        splits (tuple[str, ...]): Splits that the run reads, of 'train', 'val' and 'test'.
 
     Raises:
         LaunchError: Names the first disagreement and what to set.
     """
     model = cfg.get('model')
     if not isinstance(model, dict) or 'language_model' in model:
-        return  # models with a language model take other classes for each data set
+        return  # models with a language model take different classes for each data set
     found = []
     for split in splits:
         for key, dataset in data_sets(cfg, split):
@@ -80,7 +80,7 @@ def check_classes(cfg: Config, splits: tuple[str, ...]) -> None:
 
 
 def _class_of(name: str | type, scope: str | None) -> type | None:
-    """The data set class that MMEngine would build, or None where there is none by that name."""
+    """Return the data set class that MMEngine would build, or None if no class has that name."""
     if not isinstance(name, str):
         return name
     with DATASETS.switch_scope_and_registry(scope) as registry:
@@ -88,13 +88,13 @@ def _class_of(name: str | type, scope: str | None) -> type | None:
 
 
 def _defined_in(kind: type | None, method: str, module: str) -> bool:
-    """Whether a class has a method as ``module`` defines it, rather than a subclass's own."""
+    """Return whether a class has the method that ``module`` defines, not a subclass's own."""
     bases = kind.__mro__ if isinstance(kind, type) else ()
     return next((base.__module__ for base in bases if method in vars(base)), None) == module
 
 
 def _classes_of(dataset: dict, kind: type | None, key: str) -> DataClasses | None:
-    """The classes of a data set as its code finds them, or None where it has none."""
+    """Return the classes of a data set as its code finds them, or None if it has none."""
     metainfo = dataset.get('metainfo') or {}
     own = getattr(kind, 'METAINFO', {}).get('classes')
     if 'classes' in metainfo:
@@ -124,7 +124,7 @@ def _names(value: str | Sequence[str], key: str) -> tuple[str, ...]:
 
 
 def _classes_of_folders(dataset: dict, classes: DataClasses | None, key: str) -> DataClasses | None:
-    """As mmpretrain finds them: without an annotation file the sorted class folders have the labels 0, 1, …"""
+    """Return the classes, checked against the sorted folders that mmpretrain numbers without an annotation file."""
     split = dataset.get('split') or ''
     root = dataset.get('data_root') or ''
     listed = dataset.get('ann_file') or (split and osp.isfile(osp.join(root, 'meta', f'{split}.txt')))
@@ -151,7 +151,7 @@ def _classes_of_folders(dataset: dict, classes: DataClasses | None, key: str) ->
 
 
 def _check_categories(classes: DataClasses, path: str, where: str = '') -> None:
-    """Compares the classes with the categories of a COCO file, which mmdet numbers in the file's order."""
+    """Check the classes against the categories of a COCO file, which mmdet numbers in the file's order."""
     categories = coco_categories(path)
     found = tuple(name for name in categories if name in classes.names)
     if found == classes.names:
@@ -171,10 +171,10 @@ def _check_categories(classes: DataClasses, path: str, where: str = '') -> None:
 
 
 def coco_categories(path: str) -> tuple[str, ...]:
-    """Names of the categories of a COCO annotation file, in its order, without decoding the rest of it.
+    """Return the category names of a COCO file in its order, decoding the whole file only if necessary.
 
     Args:
-        path (str): Of the JSON file, which may have hundreds of megabytes.
+        path (str): Path of the JSON file, which may have hundreds of megabytes.
 
     Raises:
         LaunchError: If the file cannot be read, is not JSON, has no list of categories, or two of them share an id.
@@ -203,7 +203,7 @@ def coco_categories(path: str) -> tuple[str, ...]:
 
 
 def _last_categories(path: str) -> list[dict] | None:
-    """The list behind the last ``"categories":`` of a file, or None where there is no such list."""
+    """Return the list after a file's last ``"categories":``, or None if it is not one of categories."""
     key = b'"categories"'
     with open(path, 'rb') as file:
         if not file.seek(0, 2):
@@ -212,7 +212,7 @@ def _last_categories(path: str) -> list[dict] | None:
             start = content.rfind(key) + len(key)
             if start < len(key):
                 return None
-            # Nobody knows where the list ends before it is decoded, and the whole file may follow.
+            # Only decoding shows where the list ends, so decode a small part of the file first.
             size = 1 << 16
             while True:
                 text = content[start:start + size].decode('utf-8', 'ignore').lstrip().removeprefix(':').lstrip()
@@ -243,7 +243,7 @@ def _check_equal(first: DataClasses, other: DataClasses) -> None:
 
 
 def _check_heads(cfg: Config, classes: DataClasses, splits: tuple[str, ...]) -> None:
-    """Compares the number of classes with that of each head, and of mmpretrain's preprocessor."""
+    """Check that each head and mmpretrain's preprocessor have as many classes as the data."""
     number = len(classes.names)
     counts = {f'{key}.num_classes': head['num_classes'] for key, head in _heads(cfg['model'], 'model')
               if isinstance(head.get('num_classes'), int) and not _is_binary(head, number)}
@@ -262,7 +262,7 @@ def _check_heads(cfg: Config, classes: DataClasses, splits: tuple[str, ...]) -> 
 
 
 def _heads(cfg: dict, key: str) -> Iterator[tuple[str, dict]]:
-    """(config key, config) of all heads whose number of classes is that of the data."""
+    """Yield (config key, config) of each head whose number of classes is that of the data."""
     for name, value in cfg.items():
         if name in HEADS:
             heads = [(f'{key}.{name}', value)] if isinstance(value, dict) else [
@@ -273,7 +273,7 @@ def _heads(cfg: dict, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def _is_binary(head: dict, number: int) -> bool:
-    """Whether one output, above a threshold or not, tells two classes apart."""
+    """Return whether one output with a threshold tells two classes apart."""
     return number == 2 and head.get('out_channels', head['num_classes']) == 1
 
 
@@ -294,6 +294,6 @@ def _some(names: Sequence[str], count: int = 6) -> str:
 
 
 def _literal(names: Sequence[str], count: int = 12) -> str:
-    """How the names are written in a config."""
+    """Return the names as a config writes them."""
     shown = ', '.join(repr(str(name)) for name in names[:count])
     return f'({shown}, …)' if len(names) > count else f'({shown}{"," * (len(names) == 1)})'

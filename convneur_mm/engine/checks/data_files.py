@@ -1,4 +1,4 @@
-"""The files of the data: there before a run begins, and named where one cannot be used while it goes on."""
+"""Check before a run that data files exist, and name a file that cannot be used during the run."""
 from __future__ import annotations
 
 import math
@@ -17,17 +17,17 @@ from ..files.weights_file import CheckpointError, one_line
 from .file_checks import data_sets, local_path
 
 CHECK = 'tools/check_dataset.py finds all such faults at once'
-# Where MMEngine's data sets read their annotations, and mmpretrain's CustomDataset its class folders.
+# Functions in which MMEngine's data sets read annotations, and mmpretrain's read class folders.
 READING = {'full_init', 'load_data_list', '_find_samples'}
 
 
 class DataError(LaunchError):
-    """A file of the data cannot be used.
+    """A data file cannot be used.
 
-    A data loader's worker hands an error on as the text of its traceback, of which the last line is the message.
+    A data loader's worker passes an error on as the text of its traceback, whose last line is the message.
 
     Args:
-        message (str): One line that names the file, or such a text.
+        message (str): One line that names the file, or the text of such a traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -35,17 +35,17 @@ class DataError(LaunchError):
 
 
 def check_samples(dataset: object, key: str) -> None:
-    """Checks before a run what it would else find out at some image, hours later.
+    """Find faults before a run that would otherwise end it at some image, hours later.
 
-    That there are images at all; that the files of images and label maps exist, where a list names them and they are
-    on this machine's disk; that boxes are numbers, and that objects have masks where the pipeline loads them.
+    Check that there are images; that listed image and label map files exist, if they are on this machine's disk; that
+    boxes are finite; and that objects have masks if the pipeline loads them.
 
     Args:
-        dataset (object): Of a data loader. Those of other kinds than MMEngine's pass.
-        key (str): Its place in the config.
+        dataset (object): Data set of a data loader. Only MMEngine's data sets are checked.
+        key (str): Config key of the data set.
 
     Raises:
-        DataError: Names the first image with a fault and, if files are missing, how many are.
+        DataError: Names the first image with a fault, and the number of missing files if there are any.
     """
     found = list(base_data_sets(dataset))
     if found and not len(dataset):
@@ -60,7 +60,7 @@ def _no_images(path: str) -> str:
 
 
 def base_data_sets(dataset: object) -> Iterator[BaseDataset]:
-    """MMEngine's data sets within whatever wrappers."""
+    """Yield MMEngine's data sets inside any wrappers."""
     if isinstance(dataset, BaseDataset):
         yield dataset
         return
@@ -70,7 +70,7 @@ def base_data_sets(dataset: object) -> Iterator[BaseDataset]:
 
 
 def _check_samples(dataset: BaseDataset, key: str) -> None:
-    # Class folders are listed when the data set is built, so that their files exist.
+    # Class folders are listed when the data set is built, so their files exist.
     if not len(dataset) or not dataset.ann_file and 'seg_map_path' not in dataset.get_data_info(0):
         return
     files = _Files(dataset)
@@ -98,53 +98,54 @@ def _others(missing: list[str]) -> str:
 
 
 class _Files:
-    """Which files exist, by a look at each folder rather than at each file, which network disks are slow at."""
+    """Find files by listing each folder once, as network disks are slow at looking up each file."""
 
     def __init__(self, dataset: BaseDataset) -> None:
         self._is_remote = bool(getattr(dataset, 'backend_args', None))
         self._names: dict[str, set[str]] = {}
 
     def has(self, path: str) -> bool:
-        """Whether there is such a file; of one on another machine it is taken for granted."""
+        """Return whether a file exists; files on other machines are assumed to exist."""
         if self._is_remote or '://' in path:
             return True
         folder, name = osp.split(path)
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder or '.')) if osp.isdir(folder or '.') else set()
-        # Some file systems have a file by other names too, such as those in capital letters.
+        # Some file systems also find a file by other names, such as those in capital letters.
         return name in self._names[folder] or osp.isfile(path)
 
 
 @contextmanager
 def naming_annotations(loader: object) -> Iterator[None]:
-    """Have errors that reading annotations raises, while a data loader is built, name their file or folder.
+    """Make errors in annotations that occur while a data loader is built name their file or folder.
 
-    Other errors, such as those of a sampler that is spelt wrongly, pass as they are.
+    Other errors, such as that of a misspelt sampler, become those of the data loader.
 
     Args:
-        loader (object): The config of the data loader.
+        loader (object): Config of the data loader.
 
     Raises:
         DataError: In place of any error that a data set raises while it reads its annotations.
+        LaunchError: In place of any other error.
     """
     try:
         yield
     except (LaunchError, CheckpointError):
         raise
-    except Exception as error:  # what odd annotations make the data sets raise can be anything
+    except Exception as error:  # malformed annotations can make the data sets raise anything
         frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if not frames & READING:
-            raise
+            raise LaunchError(f'a data loader cannot be built: {_raised(error)}') from error
         dataset = next(data_sets(dict(data_dataloader=loader), 'data'), ('', {}))[1]
         path = local_path(dataset, 'ann_file') or dataset.get('data_root') or 'the data set'
-        # MMEngine joins what there is of all images, which fails if there are none.
+        # MMEngine concatenates the data of all images, which fails if there are none.
         if '_serialize_data' in frames:
             raise DataError(_no_images(path)) from error
         raise DataError(f'{path} cannot be read: {_raised(error)}') from error
 
 
 def name_faulty_files(dataset: object) -> None:
-    """Has the pipelines of MMEngine's data sets name the file with which a transform fails, in place."""
+    """Make the pipelines of MMEngine's data sets name the file for which a transform fails, in place."""
     for each in base_data_sets(dataset):
         if type(each.pipeline) is Compose:
             each.pipeline = NamingPipeline(each.pipeline)
@@ -153,19 +154,19 @@ def name_faulty_files(dataset: object) -> None:
 class NamingPipeline(Compose):
     """A pipeline whose errors name the file, and that refuses label maps which do not fit their image.
 
-    mmseg casts label maps to 8 bit, whatever they hold, and crops image and label map at the same place, whatever their
+    mmseg casts label maps to 8 bits whatever they hold, and crops image and label map at the same place whatever their
     sizes are.
     """
 
     def __init__(self, pipeline: Compose) -> None:
         self.transforms = pipeline.transforms
-        self._seen: set[str] = set()  # files whose headers were looked at, once in each process
+        self._seen: set[str] = set()  # files that this process has checked already
 
     def __call__(self, data: dict) -> dict | None:
-        """See :class:`Compose`.
+        """Apply the transforms; see :class:`Compose`.
 
         Raises:
-            DataError: Names image or label map, transform and reason.
+            DataError: Names the image or label map, the transform and the reason.
         """
         image, labels = data.get('img_path'), data.get('seg_map_path')
         fault = too_large(image) if image and self._is_new(image) else None
@@ -200,7 +201,7 @@ def _reason(error: Exception, transform: str) -> str:
 
 
 def _raised(error: Exception) -> str:
-    """What was raised where, as the traceback is not shown."""
+    """Return an error's type, message and place."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f'{type(error).__name__}: {one_line(error)} ({place.filename}:{place.lineno})'
 
@@ -211,7 +212,7 @@ def _check_label_map(path: str, data: dict, look_inside: bool) -> None:
             fault = label_fault(labels)
         if fault:
             raise DataError(f'{path} {fault}; {CHECK}')
-    # Test pipelines load it when the image has been resized.
+    # Test pipelines load label maps after resizing the image.
     (height, width), expected = data['gt_seg_map'].shape[:2], data.get('ori_shape')
     if expected and (height, width) != tuple(expected):
         raise DataError(f'{path} is {width} x {height} (width x height), its image {data.get("img_path")} '

@@ -1,4 +1,4 @@
-"""Whether the files that a config names are there and safe to read, told before anything is read."""
+"""Check before a run that the files that a config names exist and are safe to read."""
 from __future__ import annotations
 
 import os
@@ -11,19 +11,19 @@ from mmengine.config import Config
 from ..files.errors import LaunchError
 from ..files.weights_file import ALLOW
 
-# Arguments of mmdet's and mmpretrain's metrics that name what they read.
+# Arguments by which mmdet's and mmpretrain's metrics name files and folders.
 EVALUATOR_PATHS = ('ann_file', 'seg_prefix')
 
 
 def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks that the annotation files and folders named by data sets and evaluators exist.
+    """Check that the annotation files and folders named by data sets and evaluators exist.
 
     Args:
-        cfg (Config): Of a run.
-        splits (tuple[str, ...]): The data it reads, of 'train', 'val' and 'test'.
+        cfg (Config): Config of a run.
+        splits (tuple[str, ...]): Splits that the run reads, of 'train', 'val' and 'test'.
 
     Raises:
-        LaunchError: Names the key and the path of the first one that does not.
+        LaunchError: Names the key and the path of the first one that does not exist.
     """
     for split in splits:
         for key, path in _data_paths(cfg, split):
@@ -38,7 +38,7 @@ def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:
 
 
 def data_sets(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
-    """(config key, config) of each data set of a split, within whatever wrappers."""
+    """Yield (config key, config) of each data set of a split, inside any wrappers."""
     loader = cfg.get(f'{split}_dataloader')
     if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
         yield from _unwrapped(loader['dataset'], f'{split}_dataloader.dataset')
@@ -54,7 +54,7 @@ def _unwrapped(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
-    """(config key, config) of each evaluator of a split; the training has none."""
+    """Yield (config key, config) of each evaluator of a split; the training has none."""
     found = cfg.get(f'{split}_evaluator') or ()
     if isinstance(found, dict):
         yield f'{split}_evaluator', found
@@ -63,7 +63,7 @@ def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
 
 
 def local_path(cfg: dict, name: str) -> str | None:
-    """The path that the entry ``name`` of a data set or evaluator gives, if it is on this machine's disk."""
+    """Return the path in the entry ``name`` of a data set or evaluator, or None if it is not on a local disk."""
     value = cfg.get(name)
     if not isinstance(value, str) or not value or cfg.get('backend_args'):
         return None
@@ -72,14 +72,14 @@ def local_path(cfg: dict, name: str) -> str | None:
 
 
 def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str]]:
-    """(config key, local path) of each file and folder that the data sets of a split name."""
+    """Yield (config key, local path) of each file and folder that the data sets of a split name."""
     for key, dataset in data_sets(cfg, split):
         prefix = dataset.get('data_prefix') or {}
         entries = {'ann_file': dataset.get('ann_file')}
         for name, value in (prefix.items() if isinstance(prefix, dict) else [('img_path', prefix)]):
             entries[f'data_prefix.{name}'] = value
         if not any(entries.values()):
-            entries['data_root'] = '.'  # mmpretrain's datasets find their files below it themselves
+            entries['data_root'] = '.'  # mmpretrain's data sets find their files below it themselves
         root = {name: dataset[name] for name in ('data_root', 'backend_args') if name in dataset}
         for name, value in entries.items():
             path = local_path({**root, 'value': value}, 'value')
@@ -100,10 +100,10 @@ def _annotations_of_data(cfg: Config, split: str) -> str | None:
 
 
 def check_no_pickled_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Checks that the data are not read by unpickling, which could run code that they bring along.
+    """Check that the data are not read by unpickling, which could run code that they contain.
 
     Raises:
-        LaunchError: Names the key and the file of the first one that would be.
+        LaunchError: Names the key and the file of the first data that would be unpickled.
     """
     for split in splits:
         for key, value in _leaves(cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'):
@@ -114,7 +114,7 @@ def check_no_pickled_data(cfg: Config, splits: tuple[str, ...]) -> None:
 
 
 def _leaves(cfg: object, key: str) -> Iterator[tuple[str, object]]:
-    """(config key, value) of all values within dicts and lists."""
+    """Yield (config key, value) of all values within dicts and lists."""
     if isinstance(cfg, dict):
         for name, value in cfg.items():
             yield from _leaves(value, f'{key}.{name}')

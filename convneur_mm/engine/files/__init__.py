@@ -1,1 +1,1 @@
-"""Checkpoints and other files: what they hold, read without running code, and written whole."""
+"""Read checkpoints and other files without running code, and write files whole."""

@@ -1,4 +1,4 @@
-"""Reading checkpoints by name, and loading weights with a clear word about what did not fit."""
+"""Read checkpoints by name, and load weights with clear messages about those that do not fit."""
 from __future__ import annotations
 
 import os
@@ -29,9 +29,9 @@ from .weights_file import (
     weights_of,
 )
 
-# Names that MMEngine looks up or fetches in its own ways; all else is a path or a URL.
+# Schemes that MMEngine resolves in its own ways; any other name is a path or a URL.
 MMENGINE_SCHEMES = ('torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls', 'pavi', 's3', 'petrel')
-# Names that timm's and the authors' ConvNeXt have and ConvNeur does not, and mmpretrain's layer scale.
+# Names that ConvNeur lacks: those of timm's and the authors' ConvNeXt, and of mmpretrain's layer scale.
 CONVNEXT = re.compile(r'\bstages\.\d+\.(blocks\.)?\d+\.((conv_dw|dwconv)\.weight|gamma)$')
 CONVERTER = 'tools/model_converters/convnext_to_convneur.py'
 
@@ -39,13 +39,13 @@ CONVERTER = 'tools/model_converters/convnext_to_convneur.py'
 def fetch_checkpoint(filename: str) -> str:
     """Return a local path of a checkpoint given by path or URL.
 
-    Downloads go to torch's hub folder, once on each machine, below the name of their host, so that files of one name at
-    several addresses are kept apart. Of a URL all processes of a group ask at the same time, and all fail if one cannot
-    get it.
+    Each machine downloads once, to torch's hub folder below the name of the host, so that files of one name from
+    several addresses stay apart. For a URL, all processes of a group must call this at the same time, and all fail if
+    one cannot get the file.
 
     Raises:
         CheckpointNotFoundError: If ``filename`` is a path and no such file exists.
-        CheckpointError: If it is a URL that cannot be fetched.
+        CheckpointError: If ``filename`` is a URL that cannot be fetched.
     """
     if not urlparse(filename).scheme:
         path = osp.expanduser(filename)
@@ -61,7 +61,7 @@ def fetch_checkpoint(filename: str) -> str:
     except OSError as failure:
         error = (f'{filename} could not be fetched ({one_line(failure)}); check the address, or download the file to '
                  f'{path}')
-    # Also the barrier of all processes, of those that found the file, or failed, too.
+    # This is also the barrier of all processes, even those that found the file or failed.
     errors = [found for found in all_gather_object(error) if found]
     if errors:
         raise CheckpointError(error or errors[0])
@@ -69,10 +69,10 @@ def fetch_checkpoint(filename: str) -> str:
 
 
 def _download(url: str, path: str) -> None:
-    """Downloads a file unless it is there; of the processes of a machine one does it, and the others wait.
+    """Download a file unless it exists; one process of each machine does so while the others wait.
 
-    They may not have joined a group yet, so this goes by a lock in the file system. torch downloads to another name,
-    and renames the file when it is complete.
+    The processes may not have joined a group yet, so they use a lock in the file system. torch downloads to another
+    name, and renames the file when it is complete.
     """
     if osp.isfile(path):
         return
@@ -84,25 +84,25 @@ def _download(url: str, path: str) -> None:
 
 
 def is_mmengine_name(filename: str) -> bool:
-    """Whether MMEngine has to find out where a checkpoint is, as for ``torchvision://resnet50``."""
+    """Return whether MMEngine must resolve a checkpoint's name, as for ``torchvision://resnet50``."""
     return urlparse(filename).scheme in MMENGINE_SCHEMES
 
 
 def read_checkpoint(filename: str, allow_pickle: bool = False, mmap: bool = False) -> dict:
-    """Reads a checkpoint onto the CPU: tensors, plain values, and the log buffers MMEngine saves beside them.
+    """Read a checkpoint onto the CPU: tensors, plain values, and MMEngine's log buffers.
 
     Args:
         filename (str): Path, URL, or a name that MMEngine knows, such as ``torchvision://resnet50``. The file may be
-            of torch's formats or a safetensors file.
+            in one of torch's formats or a safetensors file.
         allow_pickle (bool): Whether a file that holds arbitrary Python objects may be loaded too. Unpickling runs code
-            that the file brings along, so do this only for files from a source you trust. Defaults to False.
-        mmap (bool): Whether tensors stay in the file until they are used, where its format allows that, so that a
-            mere look at the file is cheap. Defaults to False.
+            in the file, so allow this only for files from a source you trust. Defaults to False.
+        mmap (bool): Whether tensors stay in the file until they are used, if its format allows that, which makes it
+            cheap to inspect a file. Defaults to False.
 
     Raises:
         CheckpointNotFoundError: If there is no such file.
         UnsafeCheckpointError: If the file needs pickle and that is not allowed.
-        CheckpointError: If the file is no checkpoint at all.
+        CheckpointError: If the file cannot be fetched or is not a checkpoint.
     """
     allow_pickle = allow_pickle or pickle_is_allowed()
     if is_mmengine_name(filename):
@@ -114,22 +114,22 @@ def read_checkpoint(filename: str, allow_pickle: bool = False, mmap: bool = Fals
 
 
 def checkpoint_weights(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The weights of a checkpoint as saved by MMEngine, timm or plain torch, without DDP's ``module.`` prefix."""
+    """Return the weights of a checkpoint of MMEngine, timm or plain torch, without DDP's ``module.`` prefix."""
     return {name.removeprefix('module.'): value for name, value in weights_of(checkpoint).items()
             if isinstance(value, Tensor)}
 
 
 def as_parts(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Weights of a classifier by the names that its backbone and its head have in a model of mmpretrain.
+    """Add the prefixes of a model's backbone and head to the weights of a classifier, as mmpretrain names them.
 
-    Files of OverLoCK's authors hold each part's weights by the names that the part itself has.
+    Files of OverLoCK's authors hold the weights of each part without such a prefix.
 
     Args:
         own (Mapping[str, Tensor]): The model's state dict.
-        weights (Mapping[str, Tensor]): Of the checkpoint.
+        weights (Mapping[str, Tensor]): Weights of the checkpoint.
 
     Returns:
-        dict[str, Tensor] | None: None if the weights have a name of the model, or do not give it all that it has.
+        dict[str, Tensor] | None: None if a weight has a name of the model already, or weights of the model are missing.
     """
     if any(name in own for name in weights):
         return None
@@ -139,11 +139,11 @@ def as_parts(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[s
 
 
 class Differences(NamedTuple):
-    """Of the weights of a checkpoint from those of a model.
+    """Differences between the weights of a checkpoint and those of a model.
 
     Attributes:
         missing (list[str]): Names of weights of the model that the checkpoint lacks.
-        other_shape (dict[str, tuple]): (Shape in the checkpoint, shape in the model) of weights that differ in it.
+        other_shape (dict[str, tuple]): (Shape in the checkpoint, shape in the model) of weights whose shapes differ.
         unused (list[str]): Names of weights of the checkpoint that the model does not have.
     """
 
@@ -152,17 +152,17 @@ class Differences(NamedTuple):
     unused: list[str]
 
     def without(self, prefix: str) -> Differences:
-        """The differences outside a module."""
+        """Return the differences in names without ``prefix``."""
         return Differences([name for name in self.missing if not name.startswith(prefix)],
                            {name: shapes for name, shapes in self.other_shape.items() if not name.startswith(prefix)},
                            [name for name in self.unused if not name.startswith(prefix)])
 
 
 def compare_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Differences:
-    """What differs between a model's state dict and the weights of a checkpoint, by names and shapes."""
-    # Modules may keep other things than tensors in a state dict.
+    """Compare the weights of a checkpoint with a model's state dict by names and shapes."""
+    # Modules may keep things other than tensors in a state dict.
     own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    # Checkpoints of old lack the counts of BatchNorm's batches, which nothing needs.
+    # Old checkpoints lack BatchNorm's batch counts, which nothing needs.
     return Differences(
         [name for name in own if name not in weights and not name.endswith('.num_batches_tracked')],
         {name: (tuple(weights[name].shape), tuple(value.shape)) for name, value in own.items()
@@ -171,7 +171,7 @@ def compare_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
 
 
 def check_some_match(expected: Iterable[str], found: Iterable[str], filename: str) -> None:
-    """Raises a CheckpointError if not one weight of the model is in the checkpoint."""
+    """Raise a CheckpointError if the checkpoint has none of the model's weights."""
     expected, found = list(expected), list(found)
     if not set(expected) & set(found):
         raise CheckpointError(f'{filename} holds none of the model\'s weights: the model has {_some(expected)}, '
@@ -180,12 +180,12 @@ def check_some_match(expected: Iterable[str], found: Iterable[str], filename: st
 
 def check_all_match(own: Collection[str], differences: Differences, filename: str, classes: tuple[int, int] | None
                     ) -> None:
-    """Raises a CheckpointError unless the checkpoint has every weight of a model in its shape.
+    """Raise a CheckpointError unless the checkpoint has every weight of a model in the right shape.
 
     Args:
         own (Collection[str]): Names of the model's weights.
-        differences (Differences): Of the checkpoint's weights.
-        filename (str): Of the checkpoint.
+        differences (Differences): Differences between checkpoint and model.
+        filename (str): Name of the checkpoint.
         classes (tuple[int, int] | None): Number of classes (that the checkpoint was trained for, of the data), if
             both are known.
     """
@@ -213,7 +213,7 @@ def _shapes(name: str, there: tuple, here: tuple) -> str:
 
 
 def _guess(differences: Differences, classes: tuple[int, int] | None) -> str:
-    """What is probably meant, or '' where nothing is likely."""
+    """Return the probable cause as a question, or '' if none is likely."""
     reshaped = differences.other_shape
     if any(_module(name) == 'backbone' for name in reshaped):
         return '. Another arch of the backbone?'
@@ -228,7 +228,7 @@ def _guess(differences: Differences, classes: tuple[int, int] | None) -> str:
 
 
 def check_backbone_shapes(differences: Differences, filename: str) -> None:
-    """Raises a CheckpointError if weights of the backbone have other shapes in a checkpoint to fine-tune."""
+    """Raise a CheckpointError if weights of the backbone have other shapes in a checkpoint to fine-tune."""
     wrong = [_shapes(name, *shapes) for name, shapes in differences.other_shape.items() if _module(name) == 'backbone']
     if wrong:
         raise CheckpointError(f'{filename} is of another backbone, and MMEngine would leave random what does not fit: '
@@ -236,19 +236,18 @@ def check_backbone_shapes(differences: Differences, filename: str) -> None:
 
 
 def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None, allow_pickle: bool = False) -> None:
-    """Loads a backbone from a checkpoint of itself or of a whole model, and logs what is missing.
+    """Load a backbone from a checkpoint of itself or of a whole model, and log what is missing.
 
     Args:
-        backbone (nn.Module): Takes the weights.
-        filename (str): Path or URL.
-        prefix (str | None): Prefix of the backbone's weights in the checkpoint. Defaults to 'backbone.' where the
-            checkpoint has such names, else to none.
+        backbone (nn.Module): Backbone to fill.
+        filename (str): Path or URL of the checkpoint.
+        prefix (str | None): Prefix of the backbone's weights in the checkpoint. Defaults to 'backbone.' if the
+            checkpoint has such names, else to ''.
         allow_pickle (bool): See :func:`read_checkpoint`. Defaults to False.
 
     Raises:
         CheckpointNotFoundError: If there is no such file.
-        CheckpointError: If the file needs pickle, none of the backbone's weights is in it, or some have other shapes
-            there.
+        CheckpointError: If the file needs pickle, or holds none of the backbone's weights, or some in other shapes.
     """
     weights = checkpoint_weights(read_checkpoint(filename, allow_pickle))
     own = backbone.state_dict()
@@ -257,7 +256,7 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
     candidates = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    # Some of the authors' names are ours too, and the others would be left out with a warning.
+    # Some of the authors' names are ours too, and the others would be skipped with a warning.
     remedy = _convnext_remedy(candidates, filename)
     if remedy:
         raise CheckpointError(f'{filename} has other names than the model{remedy}')
@@ -274,7 +273,7 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     logger = MMLogger.get_current_instance()
     logger.info(f'loaded {len(own) - len(missing)} of {len(own)} backbone weights from {filename}')
     if missing:
-        if _has_memory(own) and not _has_memory(candidates):  # mmpretrain's ConvNeXt-V2 has our names
+        if _has_memory(own) and not _has_memory(candidates):  # mmpretrain's ConvNeXt-V2 uses our names
             remedy = f'. If these are weights of ConvNeXt-V2, convert them by {_conversion(filename)}'
         logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: {_some(missing)}'
                        f'{remedy}')
@@ -291,7 +290,7 @@ def _has_memory(names: Iterable[str]) -> bool:
 
 
 def _convnext_remedy(names: Iterable[str], filename: str) -> str:
-    """The command that converts these weights, or '' where their names are not those of ConvNeXt."""
+    """Return the command that converts these weights, or '' if their names are not those of ConvNeXt."""
     if not any(CONVNEXT.search(name) for name in names):
         return ''
     return f'. Those are weights of ConvNeXt: convert them by {_conversion(filename)}'

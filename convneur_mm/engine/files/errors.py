@@ -10,7 +10,7 @@ from ...stack import StackError
 
 
 class LaunchError(ValueError):
-    """Something the user gave cannot work; the message is one line that names it, the reason and the remedy."""
+    """User input cannot work; the message is one line that names the input, the reason and the remedy."""
 
 
 def shows_tracebacks() -> bool:
@@ -20,10 +20,10 @@ def shows_tracebacks() -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line and exit code 2 if a ValueError, an OSError or a StackError is raised within this.
+    """End the process with one line and exit code 2 on a ValueError, an OSError or a StackError.
 
-    These are what a user can set right, but a fault of ours may be among them: with CONVNEUR_DEBUG=1 in the environment
-    the error passes, so that its traceback is seen.
+    A user can usually fix the cause of these, but it may be a fault of ours: with CONVNEUR_DEBUG=1 in the environment
+    the error passes, so that its traceback is shown.
     """
     try:
         yield

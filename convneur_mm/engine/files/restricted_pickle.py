@@ -1,9 +1,9 @@
-"""A stand-in for the pickle module that reads tensors and plain values, and refuses all that could run code.
+"""Read pickles of tensors and plain values in place of the pickle module, and refuse all that could run code.
 
-``torch.load`` takes it as ``pickle_module``. PyTorch's own weights-only reader is no replacement: it accepts whatever
-functions a caller allows (MMEngine's checkpoints would need ``getattr``) and passes them on to
-``_rebuild_from_type_v2``, which calls its argument. Here a file never gets hold of a function of another package: each
-name stands for a function below, which checks what it is given, and no other callable can be called.
+``torch.load`` takes this module as ``pickle_module``. PyTorch's own weights-only reader is no replacement: it accepts
+any function that a caller allows (MMEngine's checkpoints would need ``getattr``) and passes it on to
+``_rebuild_from_type_v2``, which calls its argument. Here each name stands for a function below that checks its
+arguments, or for a harmless type, and nothing else can be called.
 """
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from torch import Tensor
 
 
 class ForbiddenPickleError(pickle.UnpicklingError):
-    """A pickle asks for something that is not on the list; the message names it."""
+    """A pickle asks for something that is not allowed; the message names it."""
 
 
 def _require(value: object, expected: type | tuple[type, ...]) -> None:
-    """Exact types, as a subclass could bring methods of its own."""
+    """Raise unless the type is exactly an expected one, as a subclass could have its own methods."""
     if type(value) not in (expected if isinstance(expected, tuple) else (expected,)):
         raise ForbiddenPickleError(f'a {type(value).__name__} in an unexpected place')
 
 
 def _tensor(storage: torch.TypedStorage, offset: int, size: tuple, stride: tuple, requires_grad: bool = False,
             hooks: object = None, *rest: object) -> Tensor:
-    """A tensor on a storage; ``hooks`` is a relic of old files, and always empty in sound ones."""
+    """Build a tensor on a storage; ``hooks`` is a relic of old files, and always empty in sound ones."""
     _require(storage, torch.storage.TypedStorage)
     if rest and rest[0]:
         raise ForbiddenPickleError('a conjugated or negated tensor')
@@ -41,7 +41,7 @@ def _tensor(storage: torch.TypedStorage, offset: int, size: tuple, stride: tuple
 
 def _tensor_of_dtype(storage: torch.TypedStorage, offset: int, size: tuple, stride: tuple, requires_grad: bool,
                      hooks: object, dtype: torch.dtype, *rest: object) -> Tensor:
-    """A tensor of a type that has no storage class of its own, such as float8."""
+    """Build a tensor of a dtype that has no storage class of its own, such as float8."""
     _require(storage, torch.storage.TypedStorage)
     _require(dtype, torch.dtype)
     if rest and rest[0]:
@@ -75,7 +75,7 @@ def _bytes() -> bytes:
 
 
 def _latin1(text: str, codec: str) -> bytes:
-    """Bytes, as protocols before 3 write them."""
+    """Return bytes that protocols before 3 write as text."""
     _require(text, str)
     if codec != 'latin1':
         raise ForbiddenPickleError(f'the codec {codec!r}')
@@ -88,17 +88,17 @@ def _size(values: tuple) -> torch.Size:
 
 
 def _numpy_dtype(name: str, *align_and_copy: object) -> np.dtype:
-    """A numeric dtype: an object array could hold anything, and a structured one disguise bytes as objects."""
+    """Return a numeric dtype; object arrays could hold anything, and structured ones disguise bytes as objects."""
     _require(name, str)
     dtype = np.dtype(name)
     if dtype.kind not in 'biufc':
         raise ForbiddenPickleError(f'a NumPy array of {name!r}')
-    # A copy, for its byte order may be set next, and NumPy's own instances serve the whole process.
+    # Copy it: its byte order may be set next, and the whole process shares NumPy's own instances.
     return np.dtype(dtype, copy=True)
 
 
 def _numpy_array(*initial: object) -> np.ndarray:
-    """An empty array; its contents come with the BUILD that follows."""
+    """Return an empty array, which the BUILD opcode that follows fills."""
     return np.empty(0, np.int8)
 
 
@@ -110,7 +110,7 @@ def _numpy_scalar(dtype: np.dtype, data: bytes) -> np.generic:
 
 
 def _log_buffer_method(owner: type, name: str) -> str:
-    """Stands in for getattr, with which log buffers name four methods of their own; they have them anyway."""
+    """Replace getattr, by which log buffers refer to four of their own methods, which the class has anyway."""
     if owner is not HistoryBuffer or name not in ('mean', 'max', 'min', 'current'):
         raise ForbiddenPickleError(f'getattr({owner!r}, {name!r})')
     return name
@@ -121,7 +121,7 @@ def _check_numeric(dtype: object) -> None:
         raise ForbiddenPickleError(f'a NumPy array of {dtype!r}')
 
 
-# What a file may call, by the name it uses. Python 2 wrote __builtin__ for builtins, and NumPy 1 core for _core.
+# Functions that a file may call, by name. Python 2 wrote __builtin__ for builtins, and NumPy 1 core for _core.
 FUNCTIONS: dict[tuple[str, str], Callable] = {
     ('torch._utils', '_rebuild_tensor'): _tensor,
     ('torch._utils', '_rebuild_tensor_v2'): _tensor,
@@ -139,7 +139,7 @@ FUNCTIONS: dict[tuple[str, str], Callable] = {
     **{(module, name): function for module in ('builtins', '__builtin__') for name, function in (
         ('set', _set), ('bytes', _bytes), ('slice', slice), ('complex', complex), ('getattr', _log_buffer_method))},
 }
-# What it may name beside that, as an argument.
+# Classes that a file may also name, as arguments.
 CLASSES: dict[tuple[str, str], type] = {
     ('numpy', 'ndarray'): np.ndarray,
     ('torch.storage', 'UntypedStorage'): torch.UntypedStorage,
@@ -148,13 +148,13 @@ CLASSES: dict[tuple[str, str], type] = {
 
 
 class _Opcodes(dict):
-    """pickle's table of opcode → method, of which those that are not in it are refused."""
+    """Table of opcode → method for pickle that refuses opcodes which are not in it."""
 
     def __missing__(self, opcode: int) -> Callable:
         raise ForbiddenPickleError(f'the pickle opcode {bytes([opcode])!r}')
 
 
-# The opcodes that make plain values, keep them in the memo, and look up a name with ``find_class``.
+# Opcodes that make plain values, keep them in the memo, and look up a name with ``find_class``.
 _PLAIN_OPCODES = (
     pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.NONE,
     pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG,
@@ -167,14 +167,14 @@ _PLAIN_OPCODES = (
 
 
 class Unpickler(pickle._Unpickler):
-    """Python's unpickler with each operation that calls, looks up or changes an object replaced by a checked one."""
+    """Python's unpickler with a checked version of each operation that calls, looks up or changes an object."""
 
-    # The bytes in the record of a storage, by its key, where :func:`for_archive` knows them.
+    # Returns the bytes in a storage's record by its key; :func:`for_archive` sets it.
     record_size: Callable[[str], int] | None = None
     dispatch = _Opcodes({ord(opcode): pickle._Unpickler.dispatch[ord(opcode)] for opcode in _PLAIN_OPCODES})
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name stands for; it never imports anything."""
+        """Return what a name stands for, without importing anything."""
         found = FUNCTIONS.get((module, name)) or CLASSES.get((module, name))
         if found is None and module == 'torch' and isinstance(vars(torch).get(name), torch.dtype):
             found = vars(torch)[name]
@@ -183,7 +183,7 @@ class Unpickler(pickle._Unpickler):
         return found
 
     def load_reduce(self) -> None:
-        """Calls a function with arguments."""
+        """Call an allowed function with arguments."""
         arguments, function = self.stack.pop(), self.stack[-1]
         _require(arguments, tuple)
         if not any(function is allowed for allowed in FUNCTIONS.values()):
@@ -193,7 +193,7 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.REDUCE)] = load_reduce
 
     def load_newobj(self) -> None:
-        """Makes an instance without calling its ``__init__``."""
+        """Make an instance without calling its ``__init__``."""
         arguments, cls = self.stack.pop(), self.stack.pop()
         if cls is not HistoryBuffer or arguments != ():
             raise ForbiddenPickleError(f'an instance of {cls!r}')
@@ -202,17 +202,17 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.NEWOBJ)] = load_newobj
 
     def load_build(self) -> None:
-        """Sets an object's state."""
+        """Set an object's state."""
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is OrderedDict:
-            # The version numbers of modules, which ``state_dict()`` hands over in an attribute.
+            # ``state_dict()`` stores the version numbers of modules in this attribute.
             if type(state) is not dict or state.keys() != {'_metadata'}:
                 raise ForbiddenPickleError('an OrderedDict with attributes')
             target._metadata = state['_metadata']
         elif type(target) is HistoryBuffer:
             self._build_log_buffer(target, state)
         elif isinstance(target, np.dtype):
-            # Its byte order; a numeric type has none of the other fields.
+            # A numeric dtype's state has only the byte order; other fields are empty.
             if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[2:] != (None, None, None, -1, -1,
                                                                                              0):
                 raise ForbiddenPickleError(f'a NumPy dtype with the state {state!r}')
@@ -231,7 +231,7 @@ class Unpickler(pickle._Unpickler):
     @staticmethod
     def _build_log_buffer(buffer: HistoryBuffer, state: object) -> None:
         _require(state, dict)
-        # These would go to the class, for all buffers of the process; it has them.
+        # These would be set on the class, for the whole process, and the class has them.
         state.pop('statistics_methods', None)
         if state.keys() != {'max_length', '_log_history', '_count_history'}:
             raise ForbiddenPickleError(f'a HistoryBuffer with the attributes {sorted(map(repr, state))}')
@@ -241,7 +241,7 @@ class Unpickler(pickle._Unpickler):
         buffer.__setstate__(state)
 
     def load_append(self) -> None:
-        """Appends an item to a list."""
+        """Append an item to a list."""
         item = self.stack.pop()
         _require(self.stack[-1], list)
         self.stack[-1].append(item)
@@ -249,7 +249,7 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.APPEND)] = load_append
 
     def load_appends(self) -> None:
-        """Appends items to a list."""
+        """Append items to a list."""
         items = self.pop_mark()
         _require(self.stack[-1], list)
         self.stack[-1].extend(items)
@@ -257,7 +257,7 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.APPENDS)] = load_appends
 
     def load_additems(self) -> None:
-        """Adds items to a set."""
+        """Add items to a set."""
         items = self.pop_mark()
         _require(self.stack[-1], set)
         self.stack[-1].update(items)
@@ -265,7 +265,7 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.ADDITEMS)] = load_additems
 
     def load_setitem(self) -> None:
-        """Sets one item of a dict."""
+        """Set one item of a dict."""
         value, key = self.stack.pop(), self.stack.pop()
         _require(self.stack[-1], (dict, OrderedDict))
         self.stack[-1][key] = value
@@ -273,7 +273,7 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.SETITEM)] = load_setitem
 
     def load_setitems(self) -> None:
-        """Sets items of a dict."""
+        """Set items of a dict."""
         items = self.pop_mark()
         _require(self.stack[-1], (dict, OrderedDict))
         self.stack[-1].update(zip(items[::2], items[1::2]))
@@ -281,9 +281,9 @@ class Unpickler(pickle._Unpickler):
     dispatch[ord(pickle.SETITEMS)] = load_setitems
 
     def load_binpersid(self) -> None:
-        """Asks torch for a storage, which lies in the file outside of the pickle."""
+        """Ask torch for a storage, which lies in the file but outside of the pickle."""
         reference = self.stack.pop()
-        # The other kind of reference, 'module', names a class whose source torch compares, and writes a patch file.
+        # For the other kind, 'module', torch would compare the source of a class and write a patch file.
         if type(reference) is not tuple or reference[:1] != ('storage',):
             raise ForbiddenPickleError(f'the persistent id {reference!r}')
         for part, expected in zip(reference[2:5], (str, str, int)):
@@ -299,14 +299,14 @@ class Unpickler(pickle._Unpickler):
 
 
 def for_archive(archive: torch._C.PyTorchFileReader) -> SimpleNamespace:
-    """What ``torch.load`` takes as ``pickle_module`` for a file of torch's zip format that it reads.
+    """Return a ``pickle_module`` with which ``torch.load`` can read a file of torch's zip format.
 
-    Before 2.12 PyTorch believes the sizes in the pickle: it would hand out the memory behind a record that is shorter,
-    and write there where the file is of the other byte order. So each record is read once more, ahead of that, by
-    PyTorch's own reader: another one, such as zipfile, can be made to find other records in the same file.
+    Before 2.12, PyTorch trusts the sizes in the pickle: it would expose the memory behind a record that is too short,
+    and write to that memory if the file has the other byte order. So PyTorch's own reader first reads each record once
+    more. Another reader, such as zipfile, can be made to find other records in the same file.
 
     Args:
-        archive (torch._C.PyTorchFileReader): The open file.
+        archive (torch._C.PyTorchFileReader): Open file.
     """
     record_size = staticmethod(cache(lambda key: len(archive.get_record(f'data/{key}'))))
     checked = type('Unpickler', (Unpickler,), dict(record_size=record_size))
@@ -314,10 +314,10 @@ def for_archive(archive: torch._C.PyTorchFileReader) -> SimpleNamespace:
 
 
 def load(file: BinaryIO, **kwargs: Any) -> Any:
-    """Reads one object; the module then has what ``torch.load`` asks of a ``pickle_module``.
+    """Read one object; ``torch.load`` needs this function in a ``pickle_module``.
 
     Args:
-        file (BinaryIO): An open file.
+        file (BinaryIO): Open file.
         **kwargs: ``encoding``, as for ``pickle.load``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from."""
+"""Find the checkpoint to resume a training from."""
 from __future__ import annotations
 
 import json
@@ -18,17 +18,17 @@ from .whole_files import write_whole
 
 
 def latest_checkpoint(work_dir: str, config: str, allow_pickle: bool) -> str:
-    """The newest intact checkpoint of a work dir; damaged ones are named in the log.
+    """Return the newest intact checkpoint of a work dir, and log damaged ones.
 
     Args:
-        work_dir (str): Where MMEngine saved ``epoch_*.pth`` or ``iter_*.pth``, and wrote the newest one's path to
-            ``last_checkpoint``.
+        work_dir (str): Folder where MMEngine saved ``epoch_*.pth`` or ``iter_*.pth``, and wrote the newest one's path
+            to ``last_checkpoint``.
         config (str): Path of the config, to find other work dirs of it.
-        allow_pickle (bool): Whether files that hold more than weights are loaded too. They are not looked into, as
-            their code would run twice.
+        allow_pickle (bool): Whether files that hold more than weights are loaded too. If so, files are not checked,
+            as their code would run twice.
 
     Raises:
-        LaunchError: If there is none, the newest one needs pickle and that is not allowed, or each one is damaged.
+        LaunchError: If there is no checkpoint, all are damaged, or the newest one needs pickle and may not use it.
     """
     path, error = _newest_intact(saved_checkpoints(work_dir), allow_pickle)
     if path:
@@ -41,11 +41,11 @@ def latest_checkpoint(work_dir: str, config: str, allow_pickle: bool) -> str:
 
 
 def _newest_intact(paths: list[str], allow_pickle: bool) -> tuple[str | None, CheckpointError | None]:
-    """The first of these checkpoints that is intact, and what is wrong with the last of those before it."""
+    """Return the first intact checkpoint of ``paths``, and the error of the last damaged one before it."""
     error = None
     for path in paths:
         if osp.isdir(path):
-            return path, error  # saved in parts by MMEngine's other strategies
+            return path, error  # MMEngine's other strategies save a folder of parts
         try:
             if not (allow_pickle and osp.isfile(path)):
                 read_checkpoint(path, mmap=True)
@@ -59,19 +59,18 @@ def _newest_intact(paths: list[str], allow_pickle: bool) -> tuple[str | None, Ch
 
 
 def checkpoint_after_restart(work_dir: str, allow_pickle: bool, env: Mapping[str, str] = os.environ) -> str | None:
-    """Return the newest intact checkpoint that this launch has saved, after torchrun has started its processes again.
+    """Return the newest intact checkpoint that this launch has saved, after torchrun has restarted its processes.
 
-    The first process of each machine records at its first start which checkpoints an earlier run has left: these do
-    not count.
+    At its first start, the first process of each machine records the checkpoints of earlier runs, which do not count.
 
     Args:
         work_dir (str): Work dir of the run.
         allow_pickle (bool): See :func:`latest_checkpoint`.
-        env (Mapping[str, str]): With the folder that tools/_torchrun.py keeps for the launch. Defaults to
+        env (Mapping[str, str]): Environment with the folder that tools/_torchrun.py keeps for the launch. Defaults to
             :data:`os.environ`.
 
     Returns:
-        str | None: None if nothing was saved yet, or the processes have no such launcher.
+        str | None: None if nothing was saved yet, or the processes were started in another way.
 
     Raises:
         LaunchError: If the newest one needs pickle and that is not allowed.
@@ -91,7 +90,7 @@ def checkpoint_after_restart(work_dir: str, allow_pickle: bool, env: Mapping[str
 
 
 def check_same_checkpoint(filename: str | None) -> None:
-    """Checks that all processes resume from the same checkpoint; all call it at the same time.
+    """Check that all processes resume from the same checkpoint; all must call this at the same time.
 
     Raises:
         LaunchError: If they do not, as the work dirs of several nodes may differ.
@@ -104,9 +103,9 @@ def check_same_checkpoint(filename: str | None) -> None:
 
 
 def saved_checkpoints(work_dir: str) -> list[str]:
-    """Paths of the checkpoints of a work dir: first that of the record ``last_checkpoint``, then by falling number."""
+    """Return the checkpoints of a work dir: first the one that ``last_checkpoint`` names, then by falling number."""
     record = Path(work_dir, 'last_checkpoint')
-    # A run that was killed while MMEngine wrote the record has left a part of the name, or none.
+    # A run that is killed while MMEngine writes the record leaves only a part of the name, or nothing.
     name = record.read_text().strip() if record.is_file() else ''
     newest = [name] if name else []
     numbers = {str(path): int(match[1]) for path in Path(work_dir).glob('*.pth')
@@ -116,7 +115,7 @@ def saved_checkpoints(work_dir: str) -> list[str]:
 
 
 def _others(work_dir: str, config: str) -> str:
-    """Names work dirs near this one with checkpoints of the same config, the latest first."""
+    """Name work dirs near this one with checkpoints of the same config, the latest first."""
     name = osp.splitext(osp.basename(config))[0]
     parents = {Path(work_dir).parent, Path('work_dirs')}
     records = {osp.realpath(record): record for parent in parents for depth in ('*', '*/*')

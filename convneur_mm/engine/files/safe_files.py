@@ -1,4 +1,4 @@
-"""A switch for a whole process: no data file runs code, whichever library loads it."""
+"""Keep data files from running code in the whole process, whichever library loads them."""
 from __future__ import annotations
 
 import functools
@@ -31,39 +31,39 @@ from .weights_file import (
     weights_of,
 )
 
-# MMEngine looks for a config of another package in all of that package's model cards: seconds in pure Python.
+# MMEngine searches all model cards of a package for its config, which takes seconds in pure Python.
 SAFE_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
-# What the calls of :func:`safe_loading` that are under way allow, in all threads of this process.
+# The ``allow_pickle`` of each active call of :func:`safe_loading`, in all threads of this process.
 _ACTIVE: list[bool] = []
 _LOCK = threading.Lock()
 _PATCHES = ExitStack()
 
 
 def pickle_is_allowed() -> bool:
-    """Return whether every call of :func:`safe_loading` under way lets files run code; without one, nothing does."""
+    """Return whether all active calls of :func:`safe_loading` let files run code; without a call return False."""
     return bool(_ACTIVE) and all(_ACTIVE)
 
 
 @contextmanager
 def safe_loading(allow_pickle: bool = False) -> Iterator[None]:
-    """Within it, no data file that a user names can run code, whichever library of this process loads it.
+    """Keep data files that a user names from running code, whichever library of this process loads them.
 
-    This holds for everything that goes through ``torch.load``, MMEngine's checkpoint loader, ``mmengine.load`` or
-    ``numpy.load``: weights that a config names (``load_from``, ``resume``, ``init_cfg``), those of the inferencers of
-    mmdet, mmseg and mmpretrain, pickled and YAML annotation files. Config files are Python programs and do run. It acts
-    on the whole process, its threads and the workers forked from it included, until the last call of it ends; where
-    several are under way, all must allow what runs code. ::
+    This covers everything that goes through ``torch.load``, MMEngine's checkpoint loader, ``mmengine.load`` or
+    ``numpy.load``: weights that a config names (``load_from``, ``resume``, ``init_cfg``), weights of the inferencers of
+    mmdet, mmseg and mmpretrain, pickled and YAML annotation files. Config files are Python programs and do run. The
+    call affects the whole process with its threads and forked workers, until the last active call ends. If several
+    calls are active, all of them must allow files that run code. ::
 
         with convneur_mm.engine.safe_loading():
             inferencer = DetInferencer(config, checkpoint)
 
     Args:
-        allow_pickle (bool): Whether files that can run code are loaded too. What else is different within it stays:
-            safetensors files load, and errors are of one line. Defaults to False.
+        allow_pickle (bool): Whether files that can run code are loaded too. The other effects stay: safetensors files
+            load, and errors have one line. Defaults to False.
 
     Raises:
-        UnsafeCheckpointError: At the load of a file that could run code.
-        CheckpointError: At the load of a file that is no checkpoint.
+        UnsafeCheckpointError: When a file that could run code is loaded.
+        CheckpointError: When a file that is no checkpoint is loaded.
     """
     with _LOCK:
         if not _ACTIVE:
@@ -92,27 +92,27 @@ def _patch() -> None:
 
 def _load(f: str | os.PathLike | BinaryIO, map_location: Any = None, *args: object, weights_only: bool | None = None,
           **kwargs: object) -> Any:
-    """Load as ``torch.load``, files onto the CPU by default; its caller may ask for more safety, not for less."""
+    """Load like ``torch.load``, files onto the CPU by default; the caller may ask for more safety, not for less."""
     if map_location is None and isinstance(f, (str, os.PathLike)):
         map_location = 'cpu'
     try:
         return load_file(f, map_location, pickle_is_allowed() and not weights_only)
     except UnsafeCheckpointError as error:
-        if pickle_is_allowed():  # as torch.load fails with weights_only=True, which some then leave out
+        if pickle_is_allowed():  # some callers of torch.load then leave weights_only=True out
             raise pickle.UnpicklingError(str(error)) from error
         raise
 
 
-@functools.wraps(torch.storage._load_from_bytes)  # other processes know it by that name
+@functools.wraps(torch.storage._load_from_bytes)  # pickles of other processes use that name
 def _storage_from_bytes(data: bytes) -> Any:
-    # Processes exchange results in pickles, tensors within them by this function. Whoever may send one may run code
-    # anyway, and a slower reader would be felt: there are several for each image. No restricted pickle gets here.
+    # Processes exchange results in pickles, which restore tensors by this function. Whoever can send one can run code
+    # anyway, and a slower reader would cost time, several times per image. Restricted pickles never call this.
     return torch_load(io.BytesIO(data), weights_only=False)
 
 
 @contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    original = vars(owner)[name]  # not getattr, which would bind class methods
+    original = vars(owner)[name]  # getattr would bind class methods
     setattr(owner, name, value)
     try:
         yield
@@ -121,7 +121,7 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def _checkpoint_loader() -> classmethod:
-    """MMEngine's way to load a checkpoint by any name, with errors of one line and without what it would act upon."""
+    """Wrap MMEngine's checkpoint loader, to raise one-line errors and drop entries that MMEngine would act upon."""
     load_checkpoint = vars(CheckpointLoader)['load_checkpoint'].__func__
 
     def load(cls: type, filename: str, map_location: Any = None, logger: Any = 'current') -> dict:
@@ -131,24 +131,24 @@ def _checkpoint_loader() -> classmethod:
             raise
         except FileNotFoundError:
             raise CheckpointNotFoundError(f'no such checkpoint: {filename}') from None
-        except Exception as error:  # each scheme has its own ways to fail: no network, no such model, no client
+        except Exception as error:  # each scheme fails in its own ways: no network, no such model, no client
             reason = f'no model {error}' if isinstance(error, KeyError) else one_line(error)
             raise CheckpointError(f'{filename} could not be fetched ({reason}); check the name, or download the file '
                                   'and give its path') from error
         check_structure(checkpoint, filename)
         if not pickle_is_allowed():
             _drop_instructions(checkpoint, filename)
-        # MMEngine's hooks look for the weights there alone.
+        # MMEngine's hooks look for the weights only there.
         return checkpoint if 'state_dict' in checkpoint else dict(state_dict=weights_of(checkpoint))
 
     return classmethod(load)
 
 
 def _drop_instructions(checkpoint: dict, filename: str) -> None:
-    """Removes the entries of a checkpoint that MMEngine acts upon when it resumes.
+    """Remove the entries of a checkpoint that MMEngine acts upon when it resumes.
 
-    These are a config, which it would run as Python to compare the number of GPUs that MMCV 1 wrote there, and the
-    paths of former checkpoints, which it deletes, wherever they are, when newer ones are saved.
+    These are a config, which MMEngine would run as Python to compare the number of GPUs that MMCV 1 wrote there, and
+    paths of former checkpoints, which it would delete, wherever they are, when it saves newer ones.
     """
     meta = checkpoint.get('meta')
     if isinstance(meta, dict):
@@ -197,7 +197,7 @@ def _numpy_loader(numpy_load: Callable) -> Callable:
 
 
 class _NoPickleHandler(PickleHandler):
-    """Still writes pickle files, but reads none that could run code."""
+    """Write pickle files, but read them only where that is allowed."""
 
     def load_from_fileobj(self, file: BinaryIO, **kwargs: Any) -> Any:
         if pickle_is_allowed():
@@ -207,7 +207,7 @@ class _NoPickleHandler(PickleHandler):
 
 
 class _SafeYamlHandler(YamlHandler):
-    """Reads plain values alone; MMEngine's takes tags such as ``!!python/object/apply``, which call functions."""
+    """Read plain values only; MMEngine's accepts tags such as ``!!python/object/apply``, which call functions."""
 
     def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
         if pickle_is_allowed():

@@ -1,4 +1,4 @@
-"""What files of weights hold, in all of their formats, read without running code that they bring along."""
+"""Read weights files of all formats without running code that they contain."""
 from __future__ import annotations
 
 import os
@@ -16,19 +16,19 @@ ALLOW = 'if you trust its source, allow it: --allow-pickle on the command line, 
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or another file that a user named, cannot be loaded; the message is one line with its name."""
+    """A checkpoint or another file that a user named cannot be loaded; the message is one line with its name."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no such checkpoint."""
+    """The checkpoint does not exist."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A file holds more than tensors and plain values, and was not loaded, as it could run code."""
+    """A file was not loaded, because it holds more than tensors and plain values and could run code."""
 
 
 def check_structure(checkpoint: object, filename: str) -> None:
-    """Raises a CheckpointError unless this is a dict of weights, or holds one, and none of them is NaN."""
+    """Raise a CheckpointError unless this is or holds a dict of weights, and none of them has NaN values."""
     weights = weights_of(checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f'{filename} is no checkpoint: it holds a {type(weights).__name__}, expected a dict of '
@@ -41,12 +41,12 @@ def check_structure(checkpoint: object, filename: str) -> None:
 
 
 def _count_nan(value: Tensor) -> int:
-    """How many values are no numbers. Infinite ones are not counted, as buffers may hold them: an attention's mask."""
+    """Count NaN values. Infinite values do not count, as buffers such as an attention's mask may hold them."""
     if not value.is_floating_point() and not value.is_complex():
         return 0
     # float8 has no arithmetic.
     value = value.detach().float() if value.element_size() == 1 else value.detach()
-    # The sum is the faster test. It is not finite either where it overflows, or values are infinite.
+    # The sum is the faster test, but it is also not finite if it overflows or if values are infinite.
     return 0 if value.sum().isfinite() else int(value.isnan().sum())
 
 
@@ -55,7 +55,7 @@ def weights_of(checkpoint: Mapping) -> Mapping:
 
 
 def load_file(file: str | os.PathLike | BinaryIO, map_location: Any, allow_pickle: bool, mmap: bool = False) -> Any:
-    """What a file of weights holds, whatever its format; all errors are of one line."""
+    """Load the content of a weights file of any format; all errors have one line."""
     path = os.fspath(file) if isinstance(file, (str, os.PathLike)) else None
     name = path or getattr(file, 'name', 'a checkpoint in memory')
     try:
@@ -68,7 +68,7 @@ def load_file(file: str | os.PathLike | BinaryIO, map_location: Any, allow_pickl
     except restricted_pickle.ForbiddenPickleError as error:
         raise UnsafeCheckpointError(f'{name} was not loaded, because it needs pickle, which can run any code: it asks '
                                     f'for {one_line(error)}; {ALLOW}') from None
-    except Exception as error:  # what a damaged file makes the readers raise can be anything
+    except Exception as error:  # damaged files can make the readers raise anything
         raise CheckpointError(f'{name} is no checkpoint, or damaged ({one_line(error)}); replace it by an intact '
                               'copy') from error
 
@@ -89,14 +89,14 @@ def _load_opened(file: BinaryIO, name: str, map_location: Any, allow_pickle: boo
                               'lacks what MMEngine saves; the one used here is no less strict')
     pickle_module, is_zip = restricted_pickle, head.startswith(b'PK\x03\x04')
     if is_zip:
-        # The same parser and the same test as in torch.load, which would hand these files to torch.jit.load.
+        # Use the same parser and the same test as torch.load, which would hand these files to torch.jit.load.
         archive = torch._C.PyTorchFileReader(file)
-        if not mmap:  # of a map PyTorch hands out nothing that is not in the file
+        if not mmap:  # from a map PyTorch returns nothing that is not in the file
             pickle_module = restricted_pickle.for_archive(archive)
         if 'constants.pkl' in archive.get_all_records():
             raise UnsafeCheckpointError(f'{name} was not loaded, because it is a TorchScript program; save its '
                                         'state_dict() instead')
-    elif start == 0 and tarfile.is_tarfile(file):  # further on, tarfile takes anything for one, and torch nothing
+    elif start == 0 and tarfile.is_tarfile(file):  # at other offsets tarfile accepts anything, and torch no archive
         raise UnsafeCheckpointError(f'{name} was not loaded, because it is a tar archive, which PyTorch wrote before '
                                     f'version 0.1.10; {ALLOW}')
     elif not head.startswith(b'\x80'):
@@ -124,5 +124,5 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that may come from a file, without line breaks and the control characters a terminal would obey."""
+    """Return text without line breaks and the control characters that a terminal would obey."""
     return ''.join(character if character.isprintable() else '?' for character in ' '.join(text.split()))

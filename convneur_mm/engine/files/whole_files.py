@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: written under another name, and renamed when they are complete."""
+"""Write files whole or not at all: under another name first, and renamed when they are complete."""
 from __future__ import annotations
 
 import os
@@ -12,23 +12,23 @@ from mmengine.utils import mkdir_or_exist
 
 from .errors import LaunchError
 
-# Of the name that a file has while it is written. A process that is killed meanwhile leaves it behind.
+# Suffix of a file's name while it is written. A process that is killed meanwhile leaves such a file behind.
 SUFFIX = '.saving'
 
 
 class NotSavedError(LaunchError, OSError):
-    """A file cannot be written; the message is one line with its name, its size and the room there is."""
+    """A file cannot be written; the message is one line with its name, its size and the free space."""
 
 
 def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file in place of one that may be there, which stays as it is until the new one is on the disk.
+    """Write a file; an existing one stays as it is until the new one is on the disk.
 
     Args:
-        path (str | os.PathLike): Of the file. Its folder exists.
-        data (bytes): The content.
+        path (str | os.PathLike): Path of the file. Its folder must exist.
+        data (bytes): Content of the file.
 
     Raises:
-        NotSavedError: If it cannot be written, as the disk is full, say. What had been written is removed.
+        NotSavedError: If it cannot be written, as when the disk is full. The part written so far is removed.
     """
     part = f'{os.fspath(path)}{SUFFIX}'
     try:
@@ -60,7 +60,7 @@ def _megabytes(size: int) -> str:
 
 
 def _sync_folder(folder: str) -> None:
-    """Brings a new name to the disk, where the file system can."""
+    """Flush a new name to the disk if the file system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -70,17 +70,17 @@ def _sync_folder(folder: str) -> None:
 
 
 def remove_parts(*folders: str) -> None:
-    """Removes what processes that were killed while they wrote have left in these folders."""
+    """Remove partial files that killed processes left in these folders."""
     for folder in {osp.realpath(folder) for folder in folders}:
         for path in Path(folder).glob(f'*{SUFFIX}'):
             path.unlink()
 
 
 class WholeFileBackend(LocalBackend):
-    """MMEngine's way to local files, which writes none in place."""
+    """Write local files for MMEngine, but never in place."""
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
-        """Writes ``obj`` with :func:`write_whole`, in a folder that is made if it does not exist."""
+        """Write ``obj`` with :func:`write_whole`, and make the folder if it does not exist."""
         mkdir_or_exist(osp.dirname(filepath))
         write_whole(filepath, obj)
 
@@ -90,5 +90,5 @@ class WholeFileBackend(LocalBackend):
 
 
 def write_files_whole() -> None:
-    """From here on, whatever this process writes through MMEngine to local files is written whole."""
+    """Make MMEngine write all local files of this process whole from now on."""
     register_backend('local', WholeFileBackend, prefixes='', force=True)

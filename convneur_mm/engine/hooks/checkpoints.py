@@ -1,4 +1,4 @@
-"""Hooks that save checkpoints, and that compare those that are loaded with the model and its classes."""
+"""Hooks that save checkpoints, and hooks that compare loaded ones with the model and its classes."""
 from __future__ import annotations
 
 import os.path as osp
@@ -28,27 +28,27 @@ from ..files.weights_file import CheckpointError
 from ..files.whole_files import remove_parts, write_files_whole, write_whole
 from ..runner.model_wrappers import own_weights
 
-# The checkpoint of a run that SIGTERM ended, in its work dir.
+# Checkpoint of a run that SIGTERM ended, in its work dir.
 INTERRUPTED = 'interrupted.pth'
 
 
 @HOOKS.register_module()
 class CheckpointKeysHook(Hook):
-    """Stops a run whose checkpoint is of another model; MMEngine would go on with random weights for what lacks.
+    """Stop a run with another model's checkpoint; MMEngine would silently keep random values for missing weights.
 
-    A test and a training that is resumed need every weight, and the latter the state of its training too. One that
+    A test and a resumed training need every weight, and the latter also needs its training state. A training that
     starts from a checkpoint may have another head.
     """
 
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares names and shapes in ``checkpoint`` with the model's before they are loaded.
+        """Compare names and shapes in ``checkpoint`` with the model's before they are loaded.
 
-        A classifier's weights that have the names of its backbone and of its head get those of the model.
+        A classifier's weights that have its backbone's and head's own names get those of the model.
 
         Raises:
-            CheckpointError: If they are not the model's, or the state of training is missing where it is needed.
+            CheckpointError: If they are not the model's, or the training state is missing where it is needed.
         """
         name = runner._load_from or 'the checkpoint'
         if runner._resume and not (isinstance(checkpoint.get('message_hub'), dict)
@@ -67,7 +67,7 @@ class CheckpointKeysHook(Hook):
             check_backbone_shapes(differences, name)
             return
         if not runner._resume:
-            # It supervises the training of a segmentor, and has no part in a prediction.
+            # This head supervises a segmentor's training, and has no part in predictions.
             differences = differences.without('auxiliary_head.')
         trained, used = _trained_classes(checkpoint), _used_classes(runner)
         check_all_match(own, differences, name, (len(trained), len(used)) if trained and used else None)
@@ -76,13 +76,13 @@ class CheckpointKeysHook(Hook):
 
 
 def _check_optimizer(optimizer: Optimizer, state: dict | None, name: str) -> None:
-    """Raises a CheckpointError if a state was saved by another optimizer, or by one of other parameters."""
+    """Raise a CheckpointError if a state was saved by another optimizer, or by one of other parameters."""
     groups = state.get('param_groups') if isinstance(state, dict) else None
     if not groups:
         raise CheckpointError(f'{name} cannot be resumed from, as it holds no state of the optimizer; name it as '
                               'load_from instead')
     advice = 'set optim_wrapper as it was, or name the checkpoint as load_from instead'
-    # The first two are what momentum is called by Adam and its like, and by SGD.
+    # Adam and its like call momentum 'betas', and SGD calls it 'momentum'.
     for option in ('betas', 'momentum', 'alpha'):
         if (option in groups[0]) != (option in optimizer.defaults):
             settings = ', '.join(sorted(groups[0].keys() - {'params'}))
@@ -96,16 +96,16 @@ def _check_optimizer(optimizer: Optimizer, state: dict | None, name: str) -> Non
 
 @HOOKS.register_module()
 class SaveThenDeleteHook(CheckpointHook):
-    """MMEngine's ``CheckpointHook``, after which a run that ends at any moment has a checkpoint to go on from.
+    """MMEngine's ``CheckpointHook``, but a run that ends at any moment leaves a checkpoint to resume from.
 
-    MMEngine deletes an outdated checkpoint before the new one has been saved: a run that ends in between, with
-    ``max_keep_ckpts=1``, has lost all it had. Here it is deleted afterwards. MMEngine also writes checkpoints, and
-    ``last_checkpoint``, in place; here they are renamed when they are complete, and so are all other files that this
-    process writes through MMEngine from then on.
+    MMEngine deletes an outdated checkpoint before the new one has been saved: a run with ``max_keep_ckpts=1`` that ends
+    in between loses everything. Here it is deleted afterwards. MMEngine also writes checkpoints and ``last_checkpoint``
+    in place. Here they are renamed when they are complete, and so are all other files that this process writes through
+    MMEngine from then on.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """See :meth:`CheckpointHook.before_train`."""
+        """Write files whole from now on; see :meth:`CheckpointHook.before_train`."""
         write_files_whole()
         super().before_train(runner)
 
@@ -119,7 +119,7 @@ class SaveThenDeleteHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
-        # MMEngine has written last_checkpoint in place.
+        # MMEngine wrote last_checkpoint in place, so write it again.
         record_checkpoint(runner, self.last_ckpt)
         if dist_utils.is_main_process():
             Path(runner.work_dir, INTERRUPTED).unlink(missing_ok=True)
@@ -134,7 +134,7 @@ class SaveThenDeleteHook(CheckpointHook):
             yield
         finally:
             self.file_backend = backend
-        # One that was saved again, such as the best of an epoch that was repeated, is not outdated.
+        # A checkpoint that was saved again, such as the best one of a repeated epoch, is not outdated.
         current = {self.last_ckpt, getattr(self, 'best_ckpt_path', None),
                    *getattr(self, 'best_ckpt_path_dict', {}).values()}
         for remove, path in later.removals:
@@ -143,13 +143,13 @@ class SaveThenDeleteHook(CheckpointHook):
 
 
 def record_checkpoint(runner: Runner, path: str) -> None:
-    """Names the newest checkpoint in ``last_checkpoint``, by which MMEngine's and our own resuming find it."""
+    """Write the newest checkpoint's path to ``last_checkpoint``, where MMEngine and our code look for it."""
     if dist_utils.is_main_process():
         write_whole(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
 
 
 class _LateRemovals:
-    """A file backend that only notes what is to be removed."""
+    """A file backend that only records what is to be removed."""
 
     def __init__(self, backend: BaseStorageBackend) -> None:
         self._backend = backend
@@ -167,18 +167,18 @@ class _LateRemovals:
 
 @HOOKS.register_module()
 class ClassNamesHook(Hook):
-    """Stops a run in which a label would mean one class to the checkpoint and another to the data set.
+    """Stop a run in which a label means one class to the checkpoint and another to the data set.
 
-    Labels are mere numbers, so nothing else would notice: the scores would be wrong, or the names in the pictures.
+    Labels are mere numbers, so nothing else would notice: the scores, or the names in pictures, would be wrong.
     """
 
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares the classes a checkpoint was trained for with those it is tested on, or trained further with.
+        """Compare the classes of a checkpoint with those of the data on which it is tested or resumed.
 
         Raises:
-            LaunchError: If there are more or fewer of them, or the same ones in another order.
+            LaunchError: If there are more or fewer classes, or the same ones in another order.
         """
         if not (runner._resume or _tests(runner)):
             return

@@ -1,4 +1,4 @@
-"""The hook that draws predictions."""
+"""Hook that draws predictions."""
 from __future__ import annotations
 
 import os.path as osp
@@ -19,14 +19,14 @@ from ...stack import require
 class DrawPredictionsHook(Hook):
     """Draw all test images with their predictions: detections, segmentations and classifications alike.
 
-    The hooks of mmdet, mmseg and mmpretrain draw in the first of several processes alone, so that the images of the
-    others are missing. Here each process draws its own, under the image's path below the folder of the images.
+    The hooks of mmdet, mmseg and mmpretrain draw only in the first of several processes, so the images of the others
+    are missing. Here each process draws its own images, under their paths below the folder of the images.
 
     Args:
         out_dir (str | None): Folder for the pictures. Defaults to None.
         show (bool): Whether the first process shows its pictures in a window. Defaults to False.
-        wait_time (float): Seconds that a window stays. Defaults to 2.0.
-        draw_args (dict | None): What else the visualizer takes, such as ``pred_score_thr``. Defaults to None.
+        wait_time (float): Seconds for which a window stays. Defaults to 2.0.
+        draw_args (dict | None): Other arguments of the visualizer, such as ``pred_score_thr``. Defaults to None.
     """
 
     def __init__(self, out_dir: str | None = None, show: bool = False, wait_time: float = 2.0,
@@ -37,14 +37,14 @@ class DrawPredictionsHook(Hook):
         self.draw_args = draw_args or {}
 
     def before_test(self, runner: Runner) -> None:
-        """Name the classes to the visualizers of all processes; the loop names them to the first."""
+        """Set the classes of all processes' visualizers; the loop sets them only in the first."""
         with _as_main_process():
             runner.visualizer.dataset_meta = runner.test_loop.dataloader.dataset.metainfo
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                         outputs: Sequence[BaseDataElement] | None = None) -> None:
-        """Draw the images of a batch, whose data samples ``outputs`` name the files."""
-        mmcv = require('mmcv')  # which training and testing by themselves do without
+        """Draw the images of a batch; the data samples ``outputs`` name the files."""
+        mmcv = require('mmcv')  # training and testing by themselves do not need it
         visualizer, dataset = runner.visualizer, runner.test_loop.dataloader.dataset
         classifies = hasattr(visualizer, 'visualize_cls')
         draw = visualizer.visualize_cls if classifies else visualizer.add_datasample
@@ -53,16 +53,16 @@ class DrawPredictionsHook(Hook):
             out_file = osp.join(self.out_dir, name) if self.out_dir else None
             image = mmcv.imfrombytes(fileio.get(sample.img_path), channel_order='rgb')
             if classifies and min(image.shape[:2]) < 224:
-                # The text over it would not be legible.
+                # Text on small images is not legible.
                 image = mmcv.imrescale(image, 224 / min(image.shape[:2]))
-            # Without a folder the pictures also go to the visualizer's backends, which only one process may write to.
+            # Without a folder, pictures also go to the visualizer's backends, to which only one process may write.
             with _as_main_process() if out_file else nullcontext():
                 draw(name=name, image=image, data_sample=sample, show=self.show and dist_utils.get_rank() == 0,
                      wait_time=self.wait_time, out_file=out_file, **self.draw_args)
 
 
 def _path_below_prefix(path: str, dataset: object) -> str:
-    """Return an image's path below the folder that the data set names, which keeps equal names in subfolders apart."""
+    """Return an image's path below the data set's folder, which keeps equal names in subfolders apart."""
     for prefix in getattr(dataset, 'data_prefix', {}).values():
         relative = osp.relpath(path, prefix) if prefix else '..'
         if not relative.startswith('..'):
@@ -72,7 +72,7 @@ def _path_below_prefix(path: str, dataset: object) -> str:
 
 @contextmanager
 def _as_main_process() -> Iterator[None]:
-    """Let the methods run that MMEngine keeps to the first process; its visualizers' are all of that kind."""
+    """Let methods run that MMEngine restricts to the first process, such as all those of its visualizers."""
     original = dist_utils.is_main_process
     dist_utils.is_main_process = lambda group=None: True
     try:

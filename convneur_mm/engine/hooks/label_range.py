@@ -1,6 +1,6 @@
-"""A look at the data before a run, and at the labels of the first batch.
+"""Check the data before a run, and the labels of its first batch.
 
-A label that is of no class ends in an obscure error of the loss, or of CUDA.
+A label without a class would cause an obscure error of the loss or of CUDA.
 """
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Allowed(NamedTuple):
     """The labels that a head takes.
 
     Attributes:
-        key (str): The head, by its place in the model.
-        num_classes (int): Labels from 0 on to below this are classes.
-        ignored (int | None): A further label, of what is no class.
+        key (str): Name of the head in the model.
+        num_classes (int): Number of classes, whose labels begin at 0.
+        ignored (int | None): A further label, which marks what has no class.
     """
 
     key: str
@@ -33,7 +33,7 @@ class Allowed(NamedTuple):
     ignored: int | None = None
 
     def wrong(self, labels: Tensor) -> list[int]:
-        """The values in ``labels`` that are not allowed, in order."""
+        """Return the forbidden values in ``labels``, in order."""
         values = labels.unique()
         wrong = (values < 0) | (values >= self.num_classes)
         if self.ignored is not None:
@@ -43,10 +43,10 @@ class Allowed(NamedTuple):
 
 @HOOKS.register_module()
 class LabelRangeHook(Hook):
-    """Stops a training whose first batch has labels that the model's heads do not tell apart.
+    """Stop a training whose first batch has labels that the model's heads do not have.
 
-    Of mmseg's label maps, mmdet's boxes and mmpretrain's images, on the CPU, before the model gets them. And before
-    that, a run whose data lack files, see :func:`..checks.data_files.check_samples`.
+    This checks mmseg's label maps, mmdet's boxes and mmpretrain's images on the CPU, before the model gets them.
+    Before that, stop a run whose data lack files; see :func:`..checks.data_files.check_samples`.
     """
 
     priority = 'VERY_HIGH'
@@ -55,10 +55,10 @@ class LabelRangeHook(Hook):
         self._done = False
 
     def before_train(self, runner: Runner) -> None:
-        """Looks at the data of training and validation.
+        """Check the data of training and validation.
 
         Raises:
-            DataError: Names data set and file.
+            DataError: Names the data set and the file.
         """
         datasets = {'train_dataloader.dataset': runner.train_dataloader.dataset}
         if runner.val_loop is not None:
@@ -66,18 +66,18 @@ class LabelRangeHook(Hook):
         _check_once(datasets)
 
     def before_test(self, runner: Runner) -> None:
-        """Looks at the data of a test.
+        """Check the data of a test.
 
         Raises:
-            DataError: Names data set and file.
+            DataError: Names the data set and the file.
         """
         _check_once({'test_dataloader.dataset': runner.test_dataloader.dataset})
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Looks at the labels, the first time.
+        """Check the labels of the first batch.
 
         Raises:
-            LaunchError: Names values, file and head, and what to set.
+            LaunchError: Names the values, the file and the head, and what to set.
         """
         if self._done:
             return
@@ -93,10 +93,10 @@ class LabelRangeHook(Hook):
 
 
 def _check_once(datasets: dict[str, object]) -> None:
-    """Check samples in one process of each machine, as its files may differ from those of another.
+    """Check samples in one process of each machine, as machines may have different files.
 
     Raises:
-        DataError: In all processes, with what the first of them found.
+        DataError: In all processes, with a fault that one of them found.
     """
     error = None
     if os.environ.get('LOCAL_RANK', '0') == '0':
@@ -164,7 +164,7 @@ def _check_image_label(model: nn.Module, sample: object) -> None:
 
 
 def _modules(model: nn.Module | None, *names: str) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the children by these names, and of those within lists."""
+    """Yield (name, module) of children with these names, also of those in lists."""
     for name in names:
         child = getattr(model, name, None)
         if isinstance(child, nn.ModuleList):
@@ -174,7 +174,7 @@ def _modules(model: nn.Module | None, *names: str) -> Iterator[tuple[str, nn.Mod
 
 
 def _allowed_by(head: nn.Module, key: str) -> Allowed | None:
-    """The labels that a head of mmseg takes, or None of one that does not say it."""
+    """Return the labels that a head of mmseg takes, or None if the head does not tell."""
     number = getattr(head, 'num_classes', None)
     if not isinstance(number, int) or not hasattr(head, 'ignore_index'):
         return None

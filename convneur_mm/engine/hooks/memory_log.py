@@ -1,4 +1,4 @@
-"""What the memories and gates of a model do during training, as curves."""
+"""Log what the memories and gates of a model do during training, as curves."""
 from __future__ import annotations
 
 from collections import defaultdict
@@ -18,18 +18,18 @@ from ..runner.model_wrappers import unwrapped
 
 @HOOKS.register_module()
 class MemoryLogHook(Hook):
-    """Logs every few iterations what the global branches do with the batch, to the backends of the visualizer.
+    """Log every few iterations what the global branches do with the batch, to the visualizer's backends.
 
-    For each stage, as means over images, chunks, channels or heads, and the blocks of the stage:
+    Each value is a mean over images, chunks, channels or heads, and over the blocks of a stage:
 
     - ``memory/stage1/surprise``: mean squared error of the memory on what it is about to write
     - ``memory/stage1/write_norm``: norm of a head's write, at most ``max_write_norm``
     - ``memory/stage1/decay``: α
-    - ``gate/stage1/mean`` and ``gate/stage1/spread``: of sigmoid(G), mean and standard deviation
+    - ``gate/stage1/mean`` and ``gate/stage1/spread``: mean and standard deviation of sigmoid(G)
 
-    A memory that is never written, as its image is one chunk, has no curves; nor has a gate where ``fusion`` is not
-    'gate'. A logged iteration writes its memories twice, and the numbers of the training stay the same. Of several
-    processes the first one logs what it sees. ::
+    A memory that is never written, because its image is one chunk, has no curves. A gate has none if ``fusion`` is not
+    'gate'. A logged iteration writes its memories twice, but the numbers of the training stay the same. With several
+    processes, the first one logs its own batches. ::
 
         custom_hooks = [dict(type='MemoryLogHook', interval=100)]
         visualizer = dict(vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')])
@@ -38,7 +38,7 @@ class MemoryLogHook(Hook):
         interval (int): Iterations from one log to the next. Defaults to 100.
 
     Raises:
-        ValueError: If the interval is no integer of at least 1.
+        ValueError: If the interval is not an integer of at least 1.
     """
 
     def __init__(self, interval: int = 100) -> None:
@@ -49,10 +49,10 @@ class MemoryLogHook(Hook):
         self._watches: list[_Watch] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Finds the blocks.
+        """Find the blocks to watch.
 
         Raises:
-            LaunchError: If there are none, or the model is compiled, which would leave out the hooks of its modules.
+            LaunchError: If there are none, or the model is compiled, which would skip the hooks of its modules.
         """
         if runner.cfg.get('compile'):
             raise LaunchError('MemoryLogHook cannot look into a compiled model: set compile=False, or leave the hook '
@@ -64,13 +64,13 @@ class MemoryLogHook(Hook):
                               'leave the hook out of custom_hooks')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Begins to watch the blocks if this iteration is to be logged."""
+        """Start to watch the blocks if this iteration is to be logged."""
         if runner.rank == 0 and self.every_n_train_iters(runner, self.interval):
             self._watches = [_Watch(stage, block) for stage, blocks in self._stages.items() for block in blocks]
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        """Logs what was seen."""
+        """Log the observed values."""
         found = defaultdict(list)
         for watch in self._watches:
             watch.stop()
@@ -83,7 +83,7 @@ class MemoryLogHook(Hook):
 
 
 class _Watch:
-    """Sees the first time that a block runs; a second time is that of a checkpoint that recomputes it."""
+    """Observe the first run of a block; it runs a second time if a gradient checkpoint recomputes it."""
 
     def __init__(self, stage: str, block: ConvNeurBlock) -> None:
         self.stage = stage
@@ -116,7 +116,7 @@ class _Watch:
 
 
 def gated_stages(model: nn.Module) -> dict[str, list[ConvNeurBlock]]:
-    """The blocks with a global branch by stage: 'stage1', …, after the name of the ConvNeur where there are several."""
+    """Return the blocks with a global branch by stage: 'stage1', …, after the ConvNeur's name if there are several."""
     backbones = {name: module for name, module in model.named_modules() if isinstance(module, ConvNeur)}
     stages = defaultdict(list)
     for name, backbone in backbones.items():

@@ -1,4 +1,4 @@
-"""A loss that is NaN or infinite: it ends a training, or its batch is left out."""
+"""Stop a training whose loss is NaN or infinite, or skip the batch."""
 from __future__ import annotations
 
 import math
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from ..files.errors import LaunchError
 from ..runner.model_wrappers import own_weights
 
-# Of the batches that were left out, in the message hub and so in checkpoints.
+# Key of their number in the message hub, and so in checkpoints.
 SKIPPED = 'skipped_batches'
 
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Stops a training whose loss, or whose weights when they are to be saved, are not finite.
+    """Stop a training whose loss is not finite, or whose weights are not finite when they are to be saved.
 
-    It looks at the value that MMEngine has fetched for its log, so that a GPU is not waited for once more. With
-    ``max_skips`` each step waits for the loss of all processes, and the weights stay as they are where one is not
+    The loss is the value that MMEngine has fetched for its log, so that a GPU is not waited for once more. With
+    ``max_skips``, each step waits for the losses of all processes, and the weights stay unchanged if one is not
     finite. ::
 
         custom_hooks = [dict(type='NonFiniteLossHook', max_skips=10)]
 
     Args:
-        max_skips (int): Batches that are left out in the whole training before it stops. Defaults to 0.
+        max_skips (int): Number of batches to skip in the whole training before it stops. Defaults to 0.
 
     Raises:
-        ValueError: If ``max_skips`` is no integer of at least 0.
+        ValueError: If ``max_skips`` is not an integer of at least 0.
     """
 
-    priority = 'HIGH'  # before anything is saved
+    priority = 'HIGH'  # runs before anything is saved
 
     def __init__(self, max_skips: int = 0) -> None:
         if isinstance(max_skips, bool) or not isinstance(max_skips, int) or max_skips < 0:
@@ -44,7 +44,7 @@ class NonFiniteLossHook(Hook):
         self._skips = False
 
     def before_train(self, runner: Runner) -> None:
-        """Has the optimizer look at the loss first, where batches may be left out."""
+        """Make the optimizer check each loss first, if batches may be skipped."""
         if not self.max_skips:
             return
         update = runner.optim_wrapper.update_params
@@ -60,10 +60,10 @@ class NonFiniteLossHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        """Looks at the loss.
+        """Check the loss.
 
         Raises:
-            LaunchError: If it is not finite, with iteration, rank and images.
+            LaunchError: If it is not finite and may not be skipped. Names iteration, rank and images.
         """
         loss = torch.as_tensor((outputs or {}).get('loss', 0.0)).item()
         broken = not math.isfinite(loss)
@@ -88,10 +88,10 @@ class NonFiniteLossHook(Hook):
         runner.logger.warning(f'{what}: the batch is left out, the {skipped}. of at most {self.max_skips} (max_skips)')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Looks at the weights: of a loss that is finite, or of another process, a gradient may not be.
+        """Check the weights: a gradient may not be finite although this process's loss is.
 
         Raises:
-            LaunchError: If one is not finite. The checkpoint before is then still there.
+            LaunchError: If one is not finite. The previous checkpoint still exists then.
         """
         weights = checkpoint['state_dict']
         broken = [name for name, value in own_weights(runner).items() if isinstance(value, nn.Parameter)
@@ -107,7 +107,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _images(batch: object) -> list[str]:
-    """Paths of the images of a batch, as far as their samples have them."""
+    """Return the image paths of a batch, or 'without a path' for a sample without."""
     samples = batch.get('data_samples') if isinstance(batch, dict) else None
     return [str(getattr(sample, 'img_path', 'without a path')) for sample in samples or ()]
 

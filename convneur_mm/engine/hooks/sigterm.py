@@ -1,4 +1,4 @@
-"""Save a training that gets SIGTERM, as jobs do that have to make room or run out of time, and end it."""
+"""Save and end a training that gets SIGTERM, as jobs do that have to make room or run out of time."""
 from __future__ import annotations
 
 import os.path as osp
@@ -20,19 +20,19 @@ from .checkpoints import INTERRUPTED, record_checkpoint
 
 @HOOKS.register_module()
 class SaveAtSigtermHook(Hook):
-    """Has SIGTERM wait for the end of an iteration, and saves ``interrupted.pth`` there, for ``--resume``.
+    """Defer SIGTERM to the end of an iteration, and save ``interrupted.pth`` there for ``--resume``.
 
-    All processes stop after the same iteration, whichever of them got the signal. During a validation it ends the run
-    after a batch; what is saved is the training before. It needs :func:`..launch.run` around the training, and one of
-    our loops: others cannot go on within an epoch.
+    All processes stop after the same iteration, whichever of them got the signal. During a validation, it ends the run
+    after a batch, and the training before it is saved. The hook needs :func:`..launch.run` around the training, and one
+    of our loops: others cannot resume within an epoch.
     """
 
-    priority = 'LOWEST'  # after the schedulers of a step, and a checkpoint that is due
+    priority = 'LOWEST'  # runs after a step's schedulers and a checkpoint that is due
 
     def __init__(self) -> None:
         self._active = False
         self._group: torch.distributed.ProcessGroup | None = None
-        # Of iterations that are done, and whether one is under way.
+        # Number of completed iterations, and whether one is under way.
         self._done = 0
         self._inside = True
         self._in_epoch = self._averaged = False
@@ -40,7 +40,7 @@ class SaveAtSigtermHook(Hook):
         self._saved: tuple[int, int] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Has a training that ended within an epoch go on there."""
+        """Resume a training that ended within an epoch at that place."""
         if not (runner._resume and isinstance(runner.train_loop, ResumableEpochBasedTrainLoop)):
             return
         done, length = checkpoint['meta'].get('epoch_progress', (0, len(runner.train_dataloader)))
@@ -51,23 +51,23 @@ class SaveAtSigtermHook(Hook):
                                   f'batches, and it has {len(runner.train_dataloader)} now')
 
     def before_train(self, runner: Runner) -> None:
-        """Begins to hold the signal back."""
-        # A FlexibleRunner saves no other place than the end of an epoch or iteration.
+        """Start to defer the signal."""
+        # A FlexibleRunner can be saved only at the end of an epoch or iteration.
         self._active = isinstance(runner, Runner) and isinstance(
             runner.train_loop, (ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop))
         self._done, self._inside = runner.iter, False
         write_files_whole()
         if runner.world_size > 1 and self._active:
-            # Not the model's group, in which the order of operations must be the same in all processes.
+            # In the model's group, all processes must run operations in the same order, so use another one.
             self._group = torch.distributed.new_group(backend='gloo')
         signals.sigterm_deferred = self._active
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Notes that an epoch is under way."""
+        """Record that an epoch is under way."""
         self._in_epoch = True
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Begins to ask the other processes, which takes no time beside a step."""
+        """Start asking the other processes for SIGTERM, which takes no time beside a step."""
         self._inside = True
         if self._group:
             self._came = torch.tensor([signals.sigterm_received], dtype=torch.uint8)
@@ -76,7 +76,7 @@ class SaveAtSigtermHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        """Saves and ends the run if SIGTERM came.
+        """Save and end the run if SIGTERM was received.
 
         Raises:
             Interrupted: In all processes, after the first one has saved.
@@ -86,7 +86,7 @@ class SaveAtSigtermHook(Hook):
         if self._group:
             self._asked.wait()
             came = bool(self._came)
-        # Gradients that are still to be added to are in no checkpoint.
+        # Checkpoints lack accumulated gradients, so wait for the update.
         if came and not (isinstance(runner.optim_wrapper, OptimWrapper) and not runner.optim_wrapper.should_update()):
             self.save_interrupted(runner)
             if self._group:
@@ -94,47 +94,47 @@ class SaveAtSigtermHook(Hook):
             raise Interrupted(signal.SIGTERM)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Notes that the epoch is over, with all that is done at its end."""
+        """Record that the epoch is over, with all that is done at its end."""
         self._in_epoch = False
 
     def before_val(self, runner: Runner) -> None:
-        """Ends the run if SIGTERM came at the end of an epoch."""
+        """End the run if SIGTERM came at the end of an epoch."""
         self._end_if_sigterm_came()
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Notes that the model may have averaged weights now."""
+        """Record that the model may have averaged weights now."""
         self._averaged = True
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                        outputs: Sequence | None = None) -> None:
-        """Ends the run if SIGTERM came."""
+        """End the run if SIGTERM came."""
         self._end_if_sigterm_came()
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Notes that the model has its own weights again."""
+        """Record that the model has its own weights again."""
         self._averaged = False
 
     def after_val(self, runner: Runner) -> None:
-        """Ends the run if SIGTERM came while the metrics were computed."""
+        """End the run if SIGTERM came while the metrics were computed."""
         self._end_if_sigterm_came()
 
     @staticmethod
     def _end_if_sigterm_came() -> None:
-        # Around the training, save_interrupted() is called then.
+        # report_on_interrupt() around the training calls save_interrupted().
         if signals.sigterm_received:
             raise Interrupted(signal.SIGTERM)
 
     def after_train(self, runner: Runner) -> None:
-        """Holds it back no longer."""
+        """Stop deferring the signal."""
         signals.sigterm_deferred = False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Notes what a training can go on from."""
+        """Record from where a training can resume."""
         if 'optimizer' in checkpoint:
             self._saved = checkpoint['meta']['epoch'], checkpoint['meta']['iter']
 
     def save_interrupted(self, runner: Runner) -> None:
-        """Saves the training in the first process, unless it is in the midst of an iteration, or saved already."""
+        """Save the training in the first process, unless it is within an iteration or saved already."""
         if self._inside or not self._active or self._saved == (runner.epoch, self._done):
             return
         if self._averaged:

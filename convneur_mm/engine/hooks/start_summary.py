@@ -1,4 +1,4 @@
-"""What a run says at its start: what runs, with which weights and data, on what, and where the results go."""
+"""Log at the start of a run what runs, with which weights and data, on what, and where the results go."""
 from __future__ import annotations
 
 import logging
@@ -30,15 +30,15 @@ from ..runner.quiet_console import ON_CONSOLE, end_of_start
 
 @HOOKS.register_module()
 class StartSummaryHook(Hook):
-    """Says before training or a test what runs, with which weights and data, on what, and where the results go.
+    """Log before training or a test what runs, with which weights and data, on what, and where the results go.
 
-    At the first batch it adds into how many chunks the memories cut it.
+    At the first batch, log into how many chunks the memories cut it.
 
     Args:
-        notes (Sequence[str]): What else the summary says, such as what was changed in the config. Defaults to ().
+        notes (Sequence[str]): Notes to add to the summary, such as what was changed in the config. Defaults to ().
     """
 
-    priority = 'LOWEST'  # after the hooks that resume, and change the model
+    priority = 'LOWEST'  # runs after the hooks that resume or change the model
 
     def __init__(self, notes: Sequence[str] = ()) -> None:
         self.notes = list(notes)
@@ -46,7 +46,7 @@ class StartSummaryHook(Hook):
         self._chunks: _ChunkCounter | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Counts the weights of the model that ``checkpoint`` has, and logs the names of others to the file."""
+        """Count the model's weights in ``checkpoint``, and log the names of all others to the file."""
         own = own_weights(runner)
         missing, reshaped, unused = compare_weights(own, checkpoint_weights(checkpoint))
         self._loaded = f'{len(own) - len(missing) - len(reshaped)} of {len(own)}'
@@ -62,29 +62,29 @@ class StartSummaryHook(Hook):
                     for name in names)]))
 
     def before_train(self, runner: Runner) -> None:
-        """Logs the summary of a training."""
+        """Log the summary of a training."""
         self._log_summary(runner, 'train', runner.train_dataloader)
 
     def before_test(self, runner: Runner) -> None:
-        """Logs the summary of a test."""
+        """Log the summary of a test."""
         self._log_summary(runner, 'test', runner.test_dataloader)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Ends the quiet start, and looks at what the memories get of the first batch."""
+        """End the quiet start, and watch what the memories get of the first batch."""
         self._at_first_batch(runner)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        """Logs the chunks if some memory had no part in the first step, so that it was not done before."""
+        """Log the chunks now if some memory had no part in the first step, so that they are not logged yet."""
         self._chunks.finish()
 
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """See :meth:`before_train_iter`."""
+        """Do the same as :meth:`before_train_iter`."""
         self._at_first_batch(runner)
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                         outputs: Sequence | None = None) -> None:
-        """See :meth:`after_train_iter`."""
+        """Do the same as :meth:`after_train_iter`."""
         self._chunks.finish()
 
     def _log_summary(self, runner: Runner, mode: str, loader: DataLoader) -> None:
@@ -113,7 +113,7 @@ class StartSummaryHook(Hook):
 
 
 class _ChunkCounter:
-    """Logs into how many chunks the memories of ``model`` cut their first input, as soon as all of them had one."""
+    """Log into how many chunks the memories of ``model`` cut their first input, as soon as all have had one."""
 
     def __init__(self, model: nn.Module, logger: logging.Logger) -> None:
         self._logger = logger
@@ -135,7 +135,7 @@ class _ChunkCounter:
             self.finish()
 
     def finish(self) -> None:
-        """Logs what was seen, the first time it is called."""
+        """Log the observed numbers at the first call."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -147,7 +147,7 @@ class _ChunkCounter:
 
 
 def memory_groups(model: nn.Module) -> dict[str, list[NeuralMemory]]:
-    """The memories of a model by where they are: the stages of its ConvNeur backbones, other ones by their names."""
+    """Return a model's memories by place: the stage of a ConvNeur backbone, or the name of any other memory."""
     backbones = {name: module for name, module in model.named_modules() if isinstance(module, ConvNeur)}
     groups = {}
     for name, backbone in backbones.items():
@@ -162,11 +162,11 @@ def memory_groups(model: nn.Module) -> dict[str, list[NeuralMemory]]:
 
 
 def chunk_lines(groups: dict[str, list[NeuralMemory]], tokens: dict[NeuralMemory, int]) -> list[tuple[str, str]]:
-    """A line for each group: tokens, chunks, and whether a memory is never written, with a note on what to do then.
+    """Return a line for each group: tokens, chunks, and whether a memory is never written, with a remedy.
 
     Args:
         groups (dict[str, list[NeuralMemory]]): See :func:`memory_groups`.
-        tokens (dict[NeuralMemory, int]): Tokens that each memory got.
+        tokens (dict[NeuralMemory, int]): Number of tokens that each memory got.
     """
     lines, limits = [], {}
     for name, memories in groups.items():
@@ -216,8 +216,7 @@ def _other_backbone(module: nn.Module) -> str:
 
 
 def _memory(model: nn.Module) -> list[tuple[str, str]]:
-    """Options of the memories and what computes them, one line for all memories that agree, and what stands in place
-    of memories."""
+    """Return lines on the options of memories, one if all agree, on what computes them, and on what replaces them."""
     groups = memory_groups(model)
     memories = [memory for memories in groups.values() for memory in memories]
     lines = [('branch', f'{_count(count, "global branch", "global branches")} {branch!r} in place of the memory')
@@ -241,10 +240,10 @@ def _memory(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
-    """What computes a memory where its parameters are, and if there is something faster, why not that and the remedy.
+    """Return what computes a memory, and if something faster exists, why it is not used and the remedy.
 
     Args:
-        memory (NeuralMemory): With its parameters on the device, in the dtype, in which it will run.
+        memory (NeuralMemory): Memory with its parameters on the device and in the dtype in which it will run.
     """
     weight = memory.query.weight
     backend = resolve_backend(memory.backend)
@@ -356,7 +355,7 @@ def _results(runner: Runner, mode: str) -> str:
     if saving.max_keep_ckpts > 0:
         text += f', the last {saving.max_keep_ckpts} kept'
     if saving.save_best:
-        text += f', and the best ({", ".join(saving.save_best)})'  # MMEngine makes a list of it
+        text += f', and the best ({", ".join(saving.save_best)})'  # MMEngine turns it into a list
     return text
 
 
@@ -370,6 +369,6 @@ def _interval(number: int, by_epoch: bool) -> str:
 
 
 def _short(path: str) -> str:
-    """``path`` relative to the current folder if it is below that."""
+    """Return ``path`` relative to the current folder if it is in it."""
     relative = osp.relpath(path)
     return path if relative.startswith('..') else relative

@@ -1,1 +1,1 @@
-"""The Runner of the tools: loops, optimizers, processes that are interrupted."""
+"""Loops, optimizers and signal handling for the Runner of the tools."""

@@ -1,4 +1,4 @@
-"""Weights, gradients and the optimizer's state in parts, one in each process: FSDP, for MMEngine's FlexibleRunner."""
+"""Divide weights, gradients and optimizer state among processes: FSDP for MMEngine's FlexibleRunner."""
 from __future__ import annotations
 
 import os
@@ -22,19 +22,19 @@ from ..files.errors import LaunchError
 class BlockFSDPStrategy(FSDPStrategy):
     """MMEngine's FSDPStrategy with each block of ConvNeur as a unit, and a checkpoint of the whole model.
 
-    What is mended of MMEngine's:
+    It fixes these faults of MMEngine's:
 
-    - Options of parameters go by their shapes before FSDP flattens them: ``flat_decay_mult`` would hold for all.
-    - Gradients are clipped by the norm of all parts, not by that of the own one.
+    - Parameter options follow the shapes before FSDP flattens them; else ``flat_decay_mult`` would apply to all.
+    - Gradients are clipped by their norm over all processes, not by that of the local part.
     - The optimizer's state can be loaded.
-    - It runs on CPUs too, over gloo.
+    - It also runs on CPUs, over gloo.
 
     Args:
         model_wrapper (dict | None): Further arguments of MMFullyShardedDataParallel. Defaults to None.
         **kwargs: See :class:`mmengine._strategy.DDPStrategy`.
 
     Attributes:
-        whole_weights (dict[str, Tensor]): Parameters and buffers of the model before it is wrapped, without data.
+        whole_weights (dict[str, Tensor]): Parameters and buffers of the unwrapped model as full-size meta tensors.
     """
 
     def __init__(self, *, model_wrapper: dict | None = None, **kwargs: object) -> None:
@@ -42,7 +42,7 @@ class BlockFSDPStrategy(FSDPStrategy):
         wrapper = dict(
             auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={ConvNeurBlock}),
             device_id=int(os.environ['LOCAL_RANK']) if on_gpu else 'cpu')
-        # On a CPU nothing is to be brought there, and PyTorch would free what it still needs.
+        # On a CPU there is nothing to offload, and PyTorch would free what it still needs.
         whole = dict(rank0_only=True, offload_to_cpu=on_gpu)
         super().__init__(
             model_wrapper={**wrapper, **(model_wrapper or {})},
@@ -52,23 +52,23 @@ class BlockFSDPStrategy(FSDPStrategy):
 
     def prepare(self, model: nn.Module | dict, *, optim_wrapper: OptimWrapper | dict | None = None, **kwargs: object
                 ) -> tuple | nn.Module:
-        """See :meth:`SingleDeviceStrategy.prepare`; the optimizer is built before the model is wrapped.
+        """Build the optimizer before the model is wrapped; see :meth:`SingleDeviceStrategy.prepare`.
 
         Raises:
-            LaunchError: If something is to be trained by one process alone.
+            LaunchError: If the training has only one process.
         """
         if optim_wrapper is not None and not is_distributed():
             raise LaunchError('strategy BlockFSDPStrategy has nothing to divide in one process; train with several '
                               '(tools/dist_train.sh CONFIG NUMBER), or without strategy and runner_type')
         if isinstance(optim_wrapper, dict):
             model = self.build_model(model)
-            # Whose processes must agree on whether a step is left out.
+            # All processes must agree on whether a step is skipped.
             scaler = dict(use_fsdp=True) if optim_wrapper.get('type') == 'AmpOptimWrapper' else {}
             optim_wrapper = build_optim_wrapper(model, ConfigDict(optim_wrapper, **scaler))
         return super().prepare(model, optim_wrapper=optim_wrapper, **kwargs)
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """See :meth:`BaseStrategy.build_model`."""
+        """Set ``whole_weights`` too; see :meth:`BaseStrategy.build_model`."""
         model = super().build_model(model)
         self.whole_weights = {
             name: nn.Parameter(value.to('meta'), value.requires_grad) if isinstance(value, nn.Parameter) else
@@ -76,11 +76,11 @@ class BlockFSDPStrategy(FSDPStrategy):
         return model
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
-        # A test by one process has the whole model.
+        # A test in one process keeps the whole model.
         return super()._wrap_model(model) if is_distributed() else model.to(get_device())
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper, model: nn.Module) -> OptimWrapper:
-        """Gives the optimizer the parameters of the wrapped model in place of those that it was built with."""
+        """Replace the optimizer's parameters by those of the wrapped model."""
         parts = {name.replace('_fsdp_wrapped_module.', ''): part for name, part in model.named_parameters()}
         for group in optim_wrapper.optimizer.param_groups:
             group['params'] = [parts[self.id_to_name[id(whole)]] for whole in group['params']]
@@ -89,15 +89,15 @@ class BlockFSDPStrategy(FSDPStrategy):
         return optim_wrapper
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        """Weights of the whole model; in other processes than the first, buffers alone."""
-        # Without the marks that FSDP leaves on them, which need pickle.
+        """Return the whole model's weights in the first process, only buffers in the others."""
+        # detach() drops the marks that FSDP leaves, which need pickle.
         return {name: value.detach() for name, value in super().model_state_dict().items()}
 
     def optim_state_dict(self) -> dict:
-        """The state of the whole optimizer, by the names of parameters; in other processes than the first, empty."""
+        """Return the whole optimizer's state by parameter name in the first process, and {} in the others."""
         return FSDP.optim_state_dict(self.model, self.optim_wrapper.optimizer)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Loads what :meth:`optim_state_dict` has returned."""
+        """Load what :meth:`optim_state_dict` has returned."""
         self.optim_wrapper.load_state_dict(
             FSDP.optim_state_dict_to_load(self.model, self.optim_wrapper.optimizer, state_dict))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run with one line that names the newest checkpoint.
+"""End a run at Ctrl-C or SIGTERM with one line that names the newest checkpoint.
 
 A training that :class:`..hooks.sigterm.SaveAtSigtermHook` watches saves before SIGTERM ends it.
 """
@@ -25,10 +25,10 @@ from ..files.resume import saved_checkpoints
 from ..files.weights_file import CheckpointError, UnsafeCheckpointError
 
 NAMES = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
-# Launchers repeat a signal for processes that have got it already; that comes within so many seconds.
+# Launchers repeat a signal for processes that have got it already, within this many seconds.
 REPEATED_WITHIN = 1.0
 
-# State of raised_signals(): whether SIGTERM is only noted, whether it was, and since when the process is ending.
+# State of raised_signals(): whether to defer SIGTERM, whether it was received, and since when the process is ending.
 signals = SimpleNamespace(sigterm_deferred=False, sigterm_received=False, ending_since=None)
 
 
@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
         signum (int): SIGINT or SIGTERM.
 
     Attributes:
-        advice (str): What the message says after the name of the signal.
+        advice (str): Text of the message after the name of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -63,12 +63,12 @@ def raised_signals() -> Iterator[None]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
-            # A forked child: the main process, which gets Ctrl-C too, ends it.
+            # In a forked child: the main process, which gets Ctrl-C too, ends it.
             if signum == signal.SIGTERM:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
-        # PyTorch's own handler raises an error when the signal has ended a data worker too. SIG_IGN would make Python
+        # PyTorch's own handler raises an error if the signal has also ended a data worker. SIG_IGN would make Python
         # report an error for a SIGCHLD that has already arrived.
         signal.signal(signal.SIGCHLD, lambda *_: None)
         if signum == signal.SIGTERM and signals.sigterm_deferred:
@@ -90,12 +90,12 @@ def raised_signals() -> Iterator[None]:
 
 
 def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
-    """Begin a data worker that only the main process ends: it needs batches until it has saved.
+    """Set up a data worker that only the main process ends, because saving may need further batches.
 
     Slurm and torchrun signal all processes of a run, and a terminal sends Ctrl-C to all.
 
     Args:
-        begin (Callable | None): What else the data loader has its workers do at first.
+        begin (Callable | None): What else the data loader makes its workers do at first.
         number (int): Number of the worker.
     """
     if begin is not None:
@@ -103,13 +103,13 @@ def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
     report = sys.excepthook
 
     def report_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # A main process that ends while it takes a batch breaks the connection.
+        # The connection breaks if the main process ends while it takes a batch.
         if not issubclass(kind, ConnectionError):
             report(kind, error, trace)
 
     sys.excepthook = report_others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+    if hasattr(signal, 'sigwaitinfo'):  # macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_at_sigterm_of_parent, daemon=True).start()
 
@@ -117,13 +117,13 @@ def begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
 def _exit_at_sigterm_of_parent() -> NoReturn:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
-    os._exit(0)  # PyTorch takes another code for an error
+    os._exit(0)  # PyTorch treats any other code as an error
 
 
 def leave(interrupted: Interrupted, message: str | None) -> NoReturn:
     """Print the message, if this process has one, and end the process without a traceback.
 
-    The exit code is that of a shell whose program was ended by the signal.
+    The exit code is what a shell reports for a program that the signal ended.
     """
     if message:
         print(message, file=sys.stderr, flush=True)
@@ -139,7 +139,7 @@ def leave(interrupted: Interrupted, message: str | None) -> NoReturn:
 def exit_without_finalizing(code: int) -> NoReturn:
     """End one of several processes with this exit code, while the others end or have ended.
 
-    The interpreter is not shut down: gloo's threads would abort it now and then, and torchrun see another exit code.
+    The interpreter is not shut down: gloo's threads would sometimes abort it, and torchrun would see another exit code.
     """
     _end_logs_and_workers()
     sys.stdout.flush()
@@ -154,7 +154,7 @@ def _end_logs_and_workers() -> None:
 
 @contextmanager
 def report_on_interrupt(runner: Runner, trains: bool = True) -> Iterator[None]:
-    """Have a signal within a training or a test save what is to be saved, and name the newest checkpoint.
+    """Save what is to be saved when a signal ends a training or a test, and name the newest checkpoint.
 
     Args:
         runner (Runner): Runner of the training or test.
@@ -164,13 +164,13 @@ def report_on_interrupt(runner: Runner, trains: bool = True) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            # Most likely SIGTERM has ended a data worker or another process, whose loss this error reports.
+            # Most likely SIGTERM has ended a data worker or another process, and this error reports the loss.
             if signals.sigterm_received:
                 raise Interrupted(signal.SIGTERM) from error
             signals.sigterm_deferred = False
             raise
     except Interrupted as interrupted:
-        signals.sigterm_deferred = True  # a repeated one must not end the save
+        signals.sigterm_deferred = True  # a repeated signal must not end the save
         signals.ending_since = signals.ending_since or time.monotonic()
         if interrupted.signum == signal.SIGTERM:
             for hook in runner.hooks:

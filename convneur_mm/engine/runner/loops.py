@@ -1,9 +1,9 @@
-"""Training loops that go on, after a run has been resumed, as if it had never ended.
+"""Training loops that continue a resumed run as if it had never ended.
 
-MMEngine saves no states of random number generators, and none could be saved of data workers that are some batches
-ahead. Here nothing depends on what was drawn before: all generators are seeded anew for each sample and for each step,
-by the seed of the run, the rank, the number of the iteration, and the sample's place in the batch. So a training also
-ends with the same weights whatever the number of its data workers.
+MMEngine saves no states of random number generators, and could not save those of data workers, which are some batches
+ahead. Here nothing depends on earlier draws: all generators are seeded anew for each sample and for each step, by the
+seed of the run, the rank, the iteration, and the sample's place in the batch. So the number of data workers does not
+change the weights of a training either.
 """
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-# MMEngine's loops, and those that the tools use instead.
+# MMEngine's loops, and the loops that the tools use instead.
 RESUMABLE_LOOPS = dict(EpochBasedTrainLoop='ResumableEpochBasedTrainLoop',
                        IterBasedTrainLoop='ResumableIterBasedTrainLoop')
 
 
 def seeds_of(*key: int) -> list[int]:
-    """Seeds for Python, NumPy and PyTorch that differ from those of any other key of up to four numbers."""
+    """Return seeds for Python, NumPy and PyTorch that differ for each key of up to four numbers."""
     return np.random.SeedSequence(key).generate_state(3).tolist()
 
 
 def seed_sample(*key: int) -> None:
-    """Seeds what transforms of a data set draw from; not the generators of GPUs, which takes longer."""
+    """Seed what transforms of a data set draw from; skip the generators of GPUs, as that takes longer."""
     for_python, for_numpy, for_torch = seeds_of(*key)
     random.seed(for_python)
-    np.random.seed(for_numpy)  # noqa: NPY002 what mmcv and mmdet draw from
+    np.random.seed(for_numpy)  # noqa: NPY002 mmcv and mmdet draw from it
     torch.default_generator.manual_seed(for_torch)
 
 
 def seed_step(*key: int) -> None:
-    """Seeds what a model and the hooks draw from, on all devices."""
+    """Seed what a model and the hooks draw from, on all devices."""
     seed_sample(*key)
     torch.manual_seed(torch.initial_seed())
 
 
 class SeededIndices:
-    """Indices of a batch; before each of them is taken, the generators are seeded for its sample.
+    """Indices of a batch that seed the generators for each sample before its index is taken.
 
     Args:
-        indices (Sequence[int]): Of samples in the data set.
+        indices (Sequence[int]): Indices of samples in the data set.
         key (tuple[int, int, int]): (Seed, rank, iteration).
     """
 
@@ -59,19 +59,19 @@ class SeededIndices:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
-        for place, index in enumerate(self.indices, start=1):  # 0 is the step itself
+        for place, index in enumerate(self.indices, start=1):  # 0 is for the step
             seed_sample(*self.key, place)
             yield index
 
 
 class SeededBatchSampler(Sampler):
-    """Batches of another batch sampler as :class:`SeededIndices`, from any iteration on.
+    """Yield the batches of another batch sampler as :class:`SeededIndices`, from any iteration on.
 
     Args:
-        sampler (Sampler): Of the samples.
-        batch_size (int): Of each process.
+        sampler (Sampler): Sampler of the samples.
+        batch_size (int): Batch size of each process.
         batch_sampler (dict | None): Config of the other batch sampler. Defaults to one that takes samples in order.
-        drop_last (bool): Whether that one leaves out a last, smaller batch. Defaults to False.
+        drop_last (bool): Whether that default drops a last, smaller batch. Defaults to False.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, batch_sampler: dict | None = None, drop_last: bool = False
@@ -84,14 +84,14 @@ class SeededBatchSampler(Sampler):
         self.begin(0, 0, 0)
 
     def begin(self, seed: int, rank: int, iteration: int, skipped: int = 0, endless: bool = False) -> None:
-        """Sets what the next pass yields.
+        """Set what the next pass yields.
 
         Args:
-            seed (int): Of the run.
-            rank (int): Of this process.
+            seed (int): Seed of the run.
+            rank (int): Rank of this process.
             iteration (int): Number of the first batch in the whole training.
-            skipped (int): Batches before that one, of which no sample is loaded. Defaults to 0.
-            endless (bool): Whether one pass follows the other, each with the next epoch's order. Defaults to False.
+            skipped (int): Number of batches before that one, whose samples are not loaded. Defaults to 0.
+            endless (bool): Whether to repeat passes, each in the order of the next epoch. Defaults to False.
         """
         self._begin = (seed, rank), iteration, skipped, endless
 
@@ -115,10 +115,10 @@ class SeededBatchSampler(Sampler):
 
 
 def seeded_loader(runner: Runner, dataloader: dict) -> DataLoader:
-    """Builds a data loader as MMEngine does, with a :class:`SeededBatchSampler` around its batches.
+    """Build a data loader as MMEngine does, with a :class:`SeededBatchSampler` around its batches.
 
     Raises:
-        ValueError: If it is no config.
+        ValueError: If ``dataloader`` is not a config.
     """
     if not isinstance(dataloader, dict):
         raise ValueError(f'train_dataloader must be a config for this loop, got a {type(dataloader).__name__}')
@@ -132,42 +132,42 @@ def seeded_loader(runner: Runner, dataloader: dict) -> DataLoader:
 
 
 class _Resumable:
-    """What the two loops share."""
+    """Methods of both loops."""
 
-    # The seed that the data loader was built with.
+    # Seed with which the data loader was built.
     _seed: int
 
     def run(self) -> nn.Module:
-        """Runs the training."""
-        # That of a run which is resumed, and has no seed in its config, is known only now.
+        """Run the training."""
+        # Without a configured seed, a resumed run's seed is only known after loading.
         sampler = self.dataloader.batch_sampler.sampler
         if getattr(sampler, 'seed', None) == self._seed:
             sampler.seed = self.runner.seed
         model = super().run()
-        # Persistent data workers stay as long as there is an iterator, and a runner is in reference cycles: when these
-        # are collected PyTorch would wait up to five seconds for each.
+        # Persistent data workers live as long as their iterator, and a runner is in reference cycles: when these are
+        # collected, PyTorch would wait up to five seconds for each worker.
         for loop in (self, self.runner.val_loop):
             if isinstance(getattr(loop, 'dataloader', None), DataLoader):
                 loop.dataloader._iterator = None
         return model
 
     def run_iter(self, *args: Any) -> None:
-        """Runs one iteration."""
+        """Seed and run one iteration."""
         seed_step(self.runner.seed, self.runner.rank, self._iter)
         super().run_iter(*args)
 
 
 @LOOPS.register_module()
 class ResumableEpochBasedTrainLoop(_Resumable, EpochBasedTrainLoop):
-    """MMEngine's ``EpochBasedTrainLoop``, in which a resumed training ends with the weights of one that never ended.
+    """MMEngine's ``EpochBasedTrainLoop``, but a resumed training ends with the same weights as an uninterrupted one.
 
     Args:
-        runner (Runner): Of the training.
+        runner (Runner): Runner of the training.
         dataloader (dict): Config of the data loader.
         **kwargs: See :class:`EpochBasedTrainLoop`.
 
     Attributes:
-        epoch_begin (int): Number of the first iteration of the epoch that is under way.
+        epoch_begin (int): Number of the first iteration of the current epoch.
     """
 
     def __init__(self, runner: Runner, dataloader: dict, **kwargs: Any) -> None:
@@ -176,29 +176,29 @@ class ResumableEpochBasedTrainLoop(_Resumable, EpochBasedTrainLoop):
         super().__init__(runner, seeded_loader(runner, dataloader), **kwargs)
 
     def skip_in_epoch(self, batches: int) -> None:
-        """Has the first epoch begin after as many batches."""
+        """Start the first epoch after this many batches."""
         self._skipped = batches
 
     def run_epoch(self) -> None:
-        """Runs an epoch, or what is left of it."""
+        """Run an epoch, or the rest of it."""
         self.epoch_begin = self._iter - self._skipped
         self.dataloader.batch_sampler.begin(self.runner.seed, self.runner.rank, self._iter, self._skipped)
         super().run_epoch()
         self._skipped = 0
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
-        """Runs an iteration, whose number within the epoch counts those that were skipped."""
+        """Run an iteration; its number within the epoch counts the skipped ones too."""
         super().run_iter(idx + self._skipped, data_batch)
 
 
 @LOOPS.register_module()
 class ResumableIterBasedTrainLoop(_Resumable, IterBasedTrainLoop):
-    """MMEngine's ``IterBasedTrainLoop``, in which a resumed training ends with the weights of one that never ended.
+    """MMEngine's ``IterBasedTrainLoop``, but a resumed training ends with the same weights as an uninterrupted one.
 
-    MMEngine would load all data up to the iteration that is resumed from, and drop it. Here indices alone are taken.
+    MMEngine would load and drop all data before the iteration to resume from. Here only indices are taken.
 
     Args:
-        runner (Runner): Of the training.
+        runner (Runner): Runner of the training.
         dataloader (dict): Config of the data loader.
         **kwargs: See :class:`IterBasedTrainLoop`.
     """
@@ -206,23 +206,23 @@ class ResumableIterBasedTrainLoop(_Resumable, IterBasedTrainLoop):
     def __init__(self, runner: Runner, dataloader: dict, **kwargs: Any) -> None:
         self._seed = runner.seed
         loader = seeded_loader(runner, dataloader)
-        # MMEngine may iterate what it gets at once.
+        # MMEngine may iterate over its loader at once.
         super().__init__(runner, DataLoader(loader.dataset), **kwargs)
         self.dataloader = loader
-        # A setting of the maintained fork, without which it drops batches below.
+        # If this is off, the maintained fork drops batches by skip_iter() below.
         self.fast_forward_on_resume = False
 
     def run(self) -> nn.Module:
-        """Runs the training from the iteration that was resumed."""
+        """Run the training from the iteration that was resumed."""
         self.dataloader.batch_sampler.begin(self.runner.seed, self.runner.rank, self._iter, self._iter, endless=True)
         self.dataloader_iterator = _LaterBatches(self.dataloader, self._iter)
         model = super().run()
-        self.dataloader_iterator = None  # its workers end
+        self.dataloader_iterator = None  # ends its workers
         return model
 
 
 class _LaterBatches:
-    """Batches of a loader, for a loop that drops those before the iteration that is resumed, which are not in it."""
+    """Iterate over a loader, but first yield None for the batches that a resuming loop drops."""
 
     def __init__(self, loader: DataLoader, dropped: int) -> None:
         self._loader = loader
@@ -230,7 +230,7 @@ class _LaterBatches:
         self._iterator: Iterator | None = None
 
     def skip_iter(self, batches: int) -> None:
-        """Drops as many: what the maintained fork calls."""
+        """Drop batches; the maintained fork calls this."""
         self._dropped -= batches
 
     def __next__(self) -> Any:

@@ -1,4 +1,4 @@
-"""What the recipes need of optimizers beyond MMEngine's own."""
+"""Parts of optimizers that the recipes need beyond MMEngine's own."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from torch import nn
 class GroupingConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's constructor with two differences.
 
-    ``flat_decay_mult`` also holds where a custom key names no ``decay_mult``. MMEngine's ignores it there: a key that
+    ``flat_decay_mult`` also applies if a custom key has no ``decay_mult``. MMEngine's ignores it there: a key that
     gives a head another learning rate makes the head's norms, biases and single factors decay.
 
-    Parameters of the same options share a group. MMEngine's gives each its own, and PyTorch updates groups one by one.
+    Parameters with the same options share a group. MMEngine's gives each its own, and PyTorch updates them one by one.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
                    is_dcn_module: bool | None = None) -> None:
-        """Adds the groups of a module's parameters to ``params``; MMEngine calls it for its children in turn."""
+        """Add the groups of a module's parameters to ``params``; MMEngine calls this for its children in turn."""
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         if prefix:
             return
@@ -31,7 +31,7 @@ class GroupingConstructor(DefaultOptimWrapperConstructor):
         groups: dict[str, dict] = {}
         for group in params:
             param, = group.pop('params')
-            # A group keeps the options of its key.
+            # A group holds the options of its custom key.
             by_key = 'lr_mult' in group and 'decay_mult' not in group
             if by_key and param.ndim < 2 and flat_decay_mult is not None and self.base_wd is not None:
                 group['weight_decay'] = self.base_wd * flat_decay_mult
@@ -41,7 +41,7 @@ class GroupingConstructor(DefaultOptimWrapperConstructor):
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Mixed precision in bfloat16, on CPUs too.
+    """Train in mixed precision with bfloat16, also on CPUs.
 
     bfloat16 has the range of float32, so no loss is scaled. MMEngine's AmpOptimWrapper always has a scaler for the loss
     and refuses CPUs. Arguments are those of MMEngine's :class:`OptimWrapper`.
@@ -49,6 +49,6 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """See :meth:`OptimWrapper.optim_context`."""
+        """Autocast to bfloat16; see :meth:`OptimWrapper.optim_context`."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

@@ -1,8 +1,8 @@
 """Keep the hundreds of lines that a run logs before its first step off the console.
 
 MMEngine writes the config, the environment, its table of hooks and the options of each parameter both to the log file
-and to the console. Here the file keeps all of it and the console shows :mod:`..hooks.start_summary` instead. Nothing of
-this happens unless a run is started through :mod:`..launch` and :func:`build_runner`, as the tools do.
+and to the console. Here the file keeps all of it and the console shows :mod:`..hooks.start_summary` instead. This only
+happens if a run is started through :mod:`..launch` and :func:`build_runner`, as the tools do.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..checks.data_files import name_faulty_files, naming_annotations
 from .interrupts import begin_worker
 from .written_config import lay_out_once
 
-# Handed to a logger as ``extra``, this shows a record on the console before the first batch too.
+# As ``extra`` of a logger's call, this shows a record on the console before the first batch too.
 ON_CONSOLE = dict(on_console=True)
 
 
@@ -43,7 +43,7 @@ class QuietRunner(Runner):
     """A Runner whose console has a :class:`ConsoleFilter`, unless ``log_level`` is 'DEBUG'."""
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
-        """See :meth:`Runner.build_logger`; right after it, the Runner logs the environment and the config."""
+        """Filter the console from now on, before the Runner logs the config; see :meth:`Runner.build_logger`."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if not isinstance(handler, logging.FileHandler) and handler.level >= logging.INFO:
@@ -52,9 +52,9 @@ class QuietRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
-        """See :meth:`Runner.build_dataloader`; errors of the data set, and of its pipeline later, name the file.
+        """Make errors of the data set and of its pipeline name the file; see :meth:`Runner.build_dataloader`.
 
-        The data workers outlive signals until the main process ends them.
+        The data workers ignore signals until the main process ends them.
         """
         with naming_annotations(dataloader):
             loader = Runner.build_dataloader(dataloader, *args, **kwargs)
@@ -73,9 +73,9 @@ def end_of_start(logger: logging.Logger) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the Runner of a config: a :class:`QuietRunner`, or what its ``runner_type`` names, which logs as it does.
+    """Build the Runner of a config: a :class:`QuietRunner`, or its ``runner_type``, which logs in its own way.
 
-    The first process alone writes the file of a test's metrics; MMEngine has all processes write to it at once.
+    Only the first process writes the file of a test's metrics; MMEngine has all processes write to it at once.
     """
     lay_out_once()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)

@@ -1,20 +1,20 @@
-"""Configs as MMEngine writes them into checkpoints and work dirs: quickly, and read without running them."""
+"""Format configs quickly for checkpoints and work dirs, and read such texts without running them."""
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 from functools import cache
 
-# Of a model's config: what its weights start from and how it is trained and tested, not what it computes.
+# Keys of a model's config for its initial weights and its training and testing, not for what it computes.
 NOT_COMPARED = ('init_cfg', 'pretrained', 'train_cfg', 'test_cfg', 'data_preprocessor')
 
 
 @cache
 def lay_out_once() -> None:
-    """From now on, ``Config.pretty_text`` lays out equal settings once: a run asks five times for that of its own."""
+    """Make ``Config.pretty_text`` format equal settings only once; a run asks for its own five times."""
     from mmengine.config import config
     from yapf.yapflib import yapf_api
-    # MMEngine 0.10.7 has the name from its import on, and its fork imports it as late as it is called.
+    # MMEngine 0.10.7 imports the name with its module, and its fork at each call.
     place = config if hasattr(config, 'FormatCode') else yapf_api
     format_code, found = place.FormatCode, {}
 
@@ -28,14 +28,13 @@ def lay_out_once() -> None:
 
 
 def written_settings(text: str) -> dict:
-    """The values of a config as ``Config.pretty_text`` has it.
+    """Return the values in a config's text as ``Config.pretty_text`` writes it.
 
     Args:
         text (str): Python source that assigns plain values, also within ``dict(…)``, to names.
 
     Returns:
-        dict: Value by name, tuples as lists. An expression of another kind becomes its source. {} if the text is no
-        Python.
+        dict: Value by name, with tuples as lists and other expressions as their source. {} if the text is not Python.
     """
     try:
         body = ast.parse(text).body
@@ -47,7 +46,7 @@ def written_settings(text: str) -> dict:
 
 def _value(node: ast.expr) -> object:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
-        # Keys that are no identifiers stand in braces: dict({'neck.': 1}).
+        # Keys that are not identifiers are in braces: dict({'neck.': 1}).
         values = {name: value for inner in node.args for name, value in _value(inner).items()}
         return values | {keyword.arg: _value(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict):
@@ -61,16 +60,16 @@ def _value(node: ast.expr) -> object:
 
 
 def model_differences(there: object, here: object, key: str = 'model') -> Iterator[str]:
-    """What two models compute differently, by their settings.
+    """Yield what two models compute differently, by their settings.
 
     Args:
-        there (object): Settings of the one, as :func:`written_settings` returns them.
-        here (object): Of the other.
-        key (str): What the settings are called. Defaults to 'model'.
+        there (object): Settings of one model, as :func:`written_settings` returns them.
+        here (object): Settings of the other model.
+        key (str): Name of the settings. Defaults to 'model'.
 
     Yields:
         str: A key with its two values. Initial weights and the settings of training and testing are not compared, and
-        SyncBN is taken for BN, which replaces it on a CPU.
+        SyncBN counts as BN, which replaces it on a CPU.
     """
     if isinstance(there, dict) and isinstance(here, dict):
         for name in sorted({*there, *here} - {*NOT_COMPARED}, key=str):
@@ -83,7 +82,7 @@ def model_differences(there: object, here: object, key: str = 'model') -> Iterat
 
 
 def started_from(settings: object) -> list[str]:
-    """The files of weights that a config's settings name, as ``init_cfg.checkpoint`` or ``load_from``."""
+    """Return the weights files that a config's settings name, as ``init_cfg.checkpoint`` or ``load_from``."""
     if isinstance(settings, list):
         return [name for item in settings for name in started_from(item)]
     if not isinstance(settings, dict):
