@@ -69,6 +69,8 @@ def training(task: str, folder: Path, iterations: int) -> dict:
     pipeline[number] = SIZES[task]
     if task == 'segmentor':
         cfg.model.data_preprocessor.update(size=None, size_divisor=32)
+        # With weights of classes, mmseg 1.2 fails at the pixels that pad a picture.
+        cfg.model.decode_head.loss_decode.class_weight = None
     for split in 'train', 'val':
         cfg[f'{split}_dataloader'].update(batch_size=2, num_workers=1, persistent_workers=split == 'train')
     by_epoch = 'max_epochs' in cfg.train_cfg

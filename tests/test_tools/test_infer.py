@@ -270,7 +270,7 @@ class TestErrors:
     def test_of_devices_and_configs(self, run, photos, monkeypatch):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         for options, config, message in ((['--device', 'cuda'], None, "device 'cuda': no GPU, "),
-                                         (['--device', 'gpu'], None, 'device must be cpu, cuda or '),
+                                         (['--device', 'gpu'], None, 'device must be one of cpu, cuda on this machine'),
                                          ([], 'nowhere', "no config 'nowhere'")):
             code, _, err = run('classifier', 'photos', *options, config=config)
             assert code == 2

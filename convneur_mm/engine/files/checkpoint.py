@@ -222,8 +222,9 @@ def _guess(differences: Differences, classes: tuple[int, int] | None) -> str:
     if differences.missing:
         return f'. Another {"head" if "head" in differences.missing[0].split(".")[0] else "model"}?'
     if all(there[1:] == here[1:] for there, here in reshaped.values()):
-        numbers = f': {classes[0]} there, {classes[1]} here' if classes and classes[0] != classes[1] else ''
-        return f'. Other classes{numbers}?'
+        numbers = (f' The checkpoint has {classes[0]}, the config {classes[1]}.'
+                   if classes and classes[0] != classes[1] else '')
+        return f'. Different classes?{numbers}'
     return ''
 
 

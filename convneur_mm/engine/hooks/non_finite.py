@@ -85,7 +85,7 @@ class NonFiniteLossHook(Hook):
             raise LaunchError(f'{what}, after {self.max_skips} batches were left out (max_skips): look at the images, '
                               'lower optim_wrapper.optimizer.lr, or set optim_wrapper.clip_grad')
         runner.message_hub.update_info(SKIPPED, skipped)
-        runner.logger.warning(f'{what}: the batch is left out, the {skipped}. of at most {self.max_skips} (max_skips)')
+        runner.logger.warning(f'{what}: skipping this batch ({skipped} of at most {self.max_skips}, max_skips)')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the weights: a gradient may not be finite although this process's loss is.

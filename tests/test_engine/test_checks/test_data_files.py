@@ -276,13 +276,13 @@ def test_errors_of_annotations_name_the_file(loader, name):
 
 @pytest.mark.parametrize('loader, named', [
     (dict(sampler=dict(type='NoSuchSampler')), 'NoSuchSampler'), (dict(batch_size='two'), 'batch_size')])
-def test_other_errors_keep_their_traceback(loader, named, existing):
+def test_other_errors_are_those_of_the_loader(loader, named, existing):
     """They are not of the annotations, whose file is none the wiser."""
-    dataset = Pictures([picture(existing)])
     settings = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'))
-    with pytest.raises(Exception, match=named) as error, naming_annotations(dict(dataset=dict(ann_file='a.json'))):
-        Runner.build_dataloader(dict(settings, dataset=dataset, **loader))
-    assert not isinstance(error.value, LaunchError)
+    with pytest.raises(LaunchError, match=f'^a data loader cannot be built: .*{named}') as error, naming_annotations(
+            dict(dataset=dict(ann_file='a.json'))):
+        Runner.build_dataloader(dict(settings, dataset=Pictures([picture(existing)]), **loader))
+    assert 'a.json' not in str(error.value) and error.value.__cause__ is not None
 
 
 @TRANSFORMS.register_module()

@@ -276,11 +276,12 @@ class TestDifferences:
          'Another head?'),
         ({'neck.head': (2,)}, {}, None, 'neck: 1 of 1 weights missing. Another model?'),
         ({'neck.a': (2,), 'head.b': (2, 4)}, {'neck.a': (2,), 'head.b': (3, 4)}, None,
-         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Other classes?'),
+         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Different classes?'),
         ({'head.b': (2, 4)}, {'head.b': (3, 4)}, (3, 2),
-         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Other classes: 3 there, 2 here?'),
+         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Different classes? '
+         'The checkpoint has 3, the config 2.'),
         ({'head.b': (2, 4)}, {'head.b': (3, 4)}, (3, 3),
-         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Other classes?'),
+         'head: 1 of 1 of other shapes, such as head.b (3, 4) there, (2, 4) here. Different classes?'),
         ({'head.b': (2, 4)}, {'head.b': (2, 5)}, (3, 2),
          'head: 1 of 1 of other shapes, such as head.b (2, 5) there, (2, 4) here'),
     ])

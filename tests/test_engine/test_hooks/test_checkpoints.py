@@ -297,7 +297,7 @@ class TestModels:
         save(tiny_config('semantic_fpn', classes=9), tiny_config('semantic_fpn'))
         assert run('test', 'x.pth') == (
             'x.pth is not of this model: decode_head: 2 of 44 of other shapes, such as decode_head.conv_seg.weight '
-            '(9, 8, 1, 1) there, (7, 8, 1, 1) here. Other classes: 9 there, 7 here?')
+            '(9, 8, 1, 1) there, (7, 8, 1, 1) here. Different classes? The checkpoint has 9, the config 7.')
         # A training starts from it, and says which weights it does not use.
         assert run('train', '--cfg-options', 'load_from=x.pth') is None
         log = max(Path('work').glob('*/*.log')).read_text()

@@ -4,11 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import mmseg
 import pytest
 import torch
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.registry import TRANSFORMS
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from mmengine.utils import digit_version
 from torch import nn
 
 from convneur_mm.engine.hooks.label_range import Allowed, LabelRangeHook
@@ -53,8 +55,9 @@ class TestSegmentation:
             r'.*/labels/\d+\.png has label 11 after the pipeline: model\.decode_head takes 0 to 6 \(num_classes=7\) '
             r'and 255 \(ignore_index\); mend the label maps, or set num_classes .*; if 11 is no class, set '
             r'ignore_index=11 in the data sets, in all heads and in the evaluators$', train('semantic_fpn', change))
-        # With the head told, it passes.
-        assert train('semantic_fpn', change, **{'model.decode_head.ignore_index': 11}) is None
+        # With the head told, it passes; mmseg 1.2 fails at ignored pixels where classes have weights.
+        if digit_version(mmseg.__version__) >= digit_version('1.3'):
+            assert train('semantic_fpn', change, **{'model.decode_head.ignore_index': 11}) is None
 
     def test_classes_counted_from_one(self, train):
         def change(labels):

@@ -116,8 +116,8 @@ class TestLeftOut:
         moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
         assert moved == [True, False, True, True, True, False, True]  # batches 2 and 6 are broken, counted from 0
         assert all(value.isfinite().all() for value in weights)
-        assert ('loss is nan (loss_a) at iteration 3 in process 0, images unknown: the batch is left out, the 1. of at '
-                'most 2 (max_skips)') in max(Path('work').glob('*/*.log')).read_text()
+        assert ('loss is nan (loss_a) at iteration 3 in process 0, images unknown: skipping this batch (1 of at most '
+                '2, max_skips)') in max(Path('work').glob('*/*.log')).read_text()
 
     def test_up_to_a_number(self, train):
         with pytest.raises(LaunchError, match=r'^loss is nan \(loss_a\) at iteration 7 .*, after 1 batches were left '
