@@ -1,11 +1,11 @@
-"""What mkdocs is told by mkdocs.yml: docstrings name code by Sphinx's roles, which Markdown does not know."""
+"""Hook of mkdocs.yml that converts Sphinx's roles in docstrings, which Markdown does not know."""
 import re
 
 ROLES = re.compile(r':(?:attr|class|data|func|meth|mod):<code>([^<]*)</code>')
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """The HTML with ``ConvNeur`` in place of ``:class:`~convneur_mm.models.ConvNeur```."""
+    """Replace ``:class:`~convneur_mm.models.ConvNeur``` by ``ConvNeur`` in the HTML."""
     return ROLES.sub(lambda role: f'<code>{_shown(role[1])}</code>', html)
 
 

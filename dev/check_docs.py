@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-r"""Checks the commands, snippets and paths in README.md, CONTRIBUTING.md, tests/README.md and docs/.
+r"""Check the commands, snippets and paths in README.md, CONTRIBUTING.md, tests/README.md and docs/.
 
-    dev/check_docs.py                       # all pages; or the names of some
-    dev/check_docs.py --run                 # runs the commands too, on data and weights made for it: ten minutes
+    dev/check_docs.py                       # all pages, or the named ones
+    dev/check_docs.py --run                 # runs the commands too, on generated data and weights: ten minutes
     dev/check_docs.py --site site           # builds the site into a folder, with warnings as errors
 
-Commands are lines of ``bash`` blocks, and those in ``yaml`` ones: their tools, configs, files and options must be
-there. Configs in ``python`` blocks are read and their models built, other snippets are run in an empty folder, on
-random weights. What --run leaves out is listed with the reason.
+Commands are lines of ``bash`` blocks, and those in ``yaml`` blocks: their tools, configs, files and options must
+exist. Configs in ``python`` blocks are read and their models built; other snippets run in an empty folder, on random
+weights. Commands that --run skips are listed with the reason.
 """
 import argparse
 import ast
@@ -35,17 +35,17 @@ if __name__ == '__main__':
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ('README.md', 'CONTRIBUTING.md', 'tests/README.md', *sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / 'docs').rglob('*.md')))
-# Launchers in bash, and the tool that takes the rest of their arguments.
+# Bash launchers, and the tool that takes their remaining arguments.
 TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.sh': 'tools/train.py',
                     'tools/dist_test.sh': 'tools/test.py', 'tools/slurm_test.sh': 'tools/test.py',
                     'tools/quickstart.sh': 'tools/quickstart.py'}
-# Where options of several tools are defined, by the name that such a tool imports.
-FOLDERS = ('tools/', 'experiments/', 'dev/')  # of programs that pages may call by their path
+FOLDERS = ('tools/', 'experiments/', 'dev/')  # programs that pages may call by path
+# Files that define options of several tools, by the name that such a tool imports.
 SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
                   '_benchmark': 'tools/analysis/_benchmark.py'}
 OTHER_PROGRAMS = ('pip', 'pip-audit', 'uv', 'docker', 'test', '.venv/bin/python', '.venv/bin/pre-commit')
 
-# Of commands, by how they begin, why --run does not run them.
+# Why --run does not run a command, by the command's start.
 NOT_RUN = {
     'tools/quickstart.sh': 'takes ten minutes and more; tests/test_tools/test_quickstart.py runs it on less',
     'tools/run_tests.sh': 'is what CI runs',
@@ -76,15 +76,15 @@ NOT_RUN = {
     'tools/analysis/check_gpu.py': 'needs a GPU; tests/test_tools/test_check_gpu.py runs it in the interpreter',
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }
-# Appended by --run, so that minutes are enough.
+# Options that --run appends, to keep the run time to minutes.
 SHORTER = {'tools/analysis/scaling.py configs/convneur_m1_shapes.py --measure': ('--repeats', '1'),
            'experiments/precision.py': ('--iterations', '2', '--window', '1'),
            'experiments/gradient_tails.py': ('--samples', '2'), 'tools/train_custom.py': ('--epochs', '1'),
            'tools/infer.py CONFIG CHECKPOINT photos': ('--device', 'cpu'),
            'tools/infer.py CONFIG CHECKPOINT street.mp4': ('--device', 'cpu'), 'convneur-mm infer': ('--device', 'cpu')}
-CONFIG = 'semantic_fpn_convneur_m1_shapes'  # what the word CONFIG stands for
+CONFIG = 'semantic_fpn_convneur_m1_shapes'  # replaces the word CONFIG
 
-# What snippets of a page begin with: names that its text has introduced.
+# Code before a page's snippets: names that its text has introduced.
 PREAMBLES = {
     'docs/boundary.md': 'import numpy as np\npred = truth = np.zeros((8, 8), int)\n',
     'docs/stream.md': (
@@ -96,18 +96,18 @@ PREAMBLES = {
 
 
 class DocsError(ValueError):
-    """A page does not fit the code."""
+    """Raised if a page does not match the code."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """Fenced block of a page.
 
     Attributes:
-        page (str): The file, from the root of the checkout.
+        page (str): The file, relative to the checkout.
         line (int): Number of its first line.
-        language (str): What stands after the fence.
-        text (str): The lines within.
+        language (str): The word after the fence.
+        text (str): The lines inside.
     """
 
     page: str
@@ -119,7 +119,7 @@ class Block:
         return DocsError(f'{self.page}:{self.line}: {message}')
 
     def commands(self) -> Iterator[str]:
-        """Lines without comments, those that end in a backslash joined with the next."""
+        """Yield the lines without comments, joined where they end in a backslash."""
         for line in self.text.replace('\\\n', ' ').splitlines():
             command = shlex.join(shlex.split(line, comments=True))
             if command:
@@ -131,7 +131,7 @@ class Block:
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """The fenced blocks of a page."""
+    """Yield the fenced blocks of a page."""
     lines = (ROOT / page).read_text(encoding='utf-8').splitlines()
     start = None
     for number, line in enumerate(lines, start=1):
@@ -145,12 +145,12 @@ def blocks(page: str) -> Iterator[Block]:
         raise DocsError(f'{page}:{start}: the block has no end')
 
 
-# ---- what can be seen without running anything
+# ---- static checks
 
 
 @cache
 def options_of(path: str) -> frozenset[str]:
-    """The options that a tool defines, itself or by what it shares with others; those a script in bash speaks of."""
+    """Return the options that a tool or its shared modules define, or that a bash script mentions."""
     if path.endswith('.sh'):
         return frozenset(re.findall(r'(?<!\S)--[a-z-]+', (ROOT / path).read_text(encoding='utf-8')))
     tree = ast.parse((ROOT / path).read_text(encoding='utf-8'))
@@ -167,10 +167,10 @@ def options_of(path: str) -> frozenset[str]:
 
 
 def check_command(block: Block, command: str) -> None:
-    """Looks for the program, the files and the options.
+    """Check that the program, the files and the options exist.
 
     Raises:
-        DocsError: If something is not there.
+        DocsError: If one of them does not exist.
     """
     from convneur_mm.cli import find_tools
     from convneur_mm.paths import config_root
@@ -205,15 +205,15 @@ def check_command(block: Block, command: str) -> None:
 
 
 def check_paths(page: str) -> None:
-    """Looks for files of the repository that a page names, in its text or in links.
+    """Check that the files of the repository that a page names or links to exist.
 
     Raises:
-        DocsError: If one is not there.
+        DocsError: If one does not exist.
     """
     text = (ROOT / page).read_text(encoding='utf-8')
     folders = 'tools|experiments|dev|configs|docs|tests|convneur_mm|requirements|docker'
     named = re.findall(rf'`((?:{folders})/[\w./-]*\w)[` ]', text)
-    named = [name for name in named if not re.search(r'[_/][XY]\b', name)]  # which stand for any
+    named = [name for name in named if not re.search(r'[_/][XY]\b', name)]  # X and Y are placeholders
     linked = [link for link in re.findall(r'\]\(([^)#\s]+)', text) if '://' not in link]
     for name, base in [*((name, ROOT) for name in named), *((link, (ROOT / page).parent) for link in linked)]:
         if not (base / name).exists():
@@ -224,7 +224,7 @@ def check_paths(page: str) -> None:
 
 
 def check_config(block: Block, folder: Path) -> None:
-    """Reads a config and builds its model, or its backbone if that is all there is of one.
+    """Read a config and build its model, or its backbone if it has nothing else.
 
     Raises:
         DocsError: If that fails.
@@ -243,12 +243,12 @@ def check_config(block: Block, folder: Path) -> None:
 
 
 def check_yaml(block: Block) -> None:
-    """Parses a block, and looks at its commands as at those of ``bash`` blocks.
+    """Parse a block, and check its commands like those of ``bash`` blocks.
 
     Commands are lists of words, or bash, -c and a script, under the key ``command``.
 
     Raises:
-        DocsError: If a program, file or option is not there.
+        DocsError: If a program, file or option does not exist.
     """
     import yaml
     nodes = [yaml.safe_load(block.text)]
@@ -262,13 +262,13 @@ def check_yaml(block: Block) -> None:
 
 
 def check_program(block: Block, folder: Path, stand_ins: 'StandIns') -> None:
-    """Runs a snippet in ``folder``.
+    """Run a snippet in ``folder``.
 
     Raises:
         DocsError: If that fails.
     """
     text = PREAMBLES.get(block.page, '') + block.text
-    # Weights and pictures of the reader's own, and the reader's GPU.
+    # Replace the reader's own weights and pictures, and the reader's GPU.
     text = text.replace("device='cuda'", "device='cpu'")
     for name in re.findall(r"'([^']+\.jpg)'", text):
         stand_ins.picture(folder / name)
@@ -290,7 +290,7 @@ def check_program(block: Block, folder: Path, stand_ins: 'StandIns') -> None:
 
 
 class StandIns:
-    """Weights, pictures and data sets in a folder, made when they are first asked for.
+    """Weights, pictures and data sets in a folder, for use in place of the reader's.
 
     Args:
         folder (Path): The folder.
@@ -300,7 +300,7 @@ class StandIns:
         self.folder = folder
 
     def checkpoint(self, config: str) -> Path:
-        """Random weights of a config's model."""
+        """Save random weights of a config's model."""
         import torch
 
         from convneur_mm.apis import init_model
@@ -311,7 +311,7 @@ class StandIns:
         return path
 
     def picture(self, path: Path) -> Path:
-        """A generated picture."""
+        """Save a generated picture."""
         import cv2
 
         from convneur_mm.datasets.shapes import single_scene_at
@@ -320,7 +320,7 @@ class StandIns:
         return path
 
     def video(self, path: Path) -> Path:
-        """Three frames."""
+        """Save a video of three frames."""
         import cv2
 
         from convneur_mm.datasets.shapes import single_scene_at
@@ -331,13 +331,13 @@ class StandIns:
         return path
 
     def data(self, path: Path, form: str) -> Path:
-        """A generated data set."""
+        """Generate a data set."""
         subprocess.run([sys.executable, ROOT / 'tools' / 'make_shapes.py', path, '--format', form, '--num-train', '12',
                         '--num-val', '6', '--image-size', '64'], check=True, capture_output=True)
         return path
 
     def source_weights(self, path: Path) -> Path:
-        """Random weights of timm's ConvNeXt-V2 Nano."""
+        """Save random weights of timm's ConvNeXt-V2 Nano."""
         import timm
         import torch
         torch.save(timm.create_model('convnextv2_nano').state_dict(), path)
@@ -345,15 +345,15 @@ class StandIns:
 
 
 def reason_not_to_run(command: str) -> str:
-    """Why --run leaves a command out; empty if it does not."""
+    """Return why --run skips a command; empty if it runs it."""
     return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), '')
 
 
 def run_command(command: str, folder: Path, stand_ins: StandIns) -> None:
-    """Runs a command in ``folder``, its words replaced by what they stand for.
+    """Run a command in ``folder``, with its placeholders replaced.
 
     Raises:
-        DocsError: With the end of what the command printed, if its exit code is not 0.
+        DocsError: If its exit code is not 0; gives the end of its output.
     """
     words = shlex.split(command)
     words += next((more for start, more in SHORTER.items() if command.startswith(start)), ())
@@ -392,15 +392,15 @@ def run_command(command: str, folder: Path, stand_ins: StandIns) -> None:
 
 
 def check(pages: Sequence[str], run: bool) -> list[str]:
-    """Errors of the pages, of which a line is printed for each block and command that was run or left out."""
+    """Return the errors of the pages, and print a line for each block and command that was run or skipped."""
     from mmengine.logging import MMLogger
-    MMLogger.get_current_instance().setLevel('ERROR')  # that weights are random, and the like
+    MMLogger.get_current_instance().setLevel('ERROR')  # hide warnings such as that of random weights
     warnings.simplefilter('ignore')
     errors = []
     with tempfile.TemporaryDirectory() as name:
         stand_ins = StandIns(Path(name))
         for page in pages:
-            folder = Path(name, page.replace('/', '-'))  # nobody follows two pages in one
+            folder = Path(name, page.replace('/', '-'))  # a folder for each page, because pages are independent
             folder.mkdir()
             for link in ('tools', 'configs', 'requirements'):
                 (folder / link).symlink_to(ROOT / link)
@@ -414,14 +414,14 @@ def check(pages: Sequence[str], run: bool) -> list[str]:
 
 
 def check_block(block: Block, folder: Path, stand_ins: StandIns, run: bool) -> list[str]:
-    """Errors of a block."""
+    """Return the errors of a block."""
     errors = []
 
     def attempt(what: str, function, *args) -> None:
         started = time.monotonic()
         try:
             function(*args)
-        except Exception as error:  # of a snippet it may be any
+        except Exception as error:  # a snippet may raise anything
             known = isinstance(error, DocsError)
             message = str(error) if known else f'{type(error).__name__}: {error}'
             where = f'{block.page}:{block.line}'
@@ -457,10 +457,10 @@ def check_block(block: Block, folder: Path, stand_ins: StandIns, run: bool) -> l
 
 
 def build_site(folder: Path) -> None:
-    """Builds the site, with warnings as errors.
+    """Build the site, with warnings as errors.
 
     Raises:
-        DocsError: With mkdocs' last lines, if it finds something wrong.
+        DocsError: If mkdocs finds an error; gives its last lines.
     """
     command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', folder.resolve()]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'}, capture_output=True,

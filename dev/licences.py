@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The licences of all packages that this environment has for the project, as a table in docs/dependencies.md.
+"""Write the licences of all packages that this environment has for the project to docs/dependencies.md.
 
     dev/licences.py            # writes the table
-    dev/licences.py --check    # says what differs, and exits with 1 if anything does
+    dev/licences.py --check    # prints the differences, and exits with 1 if there are any
 
-What counts are the requirements of the primary stack and of its tests, and all that those need in turn. A licence is
-what the package says in its metadata.
+The table covers the requirements of the primary stack and of its tests, and their dependencies. A licence is read from
+the package's metadata.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'dependencies.md'
 BEGIN, END = '<!-- licences: begin -->\n', '<!-- licences: end -->\n'
 SETS = {'use': ('primary.txt',), 'tests and documentation': ('tests_all.txt', 'build.txt')}
-# What different packages call the same licence.
+# Short names for the different spellings of a licence.
 SHORT = {'Apache Software License': 'Apache-2.0', 'Apache 2.0': 'Apache-2.0', 'Apache License 2.0': 'Apache-2.0',
          'Apache License': 'Apache-2.0', 'Apache 2': 'Apache-2.0', 'LicenseRef-Apache-2.0': 'Apache-2.0',
          'MIT License': 'MIT', 'BSD License': 'BSD', '3-Clause BSD License': 'BSD-3-Clause',
@@ -34,7 +34,7 @@ SHORT = {'Apache Software License': 'Apache-2.0', 'Apache 2.0': 'Apache-2.0', 'A
 
 
 def requirements(names: Iterable[str]) -> list[Requirement]:
-    """Those of files in ``requirements/``, and of the files that these name."""
+    """Read the requirements of files in ``requirements/``, and of the files that these include."""
     found = []
     for name in names:
         text = (ROOT / 'requirements' / name).read_text(encoding='utf-8')
@@ -45,10 +45,10 @@ def requirements(names: Iterable[str]) -> list[Requirement]:
 
 
 def closure(asked: Iterable[Requirement]) -> dict[str, metadata.Distribution]:
-    """The installed packages that are asked for, and all that they need, by name.
+    """Return the requested packages and all their installed dependencies, by name.
 
     Raises:
-        ValueError: If one that is asked for is not installed.
+        ValueError: If a requested package is not installed.
     """
     found: dict[str, metadata.Distribution] = {}
     left = [(requirement, True) for requirement in asked]
@@ -64,14 +64,14 @@ def closure(asked: Iterable[Requirement]) -> dict[str, metadata.Distribution]:
             except metadata.PackageNotFoundError:
                 if needed:
                     raise ValueError(f'{name} is not installed in {sys.prefix}: tools/setup_env.sh') from None
-                continue  # a package that was given another form, as those of PyTorch's builds for CPUs
+                continue  # an alternative build lacks this package, such as PyTorch's CPU builds
             left += [(Requirement(line), False) for line in found[name].requires or []
                      if 'extra ==' not in line or requirement.extras]
     return found
 
 
 def licence(package: metadata.Distribution) -> str:
-    """One line: the expression, else what the classifiers say, else the free text, or what the text is called."""
+    """Return the licence in one line: its expression, else its classifiers, else its free text or that text's title."""
     about = package.metadata
     if about.get('License-Expression'):
         names = [about['License-Expression']]
@@ -88,7 +88,7 @@ def licence(package: metadata.Distribution) -> str:
 
 
 def title_of(text: str) -> str:
-    """What a licence's text is called; '' for others than the usual ones."""
+    """Return the name of a licence's text; '' if it is not a usual one."""
     text = re.sub(r'\s+', ' ', text)
     return next((name for words, name in (
         ('Apache License Version 2.0', 'Apache-2.0'), ('Permission is hereby granted, free of charge', 'MIT'),
@@ -97,7 +97,7 @@ def title_of(text: str) -> str:
 
 
 def rows() -> dict[str, tuple[str, str]]:
-    """Licence and first use of every package."""
+    """Return the licence and first use of every package."""
     found: dict[str, tuple[str, str]] = {}
     for use, files in SETS.items():
         for name, package in closure(requirements(files)).items():
@@ -111,7 +111,7 @@ def table(lines: dict[str, tuple[str, str]]) -> str:
 
 
 def read(page: str) -> dict[str, tuple[str, str]]:
-    """The rows of a table that is there."""
+    """Read the rows of the page's current table."""
     cells = [[cell.strip() for cell in line.strip('|\n').split('|')]
              for line in page.partition(BEGIN)[2].partition(END)[0].splitlines()[2:]]
     return {name: (text, use) for name, text, use in cells}
@@ -127,7 +127,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f'licences: error: {error}')
     if args.check:
-        # A package that only other systems or Pythons need has a row all the same.
+        # Packages only needed on other systems or Pythons may keep their rows.
         wrong = [f'{name}: {written.get(name)} in {PAGE.name}, {row} here' for name, row in sorted(found.items())
                  if written.get(name) != row]
         sys.exit('\n'.join(wrong) or 0)

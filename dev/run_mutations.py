@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Changes the package in one place at a time, and lists the changes that no test notices.
+"""Change the package in one place at a time, and list the changes that no test notices.
 
     dev/run_mutations.py                                     ops, models, engine, checks of data and of the stack
     dev/run_mutations.py convneur_mm/stack.py                one file, or a folder
-    dev/run_mutations.py --survivors convneur_mm/stack.py    after new tests: what survived, again
-    dev/run_mutations.py --sample 300                        of all changes 300, drawn at random
+    dev/run_mutations.py --survivors convneur_mm/stack.py    after new tests: rerun what survived
+    dev/run_mutations.py --sample 300                        300 of all changes, drawn at random
 
-Needs requirements/mutation.txt. The changes (mutants) are cosmic-ray's, and so is the file that keeps the results: an
-interrupted run goes on where it was. tests/README.md says which changes are made, and which tests are run.
+Needs requirements/mutation.txt. The changes (mutants) and the results file are cosmic-ray's; an interrupted run can be
+continued. tests/README.md lists the kinds of changes and the tests that run.
 """
 import argparse
 import ast
@@ -37,7 +37,7 @@ if __name__ == '__main__':
 if importlib.util.find_spec('cosmic_ray') is None:
     sys.exit('run_mutations: error: cosmic-ray is not installed: python -m pip install -r requirements/mutation.txt')
 
-import parso  # noqa: F401  before cosmic_ray, which imports its parts in an order that fails
+import parso  # noqa: F401  import before cosmic_ray, whose own import order fails
 import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -51,7 +51,7 @@ from parso.tree import NodeOrLeaf
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = ('convneur_mm/ops', 'convneur_mm/models', 'convneur_mm/engine', 'convneur_mm/datasets/check',
          'convneur_mm/stack.py')
-# Tests of a module beside those of the same name: tests/test_X/test_Y.py for convneur_mm/X/Y.py.
+# Tests besides those of the same name, which are tests/test_X/test_Y.py for convneur_mm/X/Y.py.
 MORE_TESTS = {
     **{f'convneur_mm/ops/neural_memory/{name}.py': ['tests/test_models/test_neural_memory.py', *(
         f'tests/test_ops/test_{test}.py' for test in tests)] for name, tests in dict(
@@ -71,13 +71,13 @@ MORE_TESTS = {
     'convneur_mm/datasets/check/coco.py': ['tests/test_datasets/test_check/test_images.py'],
     'convneur_mm/datasets/check/folders.py': ['tests/test_datasets/test_check/test_images.py'],
 }
-# Imported once, before the process forks for each mutant; the package itself is not among them.
+# Imported once, before the process forks for each mutant; must not include the package itself.
 SLOW_IMPORTS = ('torch', 'torchvision', 'mmengine.runner', 'mmcv.ops', 'mmdet.models', 'mmdet.datasets',
                 'mmdet.evaluation', 'mmseg.models', 'mmseg.datasets', 'mmseg.evaluation', 'mmpretrain.models',
                 'mmpretrain.datasets', 'mmpretrain.evaluation', 'timm', 'hypothesis.extra.numpy', 'PIL.Image')
 COPIED = ('convneur_mm', 'configs', 'tests', 'tools', 'experiments', 'dev', 'docs', 'requirements', 'setup.py',
           'pyproject.toml', 'README.md', 'LICENSE', 'model-index.yml')
-# Plain asserts, as nobody reads what they compared, and rewriting them takes half of a short run.
+# Plain asserts: nobody reads the compared values, and rewriting asserts takes half of a short run.
 PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:randomly',
                   '-p', 'no:xdist')
 
@@ -86,7 +86,7 @@ PYTEST_OPTIONS = ('-x', '-q', '--tb=line', '--assert=plain', '-p', 'no:cacheprov
 
 
 class RemoveKeyword(Operator):
-    """Leaves a keyword argument out of a call, so that an option is ignored."""
+    """Removal of a keyword argument from a call, so that an option is ignored."""
 
     @staticmethod
     def _found(node: NodeOrLeaf) -> list[int]:
@@ -96,7 +96,7 @@ class RemoveKeyword(Operator):
                 if child.type == 'argument' and len(child.children) == 3 and child.children[1].value == '=']
 
     def mutation_positions(self, node: NodeOrLeaf) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        # A list, as cosmic-ray changes the node before it has taken all.
+        # Return a list, because cosmic-ray changes the node while it iterates.
         return [(node.children[i].start_pos, node.children[i].end_pos) for i in self._found(node)]
 
     def mutate(self, node: NodeOrLeaf, index: int) -> NodeOrLeaf:
@@ -111,7 +111,7 @@ class RemoveKeyword(Operator):
 
 
 class RemoveCall(Operator):
-    """Leaves out a statement that is only a call, such as a check or the registration of a hook."""
+    """Removal of a statement that is only a call, such as a check or the registration of a hook."""
 
     @staticmethod
     def _found(node: NodeOrLeaf) -> bool:
@@ -130,8 +130,8 @@ class RemoveCall(Operator):
         return ()
 
 
-# One or two replacements of an operator: all of cosmic-ray's, such as >> for +, mostly raise a TypeError, which any
-# test notices.
+# Use one or two replacements of each operator. Most others of cosmic-ray's, such as >> for +, raise a TypeError, which
+# any test notices.
 OPERATORS: dict[str, Operator] = {name: get_operator(f'core/{name}')() for name in (
     *(f'ReplaceBinaryOperator_{pair}' for pair in (
         'Add_Sub', 'Sub_Add', 'Mul_Div', 'Div_Mul', 'FloorDiv_Mul', 'Mod_Mul', 'BitOr_BitAnd', 'BitAnd_BitOr',
@@ -147,7 +147,7 @@ OPERATORS.update(RemoveKeyword=RemoveKeyword(), RemoveCall=RemoveCall())
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change: the ``occurrence``-th place where the operator applies in the module ``path``."""
+    """Change at the ``occurrence``-th place where the operator applies in the module ``path``."""
 
     path: str
     operator: str
@@ -161,10 +161,10 @@ class Mutant:
 
 
 def mutants_of(path: str) -> list[Mutant]:
-    """All changes of a module but those that no test could notice.
+    """Return all changes of a module except those that no test could notice.
 
-    Left out is what lies in an annotation, which ``from __future__ import annotations`` keeps from being evaluated, or
-    in an f-string, which is a message's text; and what stands in a line with ``# pragma: no mutate``.
+    It excludes changes in annotations, which ``from __future__ import annotations`` leaves unevaluated; in f-strings,
+    which are message texts; and in lines with ``# pragma: no mutate``.
     """
     source = (ROOT / path).read_text()
     tree = ast.parse(source)
@@ -189,7 +189,7 @@ def mutants_of(path: str) -> list[Mutant]:
 
 
 def modules_under(paths: Sequence[str]) -> list[str]:
-    """The modules of files and folders, relative to the checkout."""
+    """Return the modules of files and folders, relative to the checkout."""
     modules = []
     for path in paths:
         full = (ROOT / path).resolve()
@@ -201,7 +201,7 @@ def modules_under(paths: Sequence[str]) -> list[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The files with the tests of a module."""
+    """Return the files with the tests of a module."""
     *folders, name = module.split('/')[1:]
     mirror = '/'.join(['tests', *(f'test_{folder}' for folder in folders), f'test_{name}'])
     files = [file for file in (mirror, *MORE_TESTS.get(module, ())) if (ROOT / file).exists()]
@@ -214,7 +214,7 @@ def tests_of(module: str) -> list[str]:
 
 
 class Fastest:
-    """A plugin of pytest: takes the seconds of each test, or runs the fastest first."""
+    """Pytest plugin that logs the seconds of each test, and runs the fastest first."""
 
     def __init__(self, seconds: dict[str, float], log: Path | None = None) -> None:
         self.seconds = seconds
@@ -231,7 +231,7 @@ class Fastest:
 
 @dataclass
 class Run:
-    """A process that runs tests in a copy of the checkout."""
+    """Process that runs tests in a copy of the checkout."""
 
     folder: Path
     started: float
@@ -242,7 +242,7 @@ class Run:
 
 @dataclass
 class Module:
-    """A module under test: its tests, the seconds each took, and how long a run may take."""
+    """Module under test: its tests, the seconds each took, and the time limit of a run."""
 
     path: str
     tests: list[str]
@@ -251,14 +251,14 @@ class Module:
 
 
 def start(module: Module, folder: Path, log: Path | None = None) -> Run:
-    """Forks a process that runs the module's tests in a copy of the checkout."""
+    """Fork a process that runs the module's tests in a copy of the checkout."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return Run(folder, time.monotonic(), pid)
     code = 3
     try:
-        os.setsid()  # what it starts ends with it
+        os.setsid()  # stop() kills this process group
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         with open(os.devnull) as null, open(folder.with_suffix('.log'), 'w') as output:
             os.dup2(null.fileno(), 0)
@@ -275,7 +275,7 @@ def start(module: Module, folder: Path, log: Path | None = None) -> Run:
 
 
 def wait(runs: list[Run], module: Module) -> tuple[Run, int | None]:
-    """The first of the processes to end, and its exit code; None if it took too long."""
+    """Return the first process to end, and its exit code; None if it exceeded the limit."""
     while True:
         for run in runs:
             pid, status = os.waitpid(run.pid, os.WNOHANG)
@@ -290,13 +290,13 @@ def wait(runs: list[Run], module: Module) -> tuple[Run, int | None]:
 
 
 def stop(run: Run) -> None:
-    """Ends the process with all that it started."""
+    """Kill the process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
 
 
 def run_mutants(module: Module, mutants: Sequence[Mutant], folders: Sequence[Path], database: WorkDB) -> None:
-    """Runs the tests on each mutant, a process in each folder at a time, and keeps the results."""
+    """Run the tests on each mutant, with one process per folder, and store the results."""
     source = (ROOT / module.path).read_text()
     if not {mutant.key for mutant in mutants} <= {mutant.key for mutant in mutants_of(module.path)}:
         raise SystemExit(f'run_mutations: error: {module.path} was edited meanwhile; the same command goes on')
@@ -341,9 +341,9 @@ def known(database: WorkDB) -> set[str]:
 
 
 def measure(module: Module, folder: Path) -> None:
-    """Runs the tests on the module as it is, twice: their seconds set the order and the limit.
+    """Run the tests on the unchanged module, twice; their times set the order and the limit.
 
-    They must pass in both orders, as a test that fails in the second would seem to notice every mutant.
+    They must pass in both orders: a test that fails in the second would seem to notice every mutant.
     """
     log = folder.with_suffix('.seconds')
     for order in ('as they stand', 'the fastest first'):
@@ -424,7 +424,7 @@ def run_all(modules: Sequence[str], args: argparse.Namespace, database: WorkDB) 
             importlib.import_module(name)
     if 'convneur_mm' in sys.modules:
         raise SystemExit('run_mutations: error: convneur_mm was imported before its mutants')
-    gc.freeze()  # else the children's collector would copy every page
+    gc.freeze()  # otherwise the children's collector would copy every page
     with tempfile.TemporaryDirectory(prefix='mutations') as scratch:
         folders = [Path(scratch, f'copy{i}') for i in range(args.jobs)]
         for folder in folders:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-r"""Writes the lists of models that others read: model-index.yml, configs/metafile.yml, the tables of README and docs.
+r"""Write the lists of models: model-index.yml, configs/metafile.yml, the tables of README and docs.
 
     dev/zoo.py            # writes them
     dev/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
 
 Parameters and FLOPs are counted as get_flops.py counts them. The paper's figures are those of get_flops.py,
-baseline_table.py and ablation_table.py, and are marked as the paper's wherever they appear.
+baseline_table.py and ablation_table.py, and are always marked as the paper's.
 """
 import argparse
 import difflib
@@ -36,17 +36,17 @@ INDEX, METAFILE, DOCS, README = 'model-index.yml', 'configs/metafile.yml', 'docs
 START, END = '<!-- written by dev/zoo.py -->', '<!-- end -->'
 NOT_YET = 'not yet'
 
-# Results of our own trainings, in the order of the paper's, by config. None has been run.
+# Results of our own trainings by config, in the order of the paper's. None has been run.
 REPRODUCED: dict[str, tuple[float, ...]] = {}
 
 
 class Kind(NamedTuple):
-    """What models of one task have in common.
+    """Common properties of models for one task.
 
     Attributes:
-        title (str): Of their table.
-        scope (str): The package they are of.
-        dataset (str): What they are trained on.
+        title (str): Title of their table.
+        scope (str): Their package.
+        dataset (str): Their training data.
         results (tuple[tuple[str, str], ...]): Task and metric of each result.
     """
 
@@ -64,12 +64,12 @@ ABLATION = IMAGENET._replace(title='Ablations of m3, ImageNet-1K')
 
 
 class Model(NamedTuple):
-    """A config and what the paper says of it.
+    """A config and the paper's results for it.
 
     Attributes:
         kind (Kind): Its task.
         config (str): Its name, as ``convneur_mm.config`` takes it.
-        paper_results (tuple[float, ...]): In the order of ``kind.results``; () where the paper has none.
+        paper_results (tuple[float, ...]): In the order of ``kind.results``; () if the paper has none.
     """
 
     kind: Kind
@@ -78,7 +78,7 @@ class Model(NamedTuple):
 
 
 def models() -> list[Model]:
-    """All models of the paper, and the sizes of its recipes that it gives no results for."""
+    """List the paper's models, and the sizes of its recipes without results."""
     found = [Model(IMAGENET, f'convneur_{arch}_300e_in1k', (row.top1, )) for arch, row in get_flops.IMAGENET.items()]
     for row in baseline_table.TABLE:
         if 'convneur' in row.config:
@@ -89,7 +89,7 @@ def models() -> list[Model]:
 
 
 def count(name: str) -> Count:
-    """Parameters and multiply-accumulates of a shipped config at the size that get_flops.py has for its task."""
+    """Count a shipped config's parameters and multiply-accumulates, at the task's size in get_flops.py."""
     cfg = get_flops.load_config(get_flops.parse_args([name]))
     image = torch.empty(1, 3, *get_flops.SHAPES[cfg.default_scope], device='meta')
     return get_flops.add_up(get_flops.count_parts(get_flops.build(cfg), image))
@@ -99,7 +99,7 @@ def count(name: str) -> Count:
 
 
 def metafile(entries: Iterable[tuple[Model, Count]]) -> str:
-    """configs/metafile.yml, in OpenMMLab's format."""
+    """Return configs/metafile.yml, in OpenMMLab's format."""
     collection = dict(
         Name='ConvNeur',
         Metadata=dict(Architecture=['ConvNeXt V2 block', 'Neural memory']),
@@ -130,7 +130,7 @@ def _yaml(content: dict) -> str:
 
 
 def tables(entries: Sequence[tuple[Model, Count]]) -> str:
-    """The tables of docs/model_zoo.md, one for each kind."""
+    """Return the tables of docs/model_zoo.md, one for each kind."""
     parts = []
     for kind in dict.fromkeys(model.kind for model, _ in entries):
         height, width = get_flops.SHAPES[kind.scope]
@@ -152,7 +152,7 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
 
 
 def summary(entries: Sequence[tuple[Model, Count]]) -> str:
-    """The table of README.md: a row for each size, with the paper's results for each task."""
+    """Return the table of README.md: a row for each size, with the paper's results for each task."""
     height, width = get_flops.SHAPES[IMAGENET.scope]
     lines = [f'| arch | params (M) | FLOPs (G, {height} × {width}) | ImageNet top-1 (paper) | COCO box / mask AP, '
              'Cascade Mask R-CNN 1x (paper) | ADE20K mIoU (paper) |', '|---|--:|--:|--:|--:|--:|']
@@ -174,10 +174,10 @@ def _values(values: Sequence[float]) -> str:
 
 
 def between_marks(path: Path, new: str) -> str:
-    """The text of a page with ``new`` between the two marks.
+    """Return the text of a page with ``new`` between the two marks.
 
     Raises:
-        ValueError: If the page is not there, or does not have both, once each and in this order.
+        ValueError: If the page does not exist, or does not have each mark once, in this order.
     """
     if not path.is_file():
         raise ValueError(f'{path} is not there; this tool is for a checkout, not for an installed wheel')
@@ -188,14 +188,14 @@ def between_marks(path: Path, new: str) -> str:
 
 
 def files(root: Path, counter: Callable[[str], Count]) -> dict[str, str]:
-    """The text of each file by its path below ``root``.
+    """Return the text of each file by its path below ``root``.
 
     Args:
         root (Path): A checkout.
-        counter (Callable): Parameters and multiply-accumulates of a config by its name.
+        counter (Callable): Counts a config's parameters and multiply-accumulates by its name.
 
     Raises:
-        ValueError: If a page is not there or has no place for the tables.
+        ValueError: If a page does not exist or has no place for the tables.
     """
     entries = [(model, counter(model.config)) for model in models()]
     return {INDEX: '# Written by dev/zoo.py.\n' + _yaml(dict(Import=[METAFILE])),

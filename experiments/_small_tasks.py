@@ -1,7 +1,7 @@
-"""The tasks of small_ablation.py, and how a model is trained on one of them.
+"""Tasks of small_ablation.py, and the training of a model on one of them.
 
-A task draws batches, builds a model around the backbone's options it is given, and measures a trained model on fresh
-data. Everything about it is a field, so a result can say exactly what it was trained on.
+A task draws batches, builds a model around given backbone options, and measures a trained model on fresh data. All its
+settings are fields, so that a result can record exactly what it was trained on.
 """
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from convneur_mm.datasets.shapes import SHAPE_CLASSES, single_scene_at
 from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.models.global_branches import branch_options
 
-IGNORED = -1  # label of what is not asked for
+IGNORED = -1  # label where nothing is asked
 WARMUP_ITERATIONS = 50
 MAX_GRAD_NORM = 1.0
-# Red, green, blue, yellow: of the same brightness in sum of squares, give or take a few percent.
+# Red, green, blue and yellow, whose sums of squares differ by a few percent at most.
 LEGEND_COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0), (0.7, 0.7, 0.1))
-CELL = 4  # pixels, the patch of the backbone's stem
+CELL = 4  # pixels, as the patch of the backbone's stem
 PIXEL_MEAN, PIXEL_STD = 0.25, 0.4
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all tasks share.
+    """Common settings and methods of all tasks.
 
     Attributes:
         iterations: Length of a training at budget factor 1.
-        batch: Sequences or pictures of an iteration.
+        batch: Sequences or pictures per iteration.
         lr: Peak learning rate of AdamW.
-        chunk_size: Tokens of a chunk of the memory, where a variant does not say otherwise.
+        chunk_size: Tokens per chunk of the memory, unless a variant sets it.
         solved: Accuracy from which a run counts as solved.
         chance: Accuracy of guessing.
-        seeds: How many seeds are trained where nothing else is said.
-        cost: Time of an iteration, as against other tasks; for estimates of the time to go.
+        seeds: Default number of seeds.
+        cost: Time of an iteration relative to other tasks; for estimates of the remaining time.
     """
 
     iterations: int
@@ -53,21 +53,21 @@ class Task:
     cost: float
 
     def build(self, **options) -> nn.Module:
-        """A model; ``options`` are those of :class:`ConvNeur`."""
+        """Build a model; ``options`` are those of :class:`ConvNeur`."""
         raise NotImplementedError
 
     def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
-        """A batch: the model's inputs, and labels of its logits (B, classes, ...), IGNORED where nothing is asked."""
+        """Draw a batch: model inputs, and labels of the logits (B, classes, ...), IGNORED where nothing is asked."""
         raise NotImplementedError
 
     def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
-        """Figures of a trained model on data it has not seen; 'accuracy' is among them."""
+        """Measure a trained model's figures on unseen data; 'accuracy' is among them."""
         raise NotImplementedError
 
     def backbone(self, arch: dict, tile: int | None = None, **options) -> ConvNeur:
-        """A ConvNeur of this task's chunk size, with the weights it starts from.
+        """Build a ConvNeur with this task's chunk size and initial weights.
 
-        With ``tile``, its memories take the tokens in square tiles of so many rows and columns instead of row by row.
+        With ``tile``, its memories take the tokens in square tiles of ``tile`` rows and columns instead of row by row.
         """
         memory_cfg = options.pop('memory_cfg', {})
         if 'chunk_size' in branch_options(options.get('global_branch', 'neural_memory')):
@@ -85,7 +85,7 @@ class Task:
 
 
 def tile_order(num_tokens: int, tile: int) -> Tensor:
-    """Where the tokens of a square map lie in row-major order, tile by tile and row by row within each."""
+    """Return the row-major positions of a square map's tokens, tile by tile, and row by row within each tile."""
     side = math.isqrt(num_tokens)
     row, column = torch.arange(side)[:, None], torch.arange(side)
     tiles = row // tile * side + column // tile
@@ -97,10 +97,10 @@ def tile_order(num_tokens: int, tile: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Recall(Task):
-    """Tokens show a key with its value, later ones the key alone: name the value, drawn anew for each sequence.
+    """Task of naming a key's value, which earlier tokens showed; values are drawn anew for each sequence.
 
-    The global branch alone, on a map of tokens without any local branch: the first half of the rows shows, the
-    second asks.
+    It uses only the global branch, on a map of tokens. The first half of the rows shows keys with values, the second
+    half keys alone.
     """
 
     iterations: int = 150
@@ -127,7 +127,7 @@ class Recall(Task):
         labels = table.gather(1, keys)
         shown = labels.clone()
         half = self.side // 2 * self.side
-        shown[:, half:] = self.values  # stands for none
+        shown[:, half:] = self.values  # index of "no value"
         labels[:, :half] = IGNORED
         return (keys, shown), labels
 
@@ -148,7 +148,7 @@ class _RecallModel(nn.Module):
         self.head = nn.Linear(task.channels, task.values)
 
     def forward(self, keys: Tensor, shown: Tensor) -> Tensor:
-        """Two (B, N) → logits (B, values, N)."""
+        """Map two (B, N) to logits (B, values, N)."""
         x = (self.key(keys) + self.value(shown)).mT.unflatten(2, (self.side, self.side))
         return self.head(self.norm(self.branch(x).flatten(2).mT)).mT
 
@@ -158,11 +158,11 @@ class _RecallModel(nn.Module):
 
 @dataclass(frozen=True)
 class Legend(Task):
-    """Pictures of cells, one patch of the stem each: a legend of patterns in colour, and queries of the same in white.
+    """Pictures of stem-patch cells: a legend of coloured patterns, and queries, the same patterns in white.
 
-    The legend lies along the top or the bottom, the queries along the other side, farther away than the local branch
-    sees. A query's label is the colour that its pattern has in the legend. Patterns are drawn anew for each picture,
-    and each appears equally often, as does each colour: what is in the picture, and how much of it, tells nothing.
+    The legend is along the top or the bottom, and the queries along the other side, outside the local branch's view. A
+    query's label is the colour of its pattern in the legend. Patterns are drawn anew for each picture. Each pattern
+    appears equally often, and so does each colour, so their counts say nothing about the labels.
     """
 
     iterations: int = 900
@@ -173,7 +173,7 @@ class Legend(Task):
     chance: float = 1 / 4
     seeds: int = 5
     cost: float = 1.0
-    side: int = 16  # of the picture, in cells
+    side: int = 16  # cells per side of the picture
     band: int = 3  # rows of cells of the legend, and of the queries
     pairs: int = 4
     noise: float = 0.05
@@ -189,7 +189,7 @@ class Legend(Task):
         return (images, ), labels
 
     def pictures(self, batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), labels of cells (B, H/4, W/4), and whether the legend is at the top (B,)."""
+        """Return images (B, 3, H, W), labels of cells (B, H/4, W/4), and whether the legend is at the top (B,)."""
         patterns = _ranks((batch, self.pairs, CELL * CELL), g) < CELL * CELL // 2
         patterns = patterns.float().unflatten(-1, (1, CELL, CELL))
         colours = _ranks((batch, self.pairs), g) % len(LEGEND_COLOURS)
@@ -227,12 +227,12 @@ class _LegendModel(nn.Module):
         self.head = nn.Conv2d(backbone.channels[0], len(LEGEND_COLOURS), 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → logits (B, colours, H/4, W/4)."""
+        """Map (B, 3, H, W) to logits (B, colours, H/4, W/4)."""
         return self.head(self.backbone(images)[0])
 
 
 def _ranks(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """A random permutation of 0 to n - 1 along the last axis."""
+    """Draw a permutation of 0 to n - 1 along the last axis."""
     return torch.rand(shape, generator=g).argsort(-1)
 
 
@@ -241,13 +241,13 @@ def _ranks(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Shapes(Task):
-    """The generated pictures of the quick start for classification: one shape each, told by its outline alone."""
+    """The quick start's pictures for classification: one shape each, told by its outline alone."""
 
     iterations: int = 600
     batch: int = 16
     lr: float = 1.5e-3
     chunk_size: int = 64
-    solved: float = 0.35  # has learned something: twice what guessing gives
+    solved: float = 0.35  # twice the accuracy of guessing shows that something was learned
     chance: float = 1 / len(SHAPE_CLASSES)
     seeds: int = 3
     cost: float = 0.5
@@ -285,13 +285,13 @@ class _ShapesModel(nn.Module):
         self.head = nn.Linear(backbone.channels[-1], len(SHAPE_CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → logits (B, classes)."""
+        """Map (B, 3, H, W) to logits (B, classes)."""
         return self.head(self.backbone(images)[0])
 
 
 @lru_cache(maxsize=2)
 def shapes_pictures(split: str, number: int, size: int) -> tuple[Tensor, Tensor]:
-    """uint8 pictures (number, 3, size, size) and their classes, the same in every run."""
+    """Return uint8 pictures (number, 3, size, size) and their classes, the same in every run."""
     scenes = [single_scene_at(0, split, index, size) for index in range(number)]
     images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor([scene.instances[0].label for scene in scenes])
@@ -305,27 +305,27 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of the labels that are asked for and named right."""
+    """Return the share of correct predictions, without IGNORED labels."""
     asked = labels != IGNORED
     return (predicted[asked] == labels[asked]).float().mean().item()
 
 
 @torch.no_grad()
 def predict(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The class of each logit, in batches small enough for any machine."""
+    """Return the class of each logit, in batches small enough for any machine."""
     return torch.cat([model(*part).argmax(1) for part in zip(*(x.split(64) for x in inputs))])
 
 
 def train(task: Task, options: dict, seed: int, iterations: int,
           report: Callable[[int, float], None] = lambda iteration, loss: None) -> nn.Module:
-    """A model trained from random weights: AdamW, a warm-up, and a linear decay to zero over the second half.
+    """Train a model from random weights: AdamW, a warm-up, and a linear decay to zero over the second half.
 
     Args:
         task: What to train on.
         options: Options of the backbone.
-        seed: Of the weights and of the data.
+        seed: Seed of the weights and of the data.
         iterations: Length of the training.
-        report: Called after each iteration with its number, from 1 on, and its loss.
+        report: Called after each iteration with its number, starting at 1, and its loss.
 
     Returns:
         The model, in evaluation mode.

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""How far gradients of a memory of many chunks scatter at initialisation, by rule and setting.
+"""Measure how gradients of a memory of many chunks scatter at initialisation, by rule and setting.
 
     experiments/gradient_tails.py
     experiments/gradient_tails.py --settings 196/1 num_chunks=16 --rules sequential,previous --samples 100
 
-A sample is a picture of generated shapes of 448 x 588, weights drawn anew, and the gradient of a per-pixel cross-
-entropy behind a random linear head. The model is stage 1 of ConvNeur-m1, of 16,464 tokens: 84 chunks of 196. All
-settings see the same samples. First come norms of the gradient of all of the memory's weights: the median of the
-samples, what 99 % are below, the largest over the median, and the kurtosis, 3 of a normal distribution. The next
-columns are the largest over the median of some of its weights, of the rest of the backbone's, and of the tokens: what
-comes back to the memory's input, a norm for each chunk of each sample. Of those, the share above x falls as x^-index:
-below an index of 2 their variance, and below 1 their mean, grows without end as samples get more.
+A sample is a picture of generated shapes of 448 x 588, newly drawn weights, and the gradient of a per-pixel cross-
+entropy behind a random linear head. The model is stage 1 of ConvNeur-m1, with 16,464 tokens: 84 chunks of 196. All
+settings see the same samples. The first columns are norms of the gradient of all the memory's weights: the median over
+samples, the 99 % quantile, the largest over the median, and the kurtosis, 3 for a normal distribution. The next
+columns are the largest over the median for some of its weights, for the rest of the backbone, and for the tokens, that
+is the gradient at the memory's input, with a norm for each chunk of each sample. Of these norms, the share above x
+falls as x^-index: for an index below 2 the variance, and below 1 the mean, grows without bound with more samples.
 """
 import argparse
 import functools
@@ -47,7 +47,7 @@ RULES = {f'{rule},{retrieve}': dict(update_rule=rule, retrieve=retrieve)
 
 @dataclass(frozen=True)
 class Setting:
-    """Options of the memory, and the bias of its decay at initialisation if it is another one."""
+    """Options of the memory, and the initial bias of its decay if it is not the default."""
 
     memory_cfg: dict
     decay_bias: float | None = None
@@ -64,7 +64,7 @@ SETTINGS = {
     'decay bias -2': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=-2.0),
     'decay bias 0': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=0.0),
 }
-# Parameters of the memory, by the beginnings of their names.
+# Parameters of the memory, by prefixes of their names.
 MEMORY_GROUPS = {'M_0': ('w1', 'w2'), 'generators': ('generators.', ), 'key, value': ('key.', 'value.'),
                  'query, proj': ('query.', 'proj.')}
 REST = 'rest of the backbone'
@@ -72,7 +72,7 @@ REST = 'rest of the backbone'
 
 @dataclass
 class Norms:
-    """Of the gradients of a setting: a number for each sample, or of ``chunks`` for each chunk of each sample."""
+    """Gradient norms of a setting: one for each sample; in ``chunks`` one for each chunk of each sample."""
 
     memory: list[float] = field(default_factory=list)
     groups: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*MEMORY_GROUPS, REST)})
@@ -94,9 +94,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@functools.lru_cache(maxsize=64)  # all settings see the same
+@functools.lru_cache(maxsize=64)  # all settings see the same samples
 def sample(seed: int) -> tuple[Tensor, Tensor]:
-    """A picture (1, 3, H, W), normalised by its own mean and deviation, and the class of each token, (1, H/4, W/4)."""
+    """Return a picture (1, 3, H, W), normalised by its mean and deviation, and the tokens' classes, (1, H/4, W/4)."""
     scene = scene_at(seed, 'train', 0, max(HEIGHT, WIDTH))
     labels = np.zeros(scene.image.shape[:2], np.int64)
     for instance in scene.instances:
@@ -107,7 +107,7 @@ def sample(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def build(setting: Setting, rule: str, seed: int) -> tuple[ConvNeur, nn.Conv2d]:
-    """Backbone and head; their weights depend on the seed alone."""
+    """Build backbone and head with weights that depend on the seed alone."""
     torch.manual_seed(seed)
     backbone = ConvNeur(ARCH, out_indices=(0, ), memory_cfg={**setting.memory_cfg, **RULES[rule]})
     backbone.init_weights()
@@ -119,7 +119,7 @@ def build(setting: Setting, rule: str, seed: int) -> tuple[ConvNeur, nn.Conv2d]:
 
 
 def add_norms(norms: Norms, setting: Setting, rule: str, seed: int) -> None:
-    """Adds those of one sample."""
+    """Add the norms of one sample."""
     image, labels = sample(seed)
     backbone, head = build(setting, rule, seed)
     memory = backbone.stages[0][0].global_branch.memory
@@ -138,12 +138,12 @@ def add_norms(norms: Norms, setting: Setting, rule: str, seed: int) -> None:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """Of all tensors together."""
+    """Return the joint norm of all tensors."""
     return math.sqrt(sum(x.double().square().sum().item() for x in tensors))
 
 
 def tail_index(values: Sequence[float], share: float = 0.05) -> float:
-    """Hill's estimate of how fast the share of values above x falls as x grows, x^-index, from the largest of them."""
+    """Estimate the index of the tail x^-index, the share of values above x, from the largest values (Hill)."""
     ordered = np.sort(np.asarray(values, float))[::-1]
     number = max(2, round(share * len(ordered)))
     mean = float(np.mean(np.log(ordered[:number - 1] / ordered[number - 1])))
@@ -151,13 +151,13 @@ def tail_index(values: Sequence[float], share: float = 0.05) -> float:
 
 
 def kurtosis(values: Sequence[float]) -> float:
-    """The fourth moment over the square of the second, about the mean; 3 of a normal distribution."""
+    """Return the fourth central moment over the squared second; 3 for a normal distribution."""
     deviations = np.asarray(values, float) - np.mean(values)
     return float(np.mean(deviations**4) / max(np.mean(deviations**2)**2, 1e-300))
 
 
 def row(name: str, rule: str, norms: Norms) -> tuple[str, ...]:
-    """Of the table."""
+    """Return a row of the table."""
 
     def ratio(values: Sequence[float]) -> str:
         return f'{np.max(values) / max(np.median(values), 1e-300):.3g}'
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
+    MMLogger.get_current_instance().setLevel('WARNING')  # hide the initialisation log of every parameter
     rows = []
     for name in args.settings:
         for rule in args.rules:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-r"""What a memory carried from frame to frame is good for: naming objects that earlier frames showed and this one hides.
+r"""Measure the gain of a memory carried from frame to frame, when a frame hides objects that earlier ones showed.
 
-    # all trainings, a minute each on one core; run it again to go on where it stopped
+    # all trainings, a minute each on one core; run it again to continue after an interruption
     experiments/hidden_object.py
-    # from the files of the runs alone
+    # only read the runs' files
     experiments/hidden_object.py --table --plot hidden_object.png
 
-Clips of six frames show four boxes with marks, which move at random. In the first three frames they are open and show
-one of four colours each; in the last three they are closed and grey. A model names the colour of each box in every
-frame, and is measured in the last three. Every run leaves a JSON file; a run whose file is there is not repeated.
+Clips of six frames show four boxes with marks, which move at random. In the first three frames they are open, each
+showing one of four colours; in the last three they are closed and grey. A model names the colour of each box in every
+frame, and is measured in the last three. Every run writes a JSON file; a run whose file exists is not repeated.
 """
 import argparse
 import json
@@ -39,7 +39,7 @@ from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 
 CLOSED = 0.5  # grey of a closed box's front
-PATCH = 4  # pixels of a side: that of the backbone's stem, and what of a picture one logit is for
+PATCH = 4  # pixels of a side: patch of the backbone's stem, and area of one logit
 LONG = 30  # closed frames of the longer clips
 VARIANTS = {'without state': False, 'carried state': True}
 RESULT_KEYS = ('variant', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
@@ -47,18 +47,18 @@ RESULT_KEYS = ('variant', 'seed', 'settings', 'figures', 'seconds', 'parameters'
 
 @dataclass(frozen=True)
 class HiddenObject(Task):
-    """See the top of the file.
+    """Task that the top of the file describes.
 
     Attributes:
-        shown: Frames at the start of a clip, in which boxes are open.
-        hidden: Frames after them, in which they are closed, and of which the last ``hidden`` are measured.
-        side: Of a frame, in places for a box.
-        box: Side of a box, in patches, which are all alike: a mark above a colour.
-        boxes: In a clip, each with a mark of its own.
-        marks: To choose from, the same in all clips.
-        noise: Standard deviation of what is added to pixels.
-        channels: Of the backbone, one block.
-        mem_channels: Of its memory.
+        shown: Frames with open boxes, at the start of a clip.
+        hidden: Frames after them, with closed boxes; the last ``hidden`` are measured.
+        side: Side of a frame, in boxes.
+        box: Side of a box, in patches, which are all the same: a mark above a colour.
+        boxes: Boxes in a clip, each with its own mark.
+        marks: Marks to choose from, the same in all clips.
+        noise: Standard deviation of the pixel noise.
+        channels: Channels of the backbone, which has one block.
+        mem_channels: Channels of its memory.
     """
 
     iterations: int = 500
@@ -88,9 +88,9 @@ class HiddenObject(Task):
         return (clips, ), labels
 
     def clips(self, batch: int, g: torch.Generator, hidden: int) -> tuple[Tensor, Tensor]:
-        """Clips (B, T, 3, H, W) of T = shown + ``hidden`` frames, and the colours of all boxes, (B, T, H/4, W/4)."""
+        """Draw clips (B, T, 3, H, W), T = shown + ``hidden`` frames, and all boxes' colours, (B, T, H/4, W/4)."""
         frames, places = self.shown + hidden, self.side**2
-        # Half of each mark's pixels are lit, and the same marks are there in all clips.
+        # Half of each mark's pixels are lit, and the marks are the same in all clips.
         half = PATCH // 2 * PATCH
         marks = torch.rand(self.marks, half, generator=torch.Generator().manual_seed(0)).argsort(-1) < half // 2
         marks = marks.float().view(self.marks, 1, PATCH // 2, PATCH).expand(-1, 3, -1, -1)
@@ -117,7 +117,7 @@ class HiddenObject(Task):
         return (pixels - PIXEL_MEAN) / PIXEL_STD, labels
 
     def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
-        """Accuracy on clips as in training, on longer ones, without any states, and where nothing is hidden."""
+        """Measure accuracy on clips as in training, on longer ones, without any states, and on open boxes."""
         def measured(number: int, hidden: int, carry: bool, frames: slice) -> float:
             clips, labels = self.clips(number, g, hidden)
             model.carry = carry
@@ -138,7 +138,7 @@ class _Model(nn.Module):
         self.head = nn.Conv2d(backbone.channels[-1], len(LEGEND_COLOURS), 1)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """(B, T, 3, H, W) → logits (B, colours, T, H/4, W/4)."""
+        """Map (B, T, 3, H, W) to logits (B, colours, T, H/4, W/4)."""
         if not self.carry:
             features, = self.backbone(clips.flatten(0, 1))
             return self.head(features).unflatten(0, clips.shape[:2]).transpose(1, 2)
@@ -167,7 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def settings() -> dict:
-    """All that a result depends on beside its variant and seed, as JSON gives it back."""
+    """Return what a result depends on besides variant and seed, in JSON's types."""
     return json.loads(json.dumps(dict(asdict(TASK), long=LONG)))
 
 
@@ -176,10 +176,10 @@ def path_of(folder: Path, variant: str, seed: int) -> Path:
 
 
 def load(path: Path) -> dict | None:
-    """The result in a file, None if there is none yet.
+    """Read the result in a file; return None if there is none yet.
 
     Raises:
-        ValueError: If the file holds something else, or the result of other settings.
+        ValueError: If the file has other content, or the result of other settings.
     """
     if not path.exists():
         return None
@@ -194,9 +194,9 @@ def load(path: Path) -> dict | None:
 
 
 def execute(variant: str, seed: int) -> dict:
-    """Trains and measures on one thread; returns what the file of the run holds."""
+    """Train and measure on one thread; return the content of the run's file."""
     torch.set_num_threads(1)
-    MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
+    MMLogger.get_current_instance().setLevel('WARNING')  # hide the initialisation log of every parameter
     started = time.process_time()
     model = train(TASK, dict(carry=VARIANTS[variant]), seed, TASK.iterations)
     seconds = time.process_time() - started
@@ -207,7 +207,7 @@ def execute(variant: str, seed: int) -> dict:
 
 
 def train_missing(args: argparse.Namespace) -> None:
-    """Executes the wanted runs that have no file yet, and writes their files."""
+    """Execute the wanted runs that have no file yet, and write their files."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for variant in VARIANTS:
@@ -223,10 +223,10 @@ def train_missing(args: argparse.Namespace) -> None:
 
 
 def all_results(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """The results of the wanted seeds there are, by variant.
+    """Read the existing results of the wanted seeds, by variant.
 
     Raises:
-        ValueError: If there are none of a variant.
+        ValueError: If a variant has none.
     """
     results = {}
     for variant in VARIANTS:
@@ -252,7 +252,7 @@ def print_table(results: dict[str, list[dict]]) -> None:
 
 
 def plot(path: Path, results: dict[str, list[dict]]) -> None:
-    """A dot for each seed, their mean, and guessing, for each figure."""
+    """Plot for each figure a dot for each seed, their mean, and guessing."""
     names = list(next(iter(results.values()))[0]['figures'])
     figure, axes = bench.new_figure(len(names))
     for axis, name in zip(axes, names):

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Trains a small model of each task in float32 and in bfloat16, and compares their losses.
+"""Train a small model of each task in float32 and in bfloat16, and compare their losses.
 
     experiments/precision.py
     experiments/precision.py --tasks segmentation --iterations 500 --seeds 3
 
-Both begin with the same weights and see the same pictures in the same order: generated shapes of 64 x 64, by the
-shipped config for them with a backbone, neck and heads of a few channels. bfloat16 is what --amp bf16 makes of a
-training, autocast around the whole model. Of a detector it is autocast around backbone and neck, as mmdet would also
-round anchors and boxes to the features' precision, and mmcv's NMS and RoIAlign do not take it.
+Both start from the same weights and see the same pictures in the same order: generated shapes of 64 x 64, with the
+shipped config for them and a backbone, neck and heads of a few channels. bfloat16 is the same as --amp bf16, autocast
+around the whole model. A detector has autocast only around backbone and neck, because mmdet would also round anchors
+and boxes to the features' precision, and mmcv's NMS and RoIAlign do not accept it.
 """
 import argparse
 import math
@@ -50,7 +50,7 @@ COMMON = {
     'train_dataloader.num_workers': 0,
     'train_dataloader.persistent_workers': False,
 }
-# Config, data set and what makes the model small.
+# Config, data set, and the overrides that make the model small.
 TASKS = dict(
     detection=('cascade_rcnn_convneur_m1_shapes', make_shapes_coco, {
         'model.neck.in_channels': CHANNELS,
@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class KeepLosses(Hook):
-    """Keeps the loss of each step."""
+    """Hook that keeps the loss of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -108,7 +108,7 @@ class KeepLosses(Hook):
 
 
 def config_of(task: str, data: Path, iterations: int, seed: int) -> Config:
-    """The shipped config made small, with a warm-up and a cosine schedule in ``iterations`` steps; saves nothing."""
+    """Return a small shipped config, with warm-up and cosine schedule in ``iterations`` steps, saving nothing."""
     name, _, options = TASKS[task]
     cfg = read_config(find_config(name), {
         **COMMON, **options, 'data_root': str(data), 'randomness.seed': seed, 'randomness.deterministic': True})
@@ -127,7 +127,7 @@ def config_of(task: str, data: Path, iterations: int, seed: int) -> Config:
 
 
 def lower_features(model: BaseModel) -> None:
-    """Has backbone and neck compute in bfloat16, and the heads in float32."""
+    """Make backbone and neck compute in bfloat16, and the heads in float32."""
     extract = model.extract_feat
 
     def extract_feat(inputs: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ def lower_features(model: BaseModel) -> None:
 
 
 def losses_of(cfg: Config, precision: str, work_dir: Path) -> list[float]:
-    """Trains once, and returns the loss of each step."""
+    """Train once, and return the loss of each step."""
     cfg = Config(dict(cfg.to_dict(), work_dir=str(work_dir), experiment_name=work_dir.name))
     is_detector = cfg.default_scope == 'mmdet'
     if precision == 'bfloat16' and not is_detector:
@@ -154,7 +154,7 @@ def losses_of(cfg: Config, precision: str, work_dir: Path) -> list[float]:
 
 
 def row(task: str, seed: int, losses: dict[str, list[float]], window: int) -> tuple[str, ...]:
-    """Of the table: mean losses of the last steps, and by how much that of bfloat16 is higher."""
+    """Return a row of the table: mean losses of the last steps, and by how much bfloat16's is higher."""
     means = [statistics.fmean(losses[name][-window:]) for name in PRECISIONS]
     broken = sum(not math.isfinite(loss) for of_one in losses.values() for loss in of_one)
     return (task, str(seed), *(f'{mean:.4f}' for mean in means), f'{100 * (means[1] / means[0] - 1):+.2f} %',

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-r"""What each part of ConvNeur is good for, on generated tasks that train in a minute or two on one core.
+r"""Measure what each part of ConvNeur contributes, on generated tasks that train in a minute or two on one core.
 
-    # everything, two trainings at a time; run it again to go on where it stopped
+    # everything, two trainings at a time; run it again to continue after an interruption
     experiments/small_ablation.py --jobs 2
-    # does no memory get there with three times the budget?
+    # does the model without memory catch up with three times the budget?
     experiments/small_ablation.py --tasks legend --variants none --budget-factor 3
-    # from the files of the runs alone
+    # only read the runs' files
     experiments/small_ablation.py --table --plot ablation.png
 
-Tasks: recall (key and value, the global branch alone), legend (what a pattern means stands elsewhere in the picture,
-farther away than the local branch sees), shapes (one generated shape, told by its outline). Every run leaves a JSON
-file of its own; a run whose file is there is not repeated.
+Tasks: recall (key and value, the global branch alone), legend (a pattern's meaning is given elsewhere in the picture,
+outside the local branch's view), shapes (one generated shape, told by its outline). Every run writes its own JSON file;
+a run whose file exists is not repeated.
 """
 import argparse
 import json
@@ -41,7 +41,7 @@ from mmengine.logging import MMLogger
 from convneur_mm.engine.files.errors import one_line_errors
 
 TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}
-# Options of the backbone, and the side of the tiles in which the memory takes the tokens, if not row by row.
+# Options of the backbone, and the side of the tiles if the memory takes the tokens in tiles and not row by row.
 VARIANTS: dict[str, dict] = {
     'none': dict(placement='none'),
     'previous': dict(),
@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict] = {
 }
 
 RESULT_KEYS = ('task', 'variant', 'budget_factor', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
-# Fields of a task that change neither a training nor its figures; its iterations count with the budget.
+# Task fields that change neither a training nor its figures. Iterations are in a run's settings, with the budget.
 REPORT_FIELDS = ('iterations', 'solved', 'chance', 'seeds', 'cost')
 # Task → (variant, budget factor) → results of its seeds.
 Results = dict[str, dict[tuple[str, float], list[dict]]]
@@ -71,7 +71,7 @@ Results = dict[str, dict[tuple[str, float], list[dict]]]
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what it is, and where its result lies."""
+    """One training, and the path of its result."""
 
     task: str
     variant: str
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        """All that the result depends on beside the seed, as JSON gives it back."""
+        """Return what the result depends on besides the seed, in JSON's types."""
         task = {name: value for name, value in asdict(TASKS[self.task]).items() if name not in REPORT_FIELDS}
         return json.loads(json.dumps(dict(task=task, options=VARIANTS[self.variant], iterations=self.iterations)))
 
@@ -124,21 +124,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def wanted_runs(args: argparse.Namespace) -> list[Run]:
-    """Those asked for, all first seeds before the second ones: a table of a stopped ablation is even."""
+    """List the requested runs, sorted by seed, so that a stopped ablation has an even table."""
     seeds = {name: args.seeds or TASKS[name].seeds for name in args.tasks}
     return [Run(task, variant, args.budget_factor, seed) for seed in range(max(seeds.values()))
             for task in args.tasks if seed < seeds[task] for variant in args.variants]
 
 
 def execute(run: Run, task: Task, settings: dict) -> dict:
-    """Trains and measures on one thread; returns what the file of the run holds.
+    """Train and measure on one thread; return the content of the run's file.
 
-    Task and settings are those of the process that asks; one started for the run need not have the same.
+    Task and settings come from the calling process; a spawned process may have others.
     """
     torch.set_num_threads(1)
-    MMLogger.get_current_instance().setLevel('WARNING')  # else it lists how every parameter was drawn
-    task.draw(1, torch.Generator())  # pictures that are made once are no part of the time
-    started = time.process_time()  # this thread is all there is, and others may use the machine too
+    MMLogger.get_current_instance().setLevel('WARNING')  # hide the initialisation log of every parameter
+    task.draw(1, torch.Generator())  # generate cached pictures before the clock starts
+    started = time.process_time()  # CPU time, because others may use the machine; this is the only thread
     model = train(task, settings['options'], run.seed, settings['iterations'])
     seconds = time.process_time() - started
     figures = task.measure(model, torch.Generator().manual_seed(2**32 + run.seed))
@@ -148,7 +148,7 @@ def execute(run: Run, task: Task, settings: dict) -> dict:
 
 
 def results_of(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
-    """Executes the runs and yields each with its result as it ends."""
+    """Execute the runs and yield each with its result when it ends."""
     calls = [(run, TASKS[run.task], run.settings) for run in runs]
     if jobs == 1:
         for call in calls:
@@ -165,10 +165,10 @@ def results_of(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
 
 
 def train_missing(args: argparse.Namespace) -> None:
-    """Executes the wanted runs that have no file yet, and writes their files.
+    """Execute the wanted runs that have no file yet, and write their files.
 
     Raises:
-        ValueError: If a file holds the result of other settings.
+        ValueError: If a file has the result of other settings.
     """
     args.out_dir.mkdir(parents=True, exist_ok=True)
     runs = wanted_runs(args)
@@ -188,15 +188,15 @@ def train_missing(args: argparse.Namespace) -> None:
 
 
 def cost(run: Run) -> float:
-    """Of a run, as against others: iterations times what one takes, about."""
+    """Estimate the relative cost of a run: iterations times the task's cost of each."""
     return run.iterations * TASKS[run.task].cost
 
 
 def read(run: Run, folder: Path) -> dict | None:
-    """The result of a run, None if it has none yet.
+    """Read the result of a run; return None if it has none yet.
 
     Raises:
-        ValueError: If its file holds something else, or was made with other settings than these.
+        ValueError: If its file has other content, or was made with other settings.
     """
     path = run.path(folder)
     if not path.exists():
@@ -208,10 +208,10 @@ def read(run: Run, folder: Path) -> dict | None:
 
 
 def load(path: Path) -> dict:
-    """What the file of a run holds.
+    """Read the file of a run.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not the result of a run.
     """
     try:
         result = json.loads(path.read_text(encoding='utf-8'))
@@ -228,7 +228,7 @@ def note(text: str) -> None:
 
 
 def all_results(args: argparse.Namespace) -> Results:
-    """The results there are.
+    """Read the existing results.
 
     Raises:
         ValueError: If there are none, or one was made with other settings.
@@ -273,7 +273,7 @@ def table_row(task: Task, row: tuple[str, float], runs: Sequence[dict], figures:
 
 
 def plot(path: Path, results: Results) -> None:
-    """A plot for each task: a dot for each seed, their mean, the means of other figures, guessing and solving."""
+    """Draw a plot for each task: a dot for each seed, their mean, the means of other figures, guessing and solving."""
     figure, axes = bench.new_figure(len(results))
     labels = {}
     for axis, (name, rows) in zip([axes] if len(results) == 1 else axes, results.items()):

@@ -1,27 +1,27 @@
-"""Hides the Python warnings of other packages that nobody who runs the tools can do anything about.
+"""Hide other packages' Python warnings that users of the tools cannot act on.
 
-The tools call this before they import anything that warns. Data-loading processes inherit it.
+The tools call this before they import anything that warns. Data-loading processes inherit the filters.
 """
 import warnings
 
-# Beginnings of messages, as regular expressions.
+# Regular expressions that match the start of a message.
 MESSAGES = (
     'pkg_resources is deprecated',
     'Deprecated call to `pkg_resources',
     'TypedStorage is deprecated',
     r'torch\.meshgrid: in an upcoming release',
-    # mmengine; the summary of the start says how many threads there are.
+    # From mmengine. The summary at the start already gives the number of threads.
     r'Setting (OMP|MKL)_NUM_THREADS environment variable for each process',
-    # DDP: a depthwise convolution's gradient lies in another order than its weight.
+    # From DDP: a depthwise convolution's gradient has another memory layout than its weight.
     'Grad strides do not match bucket view strides',
-    # mmdet: an optional metric, and a tensor copied in the mask head.
+    # From mmdet: a missing optional metric, and a tensor copied in the mask head.
     'faster_coco_eval is not installed',
     'To copy construct from a tensor',
-    # mmengine's visualizer, of boxes that end where the picture does.
+    # From mmengine's visualizer, for boxes that touch the image border.
     r'Warning: The \w+ is out of bounds',
-    # mmseg 1.2 calls a function of its own that it gives up.
+    # mmseg 1.2 calls its own deprecated function.
     r'``build_\w+`` would be deprecated soon',
-    # mmseg: the losses and the drawing hook say that they are as their configs have them.
+    # From mmseg: the losses and the drawing hook report settings that their configs chose.
     'Default ``avg_non_ignore`` is False',
     'The draw is False, it means that the hook for visualization',
 )
@@ -29,7 +29,7 @@ PACKAGES = '(mmengine|mmcv|mmdet|mmseg|mmpretrain)'
 
 
 def hide() -> None:
-    """Installs the filters."""
+    """Install the filters."""
     for message in MESSAGES:
         warnings.filterwarnings('ignore', message=message)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks a data set before training: decodes every image and compares it with its annotation.
+"""Check a data set before training: decode every image and compare it with its annotation.
 
     tools/check_dataset.py coco data/coco/annotations/instances_train2017.json data/coco/train2017
     tools/check_dataset.py ade20k data/ade/ADEChallengeData2016/images/training \\

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Opens a page in the browser that predicts uploaded pictures, and shows what the gates and memories do with them.
+"""Open a page in the browser that predicts uploaded pictures, and shows what the gates and memories do with them.
 
     tools/demo.py configs/semantic_fpn_convneur_m1_shapes.py CHECKPOINT
 
-The page is served to this machine alone, and asks nothing of others. It needs gradio: pip install 'gradio>=6'.
+The page is only served to this machine and contacts no other. It needs gradio: pip install 'gradio>=6'.
 """
 import argparse
 import importlib.util
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec('gradio') is None:
         raise launch.LaunchError(f"the page needs gradio, which is not installed here: {sys.executable} -m pip install "
                                  "'gradio>=6'")
-    # Before gradio is imported. It would ask its makers' servers for news, and offer to pass the page on to them.
+    # This comes before gradio is imported, which would contact its servers and offer to share the page.
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_OFFLINE='1')
     model = init_model(args.config, args.checkpoint, args.device, args.cfg_options, args.allow_pickle)
     try:
@@ -59,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                       os.path.basename(args.config))
     try:
         page.launch(server_name=HOST, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True)
-    except OSError as error:  # there is no free port
+    except OSError as error:  # no port is free
         raise launch.LaunchError(f'--port {args.port}: {str(error).splitlines()[0]}') from None
     print(f'the page is at {page.local_url} until Ctrl-C', flush=True)
     page.block_thread()
 
 
 def answerer(model: BaseModel, score_thr: float, title: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """What turns an uploaded picture (H, W, 3), RGB, uint8, into two others: its prediction and its gate sheet."""
+    """Return a function from an uploaded picture (H, W, 3), RGB, uint8, to pictures of its prediction and gate
+    sheet."""
     painter = Painter(model, score_thr)
 
     def answer(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,16 +82,16 @@ def answerer(model: BaseModel, score_thr: float, title: str) -> Callable[[np.nda
 
 
 def build_page(answer: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], name: str) -> 'gradio.Blocks':
-    """The page: a picture to upload, its prediction beside it, and the gate sheet below."""
+    """Build the page: a picture to upload, its prediction beside it, and the gate sheet below."""
     import gradio as gr
-    shown = dict(format='png', interactive=False, buttons=['download', 'fullscreen'])  # without the one that shares
+    shown = dict(format='png', interactive=False, buttons=['download', 'fullscreen'])  # without the share button
 
     def reply(image: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if image is None:
             raise gr.Error('Upload a picture first.', print_exception=False)
         try:
             return answer(image)
-        except ValueError as error:  # such as a picture that is too small
+        except ValueError as error:  # for example, the picture is too small
             raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title=f'ConvNeur: {name}') as page:
@@ -101,7 +102,7 @@ def build_page(answer: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], na
             prediction = gr.Image(label='Prediction', **shown)
         button = gr.Button('Predict', variant='primary')
         sheet = gr.Image(label='Gate sheet', **shown)
-        # One at a time: the model's parts are recorded while it runs.
+        # One request at a time, because the model's parts are recorded while it runs.
         gr.on([button.click, picture.upload], reply, picture, [prediction, sheet], concurrency_limit=1)
     return page
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Says whether this environment is fit to train and to predict: a line for each part, with the remedy if it is not.
+"""Check whether this environment can train and predict: a line for each part, with the remedy if it is not fit.
 
     tools/doctor.py
 
-The exit code is 1 if a part is broken. What is merely not there, such as a GPU or a data set, is a note. Data sets are
-looked for below the current folder, as the configs do.
+The exit code is 1 if a part is broken. A missing part, such as a GPU or a data set, is only a note. Data sets are
+searched below the current folder, as the configs do.
 """
 import argparse
 import os
@@ -23,7 +23,7 @@ if __name__ == '__main__':
 
 OK, NOTE, BROKEN = 'ok', 'note', 'broken'
 
-# What the configs of each data set read, by the folder that they name.
+# Files that the configs read, by data folder.
 DATA = {
     'data/coco': ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017', 'val2017'),
     'data/ade/ADEChallengeData2016': ('images/training', 'images/validation', 'annotations/training',
@@ -33,11 +33,11 @@ DATA = {
 
 
 class Finding(NamedTuple):
-    """What is known of a part of the environment.
+    """Result of checking one part of the environment.
 
     Attributes:
         state (str): OK, NOTE or BROKEN.
-        text (str): The part, and unless it is ok what is wrong and what helps.
+        text (str): The part and, unless it is ok, the problem and the remedy.
     """
 
     state: str
@@ -45,10 +45,10 @@ class Finding(NamedTuple):
 
 
 def findings() -> Iterator[Finding]:
-    """Looks at the parts one after another."""
+    """Check the parts one after another."""
     yield Finding(OK, f'Python {platform.python_version()}, {sys.executable}')
     try:
-        # Refuses to be imported without what the models need.
+        # The import fails without the models' requirements.
         import convneur_mm
     except ImportError as error:
         yield Finding(BROKEN, f'packages: {error}')
@@ -100,7 +100,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def memory() -> Iterator[Finding]:
-    """Which code computes the neural memory and why, and that it computes what the equations say."""
+    """Name the backend of the neural memory and its reason, and compare it with the reference equations."""
     import torch
 
     from convneur_mm.ops.neural_memory import cpu
@@ -124,11 +124,11 @@ def memory() -> Iterator[Finding]:
 
 
 def check_backend(backend: str, why: str, device: str) -> Finding:
-    """Compares a memory's output and gradients with those of the reference in float64, which takes milliseconds.
+    """Compare a memory's output and gradients with the float64 reference, which takes milliseconds.
 
     Args:
         backend (str): 'auto', 'torch', 'cpp', 'triton' or 'reference'.
-        why (str): What it is taken for.
+        why (str): Reason for this backend.
         device (str): 'cpu' or 'cuda'.
     """
     sys.path.append(str(Path(__file__).resolve().parent / 'analysis'))
@@ -155,7 +155,7 @@ def check_backend(backend: str, why: str, device: str) -> Finding:
 
 
 def data() -> Iterator[Finding]:
-    """Which data sets are where the configs look for them."""
+    """Report which data sets are where the configs look for them."""
     for folder, parts in DATA.items():
         lacking = [part for part in parts if not _has_content(Path(folder, part))]
         if not lacking:

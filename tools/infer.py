@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Predicts pictures, a folder of them or a video: writes the predictions, and draws them.
+"""Predict pictures, a folder of them or a video: write the predictions, and draw them.
 
     tools/infer.py CONFIG CHECKPOINT photo.jpg
     tools/infer.py cascade_rcnn_convneur_m3_1x_coco work_dirs/m3/epoch_12.pth photos --out-dir found
     tools/infer.py CONFIG CHECKPOINT street.mp4 --stream
 
-Subfolders are searched too. docs/inference.md says what is written. The exit code is 1 if a picture could not be read,
+Subfolders are searched too. docs/inference.md describes the output. The exit code is 1 if a picture could not be read,
 and 2 if nothing could be done.
 """
 import argparse
@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 if __name__ == '__main__':
-    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    # Without this, Ctrl-C during the imports would print a traceback. Later, launch.run reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
@@ -74,7 +74,7 @@ def main() -> None:
     if args.stream:
         paths = in_order(paths, args.input)
     with open_video(args.input) if is_video else ExitStack() as video:
-        # Looked into before the packages are imported, which takes seconds.
+        # Check the input before importing the packages, which takes seconds.
         checkpoint = launch.readable_checkpoint(args.checkpoint, 'checkpoint', args.allow_pickle)
         model = init_model(args.config, checkpoint, args.device, args.cfg_options, args.allow_pickle)
         try:
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def check_out_dir(args: argparse.Namespace, is_video: bool) -> None:
-    """Raises a LaunchError if what is written would replace what is read."""
+    """Raise a LaunchError if the output would replace the input."""
     folder = (args.input if args.input.is_dir() else args.input.parent).resolve()
     if is_video:
         replaced = drawn_video(args).resolve() == args.input.resolve()
@@ -104,7 +104,7 @@ def check_out_dir(args: argparse.Namespace, is_video: bool) -> None:
 
 
 def find_pictures(path: Path, out_dir: Path) -> list[Path]:
-    """The pictures in a folder and those below it, sorted, without hidden ones and what is written to ``out_dir``.
+    """Return the pictures in a folder and below it, sorted, without hidden files and the files in ``out_dir``.
 
     Raises:
         LaunchError: If there are none, or ``path`` does not exist.
@@ -125,10 +125,10 @@ def find_pictures(path: Path, out_dir: Path) -> list[Path]:
 
 
 def in_order(paths: list[Path], folder: Path) -> list[Path]:
-    """The frames of one video by the numbers in their names, with or without leading zeros.
+    """Sort the frames of one video by the numbers in their names, with or without leading zeros.
 
     Raises:
-        LaunchError: If they are in several folders.
+        LaunchError: If the frames are in several folders.
     """
     folders = sorted({str(path.parent) for path in paths})
     if len(folders) > 1:
@@ -139,10 +139,10 @@ def in_order(paths: list[Path], folder: Path) -> list[Path]:
 
 
 def carry_memories(model: BaseModel, stack: ExitStack) -> None:
-    """Until ``stack`` ends, each picture goes on from the memories that the one before left.
+    """Make each picture start from the memories of the one before, until ``stack`` ends.
 
     Raises:
-        LaunchError: If the model has none, or predicts a picture in several calls.
+        LaunchError: If the model has no memories, or predicts a picture in several calls.
     """
     if (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
         raise launch.LaunchError("--stream needs one call of the backbone for a frame, and model.test_cfg.mode is "
@@ -154,7 +154,7 @@ def carry_memories(model: BaseModel, stack: ExitStack) -> None:
 
 
 def output_names(paths: list[Path], folder: Path) -> list[str]:
-    """For each picture its path below ``folder``, with its suffix only if two pictures differ in nothing else."""
+    """Return each picture's path below ``folder``, without suffixes unless two pictures differ only in them."""
     files = [path.relative_to(folder) for path in paths]
     names = [file.with_suffix('').as_posix() for file in files]
     if max(Counter(names).values()) == 1:
@@ -163,7 +163,7 @@ def output_names(paths: list[Path], folder: Path) -> list[str]:
 
 
 def predict_pictures(model: BaseModel, paths: list[Path], args: argparse.Namespace) -> int:
-    """Writes and draws the predictions of pictures; returns how many could not be read."""
+    """Write and draw the predictions of pictures; return how many could not be read."""
     folder = args.input if args.input.is_dir() else args.input.parent
     names = output_names(paths, folder)
     errors = 0
@@ -188,7 +188,7 @@ def predict_pictures(model: BaseModel, paths: list[Path], args: argparse.Namespa
 
 @contextmanager
 def working(total: int | None, args: argparse.Namespace) -> Iterator[tuple[Progress, int]]:
-    """Shows how far the predictions are, and has a signal say what is there of them."""
+    """Show a progress bar; after a signal, report how many predictions are finished."""
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task('predicting', total=total)
@@ -206,7 +206,7 @@ def say_where(results: Path, drawn: Path | None) -> None:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[cv2.VideoCapture]:
-    """Opens a video.
+    """Open a video.
 
     Raises:
         LaunchError: If there is no such file, or OpenCV cannot read it.
@@ -235,7 +235,7 @@ def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 def predict_video(model: BaseModel, capture: cv2.VideoCapture, args: argparse.Namespace) -> int:
-    """Writes the predictions of a video's frames, and draws them into another; frames are not kept."""
+    """Write the predictions of a video's frames, and draw them into another video; frames are not kept."""
     total, rate = (capture.get(key) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
     if not (math.isfinite(rate) and rate > 0):
         print(f'note: {args.input} does not say its frames per second; 25 are written', file=sys.stderr)
@@ -263,7 +263,7 @@ def predict_video(model: BaseModel, capture: cv2.VideoCapture, args: argparse.Na
 
 
 def open_writer(path: Path, rate: float, size: tuple[int, int], stack: ExitStack) -> cv2.VideoWriter:
-    """Begins a video of frames of ``size`` (width, height), which ends with ``stack``.
+    """Open a video for writing frames of ``size`` (width, height); it is closed with ``stack``.
 
     Raises:
         LaunchError: If OpenCV cannot write one.

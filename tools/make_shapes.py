@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Makes the shapes data set, a small stand-in for COCO, ADE20K or ImageNet: pictures of simple shapes.
+"""Generate the shapes data set, a small stand-in for COCO, ADE20K or ImageNet: pictures of simple shapes.
 
     tools/make_shapes.py data/shapes
     tools/make_shapes.py data/shapes_large --num-train 4000 --num-val 500 --image-size 256
     tools/make_shapes.py data/shapes_ade20k --format ade20k
     tools/make_shapes.py data/shapes_imagenet --format imagenet --num-train 1200 --num-val 300
 
-A folder that already holds the same set is left alone.
+A folder that already holds the same set is not changed.
 """
 import argparse
 import json
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def summary(root: Path, form: str) -> str:
-    """Counts what the data set under ``root`` holds: a line for each split."""
+    """Summarise the data set under ``root``, one line for each split."""
     lines = {'coco': coco_lines, 'ade20k': ade20k_lines, 'imagenet': imagenet_lines}[form](root)
     return '\n'.join([f'The shapes are in {root}', *(f'  {line}' for line in lines)])
 

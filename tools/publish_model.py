@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-r"""Makes the files to give away of a trained model: its weights alone, its whole config, and a model card.
+r"""Write a trained model's files for publication: its weights alone, its whole config, and a model card.
 
     tools/publish_model.py work_dirs/NAME/NAME.py work_dirs/NAME/epoch_12.pth --out-dir published --safetensors
 
-Name the config in the checkpoint's work dir, or a shipped one with the --cfg-options of the training. The weights keep
-the names of the classes and their licence, and load without pickle, by torch.load(weights_only=True). Files are named
-NAME-HASH, by the first eight digits of the SHA-256 of the weights: the same checkpoint makes the same weights again.
+Name the config in the checkpoint's work dir, or a shipped one with the --cfg-options of the training. The weights
+include the class names and their licence, and load without pickle, by torch.load(weights_only=True). Files are named
+NAME-HASH, with the first eight digits of the weights' SHA-256, so the same checkpoint gives the same name again.
 """
 import argparse
 import hashlib
@@ -43,11 +43,11 @@ from convneur_mm.engine.files.weights_file import CheckpointError, weights_of
 from convneur_mm.engine.launch import find_config
 from convneur_mm.engine.runner.written_config import model_differences, started_from, written_settings
 
-# Of a checkpoint's meta, beside config and classes: how far it was trained, and what the converter says of a source.
+# Keys kept from a checkpoint's meta besides config and classes: training progress, and the converter's source notes.
 KEPT = ('epoch', 'iter', 'seed', 'mmengine_version', 'source', 'version', 'layout', 'arch', 'licence')
-# Of a config: where a run wrote and what it started from.
+# Config keys that describe one run: where it wrote and what it started from.
 OF_A_RUN = ('work_dir', 'launcher', 'load_from', 'resume')
-# Of a line in a log, and of the results of tools/test.py.
+# Keys in logs and in results of tools/test.py that are not metrics.
 NO_METRICS = ('time', 'data_time', 'step')
 
 
@@ -76,25 +76,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def published_weights(model: BaseModel, checkpoint: Mapping, averaged: bool | None, filename: str
                       ) -> OrderedDict[str, Tensor]:
-    """The weights to publish: those of the model, in its order, each a contiguous copy.
+    """Return the weights to publish: the model's, in its order, each a contiguous copy.
 
     Args:
-        model (BaseModel): Of the config.
-        checkpoint (Mapping): As read.
-        averaged (bool | None): Whether to take the averaged weights or those before averaging; None takes those that
+        model (BaseModel): Built from the config.
+        checkpoint (Mapping): As read from the file.
+        averaged (bool | None): Whether to take the averaged weights or those before averaging. None takes those that
             tools/test.py loads.
-        filename (str): Of the checkpoint.
+        filename (str): Name of the checkpoint.
 
     Raises:
-        CheckpointError: If there are no averages but they are asked for, there are other weights than the model's, or
-            one of them is not finite.
+        CheckpointError: If averages are asked for and missing, the weights are not the model's, or one of them is not
+            finite.
     """
     weights, others = checkpoint_weights(checkpoint), checkpoint.get('ema_state_dict')
     if averaged and others is None:
         raise CheckpointError(f'--ema: {filename} holds no averaged weights; they are those of a training with '
                               "custom_hooks=[dict(type='EMAHook')]")
     if averaged is False and others is not None:
-        # EMAHook saves the averages as the state_dict, and here the weights that they are averages of.
+        # EMAHook saves the averages as state_dict, and the weights before averaging as ema_state_dict.
         weights |= {name.removeprefix('module.'): value for name, value in others.items()
                     if name.startswith('module.')}
     own = model.state_dict()
@@ -107,10 +107,10 @@ def published_weights(model: BaseModel, checkpoint: Mapping, averaged: bool | No
     if infinite:
         raise CheckpointError(f'{filename} holds values that are not finite, in {len(infinite)} of its weights such as '
                               f'{infinite[0]}: publish a checkpoint from before the training diverged')
-    # A view would be saved with all of what it is a view of.
+    # Saving a view would save its whole storage.
     result = OrderedDict((name, weights[name].detach().clone(memory_format=torch.contiguous_format)) for name in own
                          if name in weights)
-    # Versions of the modules, by which some of them rename the weights of former ones.
+    # Some modules use these versions to rename weights of older releases.
     versions = getattr(weights_of(checkpoint), '_metadata', None)
     if versions is not None:
         result._metadata = versions
@@ -118,10 +118,10 @@ def published_weights(model: BaseModel, checkpoint: Mapping, averaged: bool | No
 
 
 def plain(value: object, key: str) -> object:
-    """A value in Python's own types, which any reader takes.
+    """Convert a value to Python's own types, which any reader accepts.
 
     Raises:
-        CheckpointError: If it cannot be written in them.
+        CheckpointError: If this type cannot be converted.
     """
     if isinstance(value, Mapping):
         return {str(name): plain(item, f'{key}.{name}') for name, item in value.items()}
@@ -135,19 +135,19 @@ def plain(value: object, key: str) -> object:
 
 
 def pth_file(weights: OrderedDict[str, Tensor], meta: dict) -> bytes:
-    """A checkpoint in torch's format. It is written to memory, as torch keeps a file's name within the file."""
+    """Return a checkpoint in torch's format, made in memory because torch stores a file's name inside the file."""
     file = io.BytesIO()
     torch.save(dict(meta=meta, state_dict=weights), file)
     file.seek(0)
-    torch.load(file, map_location='cpu', weights_only=True)  # as others will; better it fails here
+    torch.load(file, map_location='cpu', weights_only=True)  # users load it like this; fail here rather than there
     return file.getvalue()
 
 
 def safetensors_file(weights: OrderedDict[str, Tensor], meta: dict) -> bytes:
-    """The same in the format of safetensors."""
+    """Return the same checkpoint in the safetensors format."""
     from safetensors import torch as safetensors
 
-    # One entry, as the format does not keep the order of several.
+    # Use one entry, because the format does not keep the order of several.
     return safetensors.save(dict(weights), dict(meta=json.dumps(meta)))
 
 
@@ -155,12 +155,12 @@ def safetensors_file(weights: OrderedDict[str, Tensor], meta: dict) -> bytes:
 
 
 class Origin(NamedTuple):
-    """What weights were made of.
+    """Origin of the weights.
 
     Attributes:
-        licence (str | None): Of the weights, if it is known.
-        sources (list[str]): What the training started from; [] if that is not known.
-        unknown (list[str]): Files among them that say nothing of a licence, or are not there.
+        licence (str | None): Licence of the weights, if known.
+        sources (list[str]): What the training started from; [] if unknown.
+        unknown (list[str]): Files among the sources that are missing or state no licence.
     """
 
     licence: str | None
@@ -169,16 +169,16 @@ class Origin(NamedTuple):
 
 
 def find_origin(meta: Mapping, given: str | None, filename: str, allow_pickle: bool) -> Origin:
-    """Licence and sources by the checkpoint, the weights that its training started from, and the command line.
+    """Find the licence and sources from the checkpoint, its initial weights, and the command line.
 
     Args:
-        meta (Mapping): Of the checkpoint. The training is that of the config in it.
-        given (str | None): Licence on the command line.
-        filename (str): Of the checkpoint.
-        allow_pickle (bool): See :func:`read_checkpoint`; for the weights it started from.
+        meta (Mapping): Meta of the checkpoint; the config in it tells how it was trained.
+        given (str | None): Licence from the command line.
+        filename (str): Name of the checkpoint.
+        allow_pickle (bool): See :func:`read_checkpoint`; applies to the initial weights.
 
     Raises:
-        CheckpointError: If these have different licences.
+        CheckpointError: If the licences differ.
     """
     stated = {filename: meta['licence']} if meta.get('licence') else {}
     trained = written_settings(meta['cfg']) if isinstance(meta.get('cfg'), str) else {}
@@ -195,7 +195,7 @@ def find_origin(meta: Mapping, given: str | None, filename: str, allow_pickle: b
     if len(set(stated.values())) > 1:
         raise CheckpointError('weights keep the licence of what they were made of, and here are several: '
                               + '; '.join(f'{name}: {text!r}' for name, text in stated.items()))
-    if 'source' in meta:  # of a file that was converted
+    if 'source' in meta:  # a converted checkpoint
         sources = [f'{meta["source"]} ({meta.get("version", "other")} weights, converted)']
     else:
         sources = files or (['random weights'] if trained else [])
@@ -203,7 +203,7 @@ def find_origin(meta: Mapping, given: str | None, filename: str, allow_pickle: b
 
 
 def check_same_classes(model: BaseModel, filename: str) -> None:
-    """Raises a CheckpointError if the classes of a checkpoint, which a model now has, are not those of its config."""
+    """Raise a CheckpointError if the checkpoint's classes, now in the model, differ from the config's."""
     trained = model.dataset_meta.get('classes', ())
     expected = config_meta(model.cfg).get('classes', trained)
     if tuple(trained) != tuple(expected):
@@ -212,7 +212,7 @@ def check_same_classes(model: BaseModel, filename: str) -> None:
 
 
 def check_same_model(meta: Mapping, settings: dict, filename: str) -> None:
-    """Raises a CheckpointError if the config within a checkpoint has a model that computes something else."""
+    """Raise a CheckpointError if the config within the checkpoint describes a different model."""
     trained = written_settings(meta['cfg']) if isinstance(meta.get('cfg'), str) else {}
     found = list(model_differences(trained['model'], settings['model'])) if 'model' in trained else []
     if found:
@@ -222,7 +222,7 @@ def check_same_model(meta: Mapping, settings: dict, filename: str) -> None:
 
 
 def effective_config(cfg: Config) -> str:
-    """A config with its bases, overrides and settings in one file, without what belongs to one run."""
+    """Return the config in one file with bases, overrides and settings, without the keys of one run."""
     return Config({key: value for key, value in cfg.to_dict().items() if key not in OF_A_RUN}).pretty_text
 
 
@@ -230,10 +230,10 @@ def effective_config(cfg: Config) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """The results in a file of the user's.
+    """Read the results from the user's file.
 
     Raises:
-        ValueError: If there is no such file, or it holds something else than names and numbers.
+        ValueError: If the file is missing, or holds anything but names and numbers.
     """
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
@@ -248,15 +248,15 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def validated(checkpoint: Path, meta: Mapping, cfg: Config) -> tuple[dict[str, float], str]:
-    """The newest validation of a checkpoint in the logs beside it, and when it was; ({}, '') if there is none.
+    """Find the checkpoint's newest validation in the logs beside it, and its time; ({}, '') if there is none.
 
     Raises:
-        ValueError: If a line of a log is no JSON.
+        ValueError: If a line of a log is not JSON.
     """
     logger = (cfg.get('default_hooks') or {}).get('logger') or {}
     counted = 'epoch' if logger.get('log_metric_by_epoch', True) else 'iter'
     if counted == 'epoch' and 'max_iters' in (cfg.get('train_cfg') or {}):
-        return {}, ''  # a loop of iterations logs all its validations as of epoch 0
+        return {}, ''  # an iteration-based loop logs every validation as epoch 0
     for path in sorted(checkpoint.parent.glob('*/vis_data/scalars.json'), reverse=True):
         for line in reversed(path.read_text(encoding='utf-8').splitlines()):
             try:
@@ -264,7 +264,7 @@ def validated(checkpoint: Path, meta: Mapping, cfg: Config) -> tuple[dict[str, f
             except ValueError:
                 raise ValueError(f'{path}: expected JSON, got {line[:80]!r}; mend the log, or give results by --metrics'
                                  ) from None
-            # Lines of the training have an iteration beside the step.
+            # Training lines have 'iter' besides 'step'.
             if 'iter' not in scalars and scalars.get('step') == meta.get(counted):
                 return ({key: value for key, value in scalars.items() if key not in NO_METRICS},
                         f'validation after {counted} {meta[counted]}')
@@ -275,7 +275,7 @@ def validated(checkpoint: Path, meta: Mapping, cfg: Config) -> tuple[dict[str, f
 
 
 def notes(config: str, origin: Origin, metrics: Mapping[str, float]) -> list[str]:
-    """What is worth a look before the files are given away."""
+    """Return what the user should check before publishing the files."""
     found = []
     if origin.unknown:
         found.append(f'the training started from {", ".join(origin.unknown)}, which say nothing of their licence here')
@@ -294,10 +294,10 @@ def notes(config: str, origin: Origin, metrics: Mapping[str, float]) -> list[str
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all files, or none: each gets its name when all are complete.
+    """Write all files or none: the files get their names only when all are complete.
 
     Raises:
-        ValueError: If one of them is there already, or the folder cannot be written to.
+        ValueError: If a file already exists, or the folder is not writable.
     """
     for name in files:
         if (folder / name).exists():
@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f'--name must consist of letters, digits and . _ + -, got {name!r}')
     metrics, measured = (read_metrics(args.metrics), args.metrics.name) if args.metrics else ({}, '')
 
-    # Refuses a checkpoint of another model, and has its classes, or else those of the config.
+    # This refuses a checkpoint of another model; the model's classes are the checkpoint's, else the config's.
     model = init_model(args.config, args.checkpoint, 'cpu', args.cfg_options, args.allow_pickle)
     check_same_classes(model, args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint, args.allow_pickle)
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_model(saved, written_settings(config), args.checkpoint)
     origin = find_origin(saved, args.licence, args.checkpoint, args.allow_pickle)
     before_averaging = args.ema is False and 'ema_state_dict' in checkpoint
-    if not metrics and not before_averaging:  # what is validated are the averages
+    if not metrics and not before_averaging:  # validation uses the averaged weights
         metrics, measured = validated(Path(args.checkpoint), saved, model.cfg)
 
     meta = {key: plain(saved[key], f'meta.{key}') for key in KEPT if saved.get(key) is not None}
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     averaged = 'averaged' if 'ema_state_dict' in checkpoint else 'as trained'
     rows = describe(model, meta, origin.sources, 'as trained, before averaging' if before_averaging else averaged)
     card = model_card(stem, rows, metrics, measured, {names[suffix]: digest for suffix, digest in hashes.items()})
-    # The checkpoint comes last: where it is, all the others are.
+    # The checkpoint is written last: if it exists, so do the others.
     write(args.out_dir, {f'{stem}.py': config.encode(), f'{stem}.md': card.encode(),
                          **{names[suffix]: contents[suffix] for suffix in reversed(contents)}})
     for file in (*names.values(), f'{stem}.py', f'{stem}.md'):

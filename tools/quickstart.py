@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Generates data, trains, tests and reports; ``tools/quickstart.sh`` makes the environment first and calls this."""
+"""Generate data, train, test and report; ``tools/quickstart.sh`` makes the environment first and calls this."""
 import argparse
 import json
 import os
@@ -31,24 +31,24 @@ matplotlib.use('Agg')
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
-# Lines of MMEngine's log that a person wants to see, and the parts of them.
+# The lines of MMEngine's log to show, and the parts to keep.
 PROGRESS = re.compile(r'(?:Epoch|Iter)\((train|val|test)\)\s+(.*)')
 WANTED = re.compile(r'^\[|^eta: |^loss: |^coco/(bbox|segm)_mAP: |^mIoU: |^accuracy/top1: ')
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of quick start.
+    """Settings of one kind of quick start.
 
     Attributes:
         config (str): File in ``configs/``.
-        form (str): Form of the generated data, as ``tools/make_shapes.py --format`` takes it.
+        form (str): Data format, as for ``tools/make_shapes.py --format``.
         data (str): Where the config expects the data.
-        num_train (int): Training pictures.
+        num_train (int): Number of training pictures.
         metrics (dict[str, str]): Name in the summary → name in MMEngine's log.
-        unit (float): Factor that makes the logged metrics fractions of 1.
-        out (str): Folder of the results.
-        caption (str): What the contact sheet shows.
+        unit (float): Factor that turns the logged metrics into fractions of 1.
+        out (str): Folder for the results.
+        caption (str): Caption of the contact sheet.
     """
 
     config: str
@@ -77,19 +77,19 @@ def say(text: str) -> None:
 
 
 def run(command: Sequence[str | Path], log: Path) -> float:
-    """Runs a command in the project's folder, shows its progress, and returns the minutes it took.
+    """Run a command in the project's folder, show its progress, and return the minutes it took.
 
-    Everything it prints goes to ``log``.
+    All its output goes to ``log``.
 
     Raises:
-        SystemExit: With the end of its output, if it fails.
+        SystemExit: If the command fails; shows the end of its output.
     """
     words = [str(c) for c in command]
     shown = ' '.join(os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words)
     say(f'$ {shown}')
     start = time.time()
     tail: deque[str] = deque(maxlen=30)
-    # This interpreter has what is needed; the launchers might take that of another environment.
+    # This interpreter has the packages; the launchers might otherwise choose another environment.
     env = {**os.environ, 'PYTHON': sys.executable}
     with log.open('w') as file, subprocess.Popen(
             words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -107,20 +107,20 @@ def run(command: Sequence[str | Path], log: Path) -> float:
 
 
 def scalars(work_dir: Path) -> list[dict]:
-    """What the newest run in a work dir logged, a dict a line."""
+    """Return what the newest run in a work dir logged, one dict for each line."""
     path = max(work_dir.glob('*/vis_data/scalars.json'), key=lambda p: p.stat().st_mtime)
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def tested_metrics(work_dir: Path, task: Task) -> dict[str, float]:
-    """The metrics of the newest test in a work dir, as fractions of 1."""
+    """Return the metrics of the newest test in a work dir, as fractions of 1."""
     path = max(work_dir.glob('*/*.json'), key=lambda p: p.stat().st_mtime)
     logged = json.loads(path.read_text())
     return {name: round(logged[key] * task.unit, 4) for name, key in task.metrics.items()}
 
 
 def plot_curves(lines: list[dict], task: Task, path: Path) -> None:
-    """Training loss over iterations, and the validation metrics over epochs (or iterations, where that is the unit)."""
+    """Plot the training loss over iterations, and the validation metrics over epochs or iterations."""
     train = [line for line in lines if 'loss' in line]
     val = [line for line in lines if next(iter(task.metrics.values())) in line]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
@@ -139,7 +139,7 @@ def plot_curves(lines: list[dict], task: Task, path: Path) -> None:
 
 
 def contact_sheet(folder: Path, caption: str, path: Path, count: int = 12) -> None:
-    """Pictures from all over a folder, as class folders follow each other, in one, under a caption."""
+    """Draw pictures from all over a folder, so from all class folders, as one captioned sheet."""
     files = sorted(f for f in folder.rglob('*') if f.suffix in ('.jpg', '.png'))
     files = files[::max(1, len(files) // count)][:count]
     pictures = [cv2.imread(str(f)) for f in files]
@@ -154,7 +154,7 @@ def contact_sheet(folder: Path, caption: str, path: Path, count: int = 12) -> No
 
 
 def quickstart(name: str) -> None:
-    """Runs one task from data to report."""
+    """Run one task from data to report."""
     task = TASKS[name]
     config, data, out = ROOT / 'configs' / task.config, ROOT / task.data, ROOT / task.out
     start = time.time()
@@ -162,7 +162,7 @@ def quickstart(name: str) -> None:
         say(f'starting anew: removing {task.out}')
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    # Two processes even on one machine's cores: several parts of a model use a single thread.
+    # Two processes help even on one machine's cores, because parts of a model use one thread.
     processes = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     minutes = {}
     say(f'{name} 1/4: data')

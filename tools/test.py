@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Evaluates a checkpoint on the test split of a config.
+"""Evaluate a checkpoint on the test split of a config.
 
     tools/test.py configs/cascade_rcnn_convneur_m3_1x_coco.py CHECKPOINT
 
-On several GPUs, or several CPU processes: ``tools/dist_test.sh CONFIG CHECKPOINT GPUS``.
+For several GPUs, or several CPU processes: ``tools/dist_test.sh CONFIG CHECKPOINT GPUS``.
 """
 import argparse
 import os
 import signal
 
 if __name__ == '__main__':
-    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    # Without this, Ctrl-C during the imports would print a traceback. Later, launch.run reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def test(args: argparse.Namespace) -> None:
-    """Tests as the command line says."""
+    """Test as the command line says."""
     cfg = launch.load_config(args, splits=('test',))
     if args.tta:
         use_tta(cfg, args.config)
@@ -66,13 +66,13 @@ def test(args: argparse.Namespace) -> None:
 
 
 def use_tta(cfg: launch.Config, name: str) -> None:
-    """Puts the config's ``tta_model`` around its model, and its ``tta_pipeline`` into the test data.
+    """Wrap the config's model in its ``tta_model``, and use its ``tta_pipeline`` for the test data.
 
     Raises:
-        LaunchError: If the config, which is called ``name``, lacks them.
+        LaunchError: If the config lacks them; ``name`` is its name in the message.
     """
     if cfg.get('default_scope') == 'mmpretrain' and 'tta_pipeline' not in cfg:
-        # As mmpretrain's own tool does.
+        # mmpretrain's own tool does the same.
         flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
         *transforms, pack = cfg.test_dataloader.dataset.pipeline
         cfg.tta_pipeline = [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
@@ -86,7 +86,7 @@ def use_tta(cfg: launch.Config, name: str) -> None:
 
 
 def check_out(path: str, segments: bool) -> None:
-    """Raises a LaunchError if ``--out`` is not of the kind that the task's predictions are saved to."""
+    """Raise a LaunchError if ``--out`` is not of the kind to which the task's predictions are saved."""
     is_pickle = path.endswith(('.pkl', '.pickle'))
     if segments and is_pickle:
         raise launch.LaunchError(f'--out of a segmentor is a folder for label pictures, got {path}')
@@ -95,7 +95,7 @@ def check_out(path: str, segments: bool) -> None:
 
 
 def drawing_hook(cfg: launch.Config, args: argparse.Namespace) -> dict:
-    """Settings of the hook that draws the predictions, with the config's threshold for detections."""
+    """Return the settings of the hook that draws predictions, with the config's score threshold for detections."""
     if not cfg.get('visualizer'):
         raise launch.LaunchError(f'--show and --show-dir need a visualizer, which {args.config} lacks')
     draw_args = {}
@@ -107,18 +107,18 @@ def drawing_hook(cfg: launch.Config, args: argparse.Namespace) -> dict:
 
 
 def save_label_pictures(cfg: launch.Config, folder: str) -> None:
-    """Has mmseg's metric write its predictions to ``folder`` as well."""
+    """Make mmseg's metric also write its predictions to ``folder``."""
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     writers = [evaluator for evaluator in evaluators if evaluator['type'] == 'IoUMetric']
     if not writers:
         raise launch.LaunchError('--out of a segmentor needs an IoUMetric among test_evaluator, which writes the files')
-    # Made here, before a process could write to it ahead of the first one.
+    # Make the folder now, before another process could write to it ahead of the first one.
     os.makedirs(folder, exist_ok=True)
     writers[0]['output_dir'] = folder
 
 
 def result_dumper(cfg: launch.Config, path: str) -> DumpResults:
-    """The metric that saves predictions; mmdet's also packs the masks into run lengths."""
+    """Return the metric that saves predictions; mmdet's also encodes the masks as run lengths."""
     if cfg.get('default_scope') == 'mmdet':
         from mmdet.evaluation import DumpDetResults
         return DumpDetResults(out_file_path=path)

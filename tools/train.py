@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Trains a detector, segmentor or classifier from a config.
+"""Train a detector, segmentor or classifier from a config.
 
     tools/train.py configs/cascade_rcnn_convneur_m3_1x_coco.py
 
-On several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
+For several GPUs, or several CPU processes: ``tools/dist_train.sh CONFIG GPUS``.
 """
 import argparse
 import signal
 
 if __name__ == '__main__':
-    # While Python's modules are imported, Ctrl-C ends this without a traceback; launch.run then says more.
+    # Without this, Ctrl-C during the imports would print a traceback. Later, launch.run reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains as the command line says."""
+    """Train as the command line says."""
     if args.amp == 'fp16' and not launch.torch.cuda.is_available():
         raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible; --amp bf16 does not')
     cfg = launch.load_config(args, splits=('train', 'val'))
@@ -70,10 +70,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def use_amp(optim_wrapper: dict, precision: str) -> None:
-    """Makes a config's ``optim_wrapper`` one for mixed precision; a ``loss_scale`` or ``dtype`` in it stays.
+    """Change a config's ``optim_wrapper`` to mixed precision, keeping its ``loss_scale`` and ``dtype``.
 
     Raises:
-        LaunchError: If it is of a kind that this would replace, or its ``loss_scale`` or ``dtype`` is none for bf16.
+        LaunchError: If its type would be lost, or it sets ``loss_scale`` or ``dtype``, which bf16 does not take.
     """
     name = dict(fp16='AmpOptimWrapper', bf16='BFloat16OptimWrapper')[precision]
     current = optim_wrapper.get('type', 'OptimWrapper')

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Trains on a folder of your own: finds, checks and splits the data, writes a config for them, trains and tests.
+"""Train on your own folder: find, check and split the data, write a config for it, train and test.
 
     tools/train_custom.py --task det data/nuts       # a COCO file and pictures
     tools/train_custom.py --task seg data/fields     # images/ and masks/, with pictures of equal names
     tools/train_custom.py --task cls data/leaves     # a folder of pictures for each class
 
-Files that are called train and val are kept apart; else a fifth of the pictures is set aside. The data stay as they
-are. docs/own_data.md has what is found, and what is chosen.
+Data named train and val stay separate; otherwise a fifth of the pictures is set aside. The data are not changed.
+docs/own_data.md explains what is found and how settings are chosen.
 """
 import argparse
 import os
@@ -21,7 +21,7 @@ from types import FrameType
 from urllib.parse import urlparse
 
 if __name__ == '__main__':
-    # While Python's modules are imported, Ctrl-C ends this without a traceback.
+    # Without this, Ctrl-C during the imports of Python's modules would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare as prepare_environment
     prepare_environment()
@@ -41,9 +41,9 @@ from convneur_mm.stack import require
 
 TOOLS = Path(__file__).resolve().parent
 PACKAGES = dict(det='mmdet', seg='mmseg', cls='mmpretrain')
-# Images a step, as in the configs.
+# Images per step, as in the configs.
 BATCH_SIZE = dict(det=4, seg=4, cls=16)
-# Longest side of an input, without and with a GPU.
+# Longest input side, without and with a GPU.
 LIMITS = dict(det=(320, 640), seg=(320, 512), cls=(128, 224))
 
 
@@ -78,13 +78,13 @@ def say(name: str, text: str) -> None:
 
 
 def set_up(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Prepares the data and the weights, and writes the config.
+    """Prepare the data and the weights, and write the config.
 
     Returns:
         tuple[Path, Path]: The config and the work dir.
 
     Raises:
-        LaunchError, CheckpointError, OwnDataError, StackError, OSError: Name what cannot be, in one line.
+        LaunchError, CheckpointError, OwnDataError, StackError, OSError: If the set-up fails; the message is one line.
     """
     require(f'{PACKAGES[args.task]}.models')
     data = Path(args.data).absolute()
@@ -116,11 +116,11 @@ def set_up(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def find_weights(args: argparse.Namespace, out: Path) -> tuple[str, str | None]:
-    """The arch, and the path of the weights that its backbone starts from.
+    """Return the arch, and the path of the weights that its backbone starts from.
 
     Raises:
-        LaunchError: If the weights are of another arch than the one asked for, or of another model.
-        CheckpointError: If the file is missing, or no checkpoint.
+        LaunchError: If the file is missing, or its weights are of another model or arch than requested.
+        CheckpointError: If the file is not a checkpoint.
     """
     if args.checkpoint is None:
         say('weights', 'random: --checkpoint names some to start from, for which far fewer pictures are enough')
@@ -152,21 +152,21 @@ def find_weights(args: argparse.Namespace, out: Path) -> tuple[str, str | None]:
 
 
 def stage_of(weights: dict[str, torch.Tensor], stage: int) -> tuple[int, int]:
-    """(Number of blocks, channels) of a stage in weights of a backbone."""
+    """Return (number of blocks, channels) of a stage in a backbone's weights."""
     kernels = [value for name, value in weights.items()
                if name.startswith(f'stages.{stage}.') and name.endswith('.depthwise_conv.weight')]
     return len(kernels), len(kernels[0]) if kernels else 0
 
 
 def config_text(args: argparse.Namespace, own: OwnData, arch: str, weights: str | None) -> str:
-    """The config: what the data and the command line change of configs/_base_/own_data/."""
+    """Return the config: what the data and the command line change in configs/_base_/own_data/."""
     task = args.task
     limit = LIMITS[task][torch.cuda.is_available()]
     size = fit_image_size(task, own.sizes, own.boxes, limit)
     say('input', f'{size[0]} x {size[1]} pixels, at most {limit} {"with" if torch.cuda.is_available() else "without"} '
                  'a GPU')
     channels = ConvNeur.arch_settings[arch]['channels']
-    # Values of the model by their place.
+    # Overrides of the model, by part.
     model = [f"backbone=dict(arch='{arch}')"] * (arch != 'm1')
     if task == 'cls':
         model += [f'head=dict(in_channels={channels[-1]})'] * (arch != 'm1')
@@ -194,7 +194,7 @@ def config_text(args: argparse.Namespace, own: OwnData, arch: str, weights: str 
         f'image_size, {unit} = {size}, {length}',
     ]
     if weights:
-        # Pretrained weights are not to be undone by the first steps.
+        # The first steps should not undo pretrained weights.
         lines.append(f'pretrained, optim_wrapper = dict({arch}={weights!r}), dict(optimizer=dict(lr=3e-4))')
     if model:
         lines.append(f'model = dict({", ".join(model)})')
@@ -214,7 +214,7 @@ def data_root(args: argparse.Namespace) -> str:
 
 
 def split_text(name: str, own: OwnData, args: argparse.Namespace) -> str:
-    """The line of the config that names the files of a split: those of the data below ``data_root``."""
+    """Return the config line with a split's paths, relative to ``data_root`` if they lie below it."""
     split = getattr(own, name)
     places = dict(ann=split.ann_file, images=split.images, **(dict(labels=split.labels) if split.labels else {}))
     names = ', '.join(f'{name}_{key}' for key in places)
@@ -239,14 +239,14 @@ def shown(command: Sequence[str]) -> str:
 
 
 def run(command: Sequence[str]) -> None:
-    """Runs one of the tools in this interpreter; signals are left to it, and what ends it ends this."""
+    """Run one of the tools in this interpreter; signals are passed to it, and its failure ends this process."""
     say('run', shown(command))
     with subprocess.Popen([sys.executable, *command]) as process:
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             process.send_signal(number)
 
-        # A terminal sends Ctrl-C to both, other signals come here alone.
+        # A terminal sends Ctrl-C to both processes; other signals only arrive here.
         signal.signal(signal.SIGINT, lambda number, frame: None)
         signal.signal(signal.SIGTERM, pass_on)
     if process.returncode:

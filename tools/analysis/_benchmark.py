@@ -1,15 +1,15 @@
-"""What the benchmarks share: interleaved timing, peak memory, rates of the machine, tables and plots.
+"""Shared code of the benchmarks: interleaved timing, peak memory, rates of the machine, tables and plots.
 
-How it measures:
+It measures as follows:
 
-- Time: all cases in one process, one call of each in every round (A B C A B C …), so that a machine that slows down or
-  is shared slows all of them. A ratio is the median of the rounds' ratios, for the same reason.
-- Memory: the most bytes that the device's allocator had handed out during one call, above what was out before it, so
-  inputs and weights are not counted and gradients are. On CUDA the caching allocator keeps that count; on a CPU
-  torch's profiler records every allocation and release, of kernels' scratch space too. That is exact and the same for
-  everyone's code, which the resident set of the process is not (malloc keeps what was freed). What libraries take
-  behind torch's back, such as oneDNN's own scratch space, is seen by neither. The profiler keeps about 2 kB for each
-  operator, so it is not for calls of millions of them (``--no-memory``); the footer has the process' own peak.
+- Time: all cases run in one process, one call of each in every round (A B C A B C …), so a slow or shared machine slows
+  all of them alike. For the same reason, a ratio is the median of the rounds' ratios.
+- Memory: the most bytes that the device's allocator had handed out during one call, above those before it. Inputs and
+  weights are therefore not counted, and gradients are. On CUDA the caching allocator keeps that count. On a CPU torch's
+  profiler records every allocation and release, including kernels' scratch space. That count is exact and the same for
+  all code; the resident set of the process is not, because malloc keeps freed memory. Neither method sees memory that
+  libraries allocate themselves, such as oneDNN's scratch space. The profiler keeps about 2 kB for each operator, so
+  use ``--no-memory`` for calls of millions of them; the footer gives the process' own peak.
 - Gradients go to inputs and parameters and are set to None after every call.
 """
 from __future__ import annotations
@@ -41,14 +41,14 @@ INSTALL = 'pip install -r requirements/bench.txt'
 
 
 class MissingPeer(Exception):
-    """A peer whose package is not installed; the message says how to get it."""
+    """Raised if a peer's package is not installed; the message says how to install it."""
 
 
 # ---- command line
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Options of every benchmark."""
+    """Add the options of every benchmark."""
     parser.add_argument('--device', default='cpu', help="'cpu', 'cuda' or 'cuda:N' (default: %(default)s)")
     parser.add_argument('--dtype', choices=list(DTYPES), default='float32',
                         help='the half-precision ones run float32 weights under autocast, as training does '
@@ -69,7 +69,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 
 def parse_device(name: str) -> torch.device:
-    """The device called ``name``.
+    """Return the device called ``name``.
 
     Raises:
         ValueError: If it is neither a CPU nor a CUDA device of this machine.
@@ -86,7 +86,7 @@ def parse_device(name: str) -> torch.device:
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
-    """Checks the common options, seeds, sets the number of threads and returns the device.
+    """Check the common options, seed, set the number of threads and return the device.
 
     Raises:
         ValueError: For the first option outside its range.
@@ -100,7 +100,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's library chats on stderr
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's library logs to stderr
     return device
 
 
@@ -108,7 +108,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
 
 
 def forward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
-    """One forward pass without a graph."""
+    """Make a call of one forward pass without a graph."""
 
     def call() -> None:
         with torch.no_grad(), autocast(inputs[0].device, dtype):
@@ -118,7 +118,7 @@ def forward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> 
 
 
 def forward_backward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
-    """One forward and backward pass to parameters and inputs; ``module`` returns a tensor or a sequence of them."""
+    """Make a call of one forward and backward pass to parameters and inputs; ``module`` returns one or more tensors."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     leaves = [*module.parameters(), *inputs]
     cotangents: list[Tensor] = []
@@ -127,7 +127,7 @@ def forward_backward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.d
         with autocast(inputs[0].device, dtype):
             outputs = module(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        if not cotangents:  # made by the first call, which is not timed
+        if not cotangents:  # made in the first call, which is not timed
             cotangents.extend(torch.randn_like(output) for output in outputs)
         torch.autograd.backward(outputs, cotangents)
         for leaf in leaves:
@@ -141,18 +141,18 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of weights and inputs, where ``dtype`` is what autocast or the whole call computes in."""
+    """Return the dtype of weights and inputs, given the dtype of the computation."""
     return torch.float32 if dtype in HALF else dtype
 
 
 def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
-    """``module`` where and how it is measured."""
+    """Move ``module`` to its device and dtype, and compile it if asked."""
     module = module.to(device, weight_dtype(dtype))
     return torch.compile(module) if compiled else module
 
 
 def make_calls(module: nn.Module, inputs: Sequence[Tensor], mode: str, dtype: torch.dtype) -> Callable[[], None]:
-    """One call in the given mode; with gradients the module is in training mode, as batch norms notice."""
+    """Make a call in the given mode; with gradients the module is in training mode, which affects batch norms."""
     module.train(mode != 'forward')
     return (forward if mode == 'forward' else forward_backward)(module, inputs, dtype)
 
@@ -162,7 +162,7 @@ def make_calls(module: nn.Module, inputs: Sequence[Tensor], mode: str, dtype: to
 
 @dataclass
 class Measurement:
-    """Times of the rounds in seconds and the peak memory of one call in bytes, None where it was not measured."""
+    """Times of the rounds in seconds and peak memory of one call in bytes; None if not measured."""
 
     times: list[float] = field(default_factory=list)
     peak_memory: int | None = None
@@ -177,16 +177,16 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Slowest minus fastest, over the median."""
+        """Return (slowest - fastest) / median."""
         return (max(self.times) - min(self.times)) / self.median
 
     def ratio(self, baseline: Measurement) -> float:
-        """How many times as long as ``baseline`` it takes, by the median of the rounds' ratios."""
+        """Return how many times as long as ``baseline`` this takes: the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.times, baseline.times))
 
 
 class Progress:
-    """One line on stderr: rewritten in a terminal, at most every ten seconds elsewhere."""
+    """Progress line on stderr: rewritten in a terminal, printed at most every ten seconds elsewhere."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
@@ -204,7 +204,7 @@ class Progress:
             print('\r\033[K', end='', file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that is not overwritten."""
         self.clear()
         print(text, file=sys.stderr, flush=True)
 
@@ -215,7 +215,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, to the end of its last kernel."""
+    """Return the seconds of one call, until its last kernel has ended."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -224,7 +224,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes allocated at once during ``call``, above what was allocated before it. See the module."""
+    """Return the most bytes allocated at once during ``call``, above those before it; see the module."""
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
@@ -235,7 +235,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
-    # The raw events: building the profiler's own tables of them takes minutes for long calls.
+    # Use the raw events, because the profiler's own tables take minutes for long calls.
     events = [event for event in profile.kineto_results.events() if event.name() == '[memory]']
     events.sort(key=lambda event: event.start_ns())
     held = most = 0
@@ -254,22 +254,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 def measure(calls: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 1,
             budget: float = math.inf, memory: bool = True, label: str = '', optional: Iterable[str] = (),
             progress: Progress | None = None) -> tuple[dict[str, Measurement], dict[str, str]]:
-    """Runs all calls side by side: warm-up and memory one after the other, then rounds of one call each.
+    """Run all calls side by side: warm-up and memory one after the other, then rounds of one call each.
 
     Args:
-        calls (dict[str, Callable]): Name → what to measure.
+        calls (dict[str, Callable]): Name → call to measure.
         device (torch.device): Where the calls run.
         repeats (int): Rounds.
-        warmup (int): Untimed calls of each before them. Defaults to 1.
+        warmup (int): Untimed calls of each before the rounds. Defaults to 1.
         budget (float): Seconds after which no further round starts; the first one always runs. Defaults to infinity.
         memory (bool): Whether to measure peak memory, by one more call of each. Defaults to True.
-        label (str): What the progress line starts with. Defaults to ''.
+        label (str): Start of the progress line. Defaults to ''.
         optional (Iterable[str]): Calls that may fail for any reason; others may only run out of memory.
             Defaults to ().
-        progress (Progress | None): Where progress goes. Defaults to a new one.
+        progress (Progress | None): Progress line. Defaults to a new one.
 
     Returns:
-        tuple[dict[str, Measurement], dict[str, str]]: What was measured, and why the others could not be.
+        tuple[dict[str, Measurement], dict[str, str]]: The measurements, and the reasons of the failures.
     """
     progress = progress or Progress()
     optional = set(optional)
@@ -296,7 +296,7 @@ def measure(calls: dict[str, Callable[[], object]], device: torch.device, *, rep
     for done in range(repeats):
         elapsed = time.monotonic() - started
         if done:
-            if elapsed * (done + 1) / done > budget:  # the next round would end too late
+            if elapsed * (done + 1) / done > budget:  # the next round would exceed the budget
                 break
             progress(f'{label}: round {done + 1} of {repeats}, '
                      f'ETA {min(elapsed / done * (repeats - done), budget - elapsed):.0f} s')
@@ -310,7 +310,7 @@ def measure(calls: dict[str, Callable[[], object]], device: torch.device, *, rep
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
-    """What a reader needs in order to judge the figures."""
+    """Return what a reader needs to judge the figures."""
     cpu = platform.processor()
     info = Path('/proc/cpuinfo')
     if info.exists():
@@ -326,7 +326,7 @@ def describe_machine(device: torch.device) -> dict[str, object]:
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that may still be allocated, infinity where the system does not say."""
+    """Return the bytes that can still be allocated, or infinity if the system does not report them."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     info = Path('/proc/meminfo')
@@ -335,29 +335,29 @@ def available_memory(device: torch.device) -> float:
 
 
 def process_peak_memory() -> int:
-    """Largest resident set this process has had so far, in bytes."""
+    """Return the largest resident set of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of the best of twenty large square matrix products."""
+    """Measure FLOP/s: the best of twenty large square matrix products."""
     size = size or (8192 if device.type == 'cuda' else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(20))
 
 
 def copy_rate(device: torch.device, nbytes: int = 2**28) -> float:
-    """Bytes/s, read and written, of the best of ten copies of ``nbytes``."""
+    """Measure bytes/s, read and written: the best of ten copies of ``nbytes``."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Exponent p of y ∝ x^p: the slope of log y over log x by least squares.
+    """Fit the exponent p of y ∝ x^p: the slope of log y over log x by least squares.
 
     Raises:
-        ValueError: With fewer than two different ``xs``, or values that are not positive.
+        ValueError: If there are fewer than two different ``xs``, or values that are not positive.
     """
     if len(xs) != len(ys) or len(set(xs)) < 2 or min(*xs, *ys) <= 0:
         raise ValueError(f'a slope needs two points with different x, all positive, got x={xs}, y={ys}')
@@ -369,13 +369,13 @@ def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
+    """Format the mean and, for several values, the standard deviation."""
     mean = f'{statistics.mean(values):.2f}'
     return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first one to the left."""
+    """Format a Markdown table with aligned columns, the first one to the left."""
     rows = [list(header), *(list(row) for row in rows)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(header))]
     lines = [' | '.join(cell.rjust(width) if i else cell.ljust(width)
@@ -385,14 +385,14 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def result_rows(results: dict[str, Measurement], baseline: str, **common) -> list[dict]:
-    """What the JSON holds of one comparison: a dict for each case, with ``common`` in all of them."""
+    """Return one comparison for the JSON: a dict for each case, with ``common`` in all of them."""
     return [dict(name=name, **common, median_s=m.median, min_s=m.fastest, spread=m.spread, times_s=m.times,
                  baseline=baseline, ratio=m.ratio(results[baseline]), peak_memory_bytes=m.peak_memory)
             for name, m in results.items()]
 
 
 def time_cells(row: dict) -> tuple[str, ...]:
-    """Median, fastest, spread, ratio and peak memory as a table shows them."""
+    """Return the table's cells for median, fastest, spread, ratio and peak memory."""
     return (milliseconds(row['median_s']), milliseconds(row['min_s']), f'{row["spread"]:.0%}', f'{row["ratio"]:.2f}',
             mebibytes(row['peak_memory_bytes']))
 
@@ -406,7 +406,7 @@ def mebibytes(nbytes: float | None) -> str:
 
 
 def check_baseline(baseline: str | None, names: Sequence[str]) -> None:
-    """Raises a ValueError if ``baseline`` is not among the cases that are to be measured."""
+    """Raise a ValueError if ``baseline`` is not among the cases to measure."""
     if baseline is not None and baseline not in names:
         raise ValueError(f'--baseline must be one of {list(names)}, got {baseline!r}')
 
@@ -420,7 +420,7 @@ def write_json(path: str | Path, content: dict) -> None:
 
 
 def new_figure(columns: int):
-    """(figure, axes) for so many plots side by side, without a display."""
+    """Return (figure, axes) for ``columns`` plots side by side, without a display."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
@@ -428,7 +428,7 @@ def new_figure(columns: int):
 
 
 def plot_bars(path: str | Path, results: dict[str, dict[str, Measurement]], title: str) -> None:
-    """Median time and peak memory of every case, a colour for each mode.
+    """Plot median time and peak memory of every case, a colour for each mode.
 
     Args:
         path (str | Path): PNG to write.

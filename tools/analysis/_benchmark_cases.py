@@ -1,7 +1,7 @@
-"""What tools/analysis/benchmark.py measures: backbones by themselves, in a detector and in a segmentor.
+"""Models measured by tools/analysis/benchmark.py: backbones alone, in a detector and in a segmentor.
 
-The detector and the segmentor are those of the shipped ConvNeur configs, with nothing but the backbone, and the input
-channels that go with it, exchanged. Weights are random and nothing is frozen.
+The detector and the segmentor are those of the shipped ConvNeur configs; only the backbone and the matching input
+channels are exchanged. Weights are random and nothing is frozen.
 """
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from convneur_mm import config
 from convneur_mm.models import ConvNeur, OverLoCK
 from convneur_mm.stack import require
 
-OBJECTS = 128  # as many as a mask head takes of an image in training, so that the random proposals do not matter
+OBJECTS = 128  # as many as a mask head trains on in an image, so that random proposals do not matter
 
 
 class Task(NamedTuple):
-    """Where a backbone is measured.
+    """Model in which a backbone is measured.
 
     Attributes:
-        title (str): For the table.
+        title (str): Title in the table.
         shape (tuple[int, int, int]): Images, height and width.
-        config (str): The shipped config whose model it is measured in, '' for none.
+        config (str): The shipped config of the model, '' for none.
         compiled (bool): Whether it is also measured with ``torch.compile``.
     """
 
@@ -48,7 +48,7 @@ MODES = ('inference', 'training')
 
 
 class Backbone(NamedTuple):
-    """Settings of a backbone that returns four stages, and the channels of these."""
+    """Settings of a backbone that returns four stages, and the stages' channels."""
 
     settings: dict[str, object]
     channels: tuple[int, int, int, int]
@@ -86,23 +86,23 @@ YARDSTICK = 'the inference of ResNet-50 for 4 x 224 x 224'
 
 
 def make_yardstick() -> Callable[[], None]:
-    """A call of a few tenths of a second whose time tells how fast the machine is at the moment."""
+    """Make a call of a few tenths of a second whose time measures the machine's current speed."""
     return make_call('backbone', build('backbone', 'ResNet-50', 'inference'), 'inference', (4, 224, 224))
 
 
 def import_packages(task: str) -> None:
-    """Imports all that :func:`build` needs, which takes as much memory as a small model."""
+    """Import what :func:`build` needs, which takes as much memory as a small model."""
     for name in ('mmdet.models', 'mmpretrain.models', *['mmseg.models'] * (task == 'segmentor')):
         require(name)
 
 
 def build(task: str, model: str, mode: str) -> nn.Module:
-    """The model, on the CPU, in the mode that is measured; for inference OverLoCK is merged.
+    """Build the model on the CPU, in the measured mode; for inference OverLoCK is merged.
 
     Args:
-        task (str): Of ``TASKS``.
-        model (str): Of ``BACKBONES``.
-        mode (str): Of ``MODES``.
+        task (str): A key of ``TASKS``.
+        model (str): A key of ``BACKBONES``.
+        mode (str): One of ``MODES``.
     """
     import_packages(task)
     backbone = BACKBONES[model]
@@ -111,30 +111,30 @@ def build(task: str, model: str, mode: str) -> nn.Module:
     else:
         cfg = Config.fromfile(config(TASKS[task].config))
         settings, frame = dict(backbone.settings), cfg.model
-        if settings['type'] == 'ConvNeur':  # with the memory's settings of the task
+        if settings['type'] == 'ConvNeur':  # use the task's memory settings
             settings = dict(frame.backbone, **settings)
             del settings['init_cfg']
         frame.backbone = settings
         frame.neck.in_channels = list(backbone.channels)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            # Batch norm over processes runs on GPUs alone.
+            # SyncBN needs GPUs.
             whole = revert_sync_batchnorm(REGISTRY.build(frame))
         module = whole.backbone
-    # Each parameter's initialisation, and that nothing was pretrained.
+    # Hide the logs of each parameter's initialisation and of missing pretrained weights.
     MMLogger.get_current_instance().setLevel('ERROR')
     whole.init_weights()
     if mode == 'inference' and isinstance(module, OverLoCK):
         module.switch_to_deploy()
-    whole.train(mode == 'training')  # mmpretrain's backbones return nothing
+    whole.train(mode == 'training')  # mmpretrain's backbones return None
     return whole
 
 
 def make_call(task: str, model: nn.Module, mode: str, shape: tuple[int, int, int],
               compiled: bool = False) -> Callable[[], None]:
-    """One inference or one training step of a model that :func:`build` has made, on random images.
+    """Make a call of one inference or one training step on random images, for a model from :func:`build`.
 
-    A training step is a forward pass, the loss, a backward pass and a step of AdamW. The backbone by itself has
-    no loss: random gradients go into its outputs.
+    A training step is a forward pass, the loss, a backward pass and a step of AdamW. A backbone alone has no loss, so
+    random gradients go into its outputs.
     """
     batch, height, width = shape
     images = torch.randn(batch, 3, height, width)
@@ -151,7 +151,7 @@ def make_call(task: str, model: nn.Module, mode: str, shape: tuple[int, int, int
     else:
         samples = _segmentation_samples(batch, height, width, model.decode_head.num_classes)
         loss = lambda: _sum_losses(model, images, samples)  # noqa: E731
-        # Given samples would keep the last call's scores, half a gigabyte, beside those of the next.
+        # Passing samples would keep the last call's scores, half a gigabyte, during the next call.
         infer = lambda: model.predict(images)  # noqa: E731
 
     def inference() -> None:
@@ -167,7 +167,7 @@ def make_call(task: str, model: nn.Module, mode: str, shape: tuple[int, int, int
 
 
 class _Cotangents:
-    """A backbone's outputs times random numbers, which become the gradients of the outputs."""
+    """Sum of a backbone's outputs times random numbers, which become the outputs' gradients."""
 
     def __init__(self, module: nn.Module, images: Tensor) -> None:
         self.module, self.images = module, images
@@ -185,11 +185,11 @@ def _sum_losses(model: nn.Module, images: Tensor, samples: Sequence) -> Tensor:
 
 
 class _DetectorInference:
-    """Inference of a two-stage detector whose RoI heads get the same boxes whatever the weights.
+    """Inference of a two-stage detector whose RoI heads get the same boxes for any weights.
 
-    Random weights would find no object at all, and no mask head would run. All parts do their work, the RPN's choice
-    of proposals and the suppression of overlapping boxes included, but the box heads go on with ``max_per_img`` random
-    proposals, and the mask heads with the first ``max_per_img`` of these.
+    With random weights no object would be found, and no mask head would run. All parts run, including the RPN's choice
+    of proposals and the suppression of overlapping boxes. But the box heads get ``max_per_img`` random proposals, and
+    the mask heads the first ``max_per_img`` of these.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, samples: Sequence) -> None:
@@ -215,7 +215,7 @@ def _meta(height: int, width: int) -> dict[str, object]:
 
 
 def _boxes(count: int, height: int, width: int) -> Tensor:
-    """Random boxes (count, 4), x1 y1 x2 y2, with sides from 16 pixels to two thirds of the image, all scales alike."""
+    """Draw boxes (count, 4), x1 y1 x2 y2, with log-uniform sides from 16 pixels to two thirds of the image."""
     limits = torch.tensor([width, height])
     sides = 16 * (limits / 24.0) ** torch.rand(count, 2)
     corners = torch.rand(count, 2) * (limits - sides)
@@ -223,7 +223,7 @@ def _boxes(count: int, height: int, width: int) -> Tensor:
 
 
 def _detection_samples(batch: int, height: int, width: int, classes: int) -> list:
-    """Images with ``OBJECTS`` rectangles each."""
+    """Draw samples with ``OBJECTS`` rectangles each."""
     from mmengine.structures import InstanceData
     structures, masks = require('mmdet.structures'), require('mmdet.structures.mask')
     samples = []
@@ -238,7 +238,7 @@ def _detection_samples(batch: int, height: int, width: int, classes: int) -> lis
 
 
 def _segmentation_samples(batch: int, height: int, width: int, classes: int) -> list:
-    """Images with a random class at every pixel."""
+    """Draw samples with a random class at every pixel."""
     from mmengine.structures import PixelData
     structures = require('mmseg.structures')
     samples = []

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of modules and whole models, as all tools count them."""
+"""Counting of parameters and FLOPs of modules and whole models, shared by all tools."""
 from __future__ import annotations
 
 import math
@@ -13,25 +13,25 @@ Output = TypeVar('Output')
 
 
 class Count(NamedTuple):
-    """Parameters of a part of a model, and multiply-accumulates of one call of it."""
+    """Parameters of a part of a model, and its multiply-accumulates in one call."""
 
     parameters: int
     macs: float
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, frozen ones included, buffers not."""
+    """Count the parameters, including frozen ones, without buffers."""
     return sum(param.numel() for param in module.parameters())
 
 
 def count_flops(module: nn.Module, *inputs: Tensor) -> float:
-    """Multiply-accumulates of all convolutions and matrix products in one forward pass without gradients.
+    """Count the multiply-accumulates of all convolutions and matrix products in one forward pass without gradients.
 
-    Half of what :class:`FlopCounterMode` counts, and the products of attention on a CPU, whose fused operator it does
-    not know. On the meta device the count takes neither time nor memory.
+    The count is half that of :class:`FlopCounterMode`, plus the products of attention on a CPU, whose fused operator it
+    does not know. On the meta device counting takes neither time nor memory.
 
     Args:
-        module (nn.Module): What is called, as it is: evaluation mode, if wanted, is the caller's to set.
+        module (nn.Module): Called in its current mode; set evaluation mode first if wanted.
         *inputs (Tensor): Its arguments, on its device.
 
     Returns:
@@ -41,7 +41,7 @@ def count_flops(module: nn.Module, *inputs: Tensor) -> float:
 
 
 def count_call(call: Callable[[], Output]) -> tuple[Output, float]:
-    """What ``call`` returns, and its multiply-accumulates as :func:`count_flops` counts them."""
+    """Return the result of ``call``, and its multiply-accumulates as :func:`count_flops` counts them."""
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         output = call()
@@ -49,19 +49,18 @@ def count_call(call: Callable[[], Output]) -> tuple[Output, float]:
 
 
 def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
-    """Counts a classifier, detector or segmentor at inference, part by part, up to its last products.
+    """Count a classifier, detector or segmentor at inference, part by part, up to its last products.
 
-    A two-stage detector's RoI heads get as many boxes as its config lets through at most, since how many there are
-    depends on the image: ``test_cfg.rpn.max_per_img`` proposals go through every box head and
-    ``test_cfg.rcnn.max_per_img`` boxes through every mask head. What works in training alone, such as an auxiliary
-    head, is left out.
+    A two-stage detector's RoI heads get the most boxes that its config allows, as their number depends on the image:
+    ``test_cfg.rpn.max_per_img`` proposals go through every box head and ``test_cfg.rcnn.max_per_img`` boxes
+    through every mask head. Parts used only in training, such as an auxiliary head, are not counted.
 
     Args:
-        model (nn.Module): Of mmpretrain, mmdet or mmseg, in evaluation mode.
+        model (nn.Module): A model of mmpretrain, mmdet or mmseg, in evaluation mode.
         image (Tensor): (N, 3, H, W), on the model's device.
 
     Returns:
-        dict[str, Count]: 'backbone', and of 'neck', 'RPN', 'box heads', 'mask heads' and 'head' those that it has.
+        dict[str, Count]: 'backbone', and the existing parts of 'neck', 'RPN', 'box heads', 'mask heads' and 'head'.
 
     Raises:
         ValueError: If ``model`` is of another kind.
@@ -99,13 +98,13 @@ def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
 
 
 def _as_list(modules: nn.Module) -> list[nn.Module]:
-    """The stages of a cascade, or the one there is."""
+    """Return the stages of a cascade, or the single module, as a list."""
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
 def _attention_flops(query: Tensor | torch.Size, key: Tensor | torch.Size, *args: object, **kwargs: object) -> int:
-    """FLOPs of q kᵀ and of its product with v, which the operator takes as wide as q alone.
+    """Count the FLOPs of q kᵀ and of its product with v, which the operator takes to be as wide as q.
 
-    PyTorch hands on shapes, before 2.2 the tensors themselves.
+    PyTorch passes shapes; before 2.2 it passed the tensors.
     """
     return 4 * math.prod(getattr(query, 'shape', query)) * getattr(key, 'shape', key)[-2]

@@ -14,25 +14,25 @@ from convneur_mm.stack import installed_versions
 
 
 def cost(model: BaseModel) -> dict[str, str]:
-    """Parameters, and FLOPs at the size that tools/analysis/get_flops.py takes; leaves the model without weights."""
+    """Count parameters, and FLOPs at the size of tools/analysis/get_flops.py; the model loses its weights."""
     height, width = SHAPES[model.cfg.default_scope]
     parameters = f'{count_parameters(model) / 1e6:.2f} M'
     try:
         macs = add_up(count_parts(model.to('meta'), torch.empty(1, 3, height, width, device='meta'))).macs
         flops = f'{macs / 1e9:.2f} G multiply-accumulates, {height} × {width}'
-    except (ValueError, RuntimeError, AssertionError, IndexError) as error:  # of a model of another's making
+    except (ValueError, RuntimeError, AssertionError, IndexError) as error:  # the model may be user-defined
         flops = f'not counted: {" ".join(str(error).split())}'
     return {'parameters': parameters, 'FLOPs': flops}
 
 
 def describe(model: BaseModel, meta: Mapping, sources: Sequence[str], weights: str) -> dict[str, str]:
-    """The rows of a card's table; leaves the model without weights.
+    """Return the rows of a card's table; the model loses its weights.
 
     Args:
         model (BaseModel): As :func:`init_model` returns it.
-        meta (Mapping): Of the published checkpoint.
+        meta (Mapping): Meta of the published checkpoint.
         sources (Sequence[str]): What the training started from.
-        weights (str): Which of the checkpoint's weights they are.
+        weights (str): Which of the checkpoint's weights are published.
     """
     cfg, classes = model.cfg, model.dataset_meta.get('classes', ())
     backbone = dict(cfg.model.get('backbone') or {})
@@ -55,21 +55,21 @@ def describe(model: BaseModel, meta: Mapping, sources: Sequence[str], weights: s
 
 
 def table(rows: Mapping[str, object], *header: str) -> str:
-    """A table of two columns in Markdown."""
+    """Format a table of two columns in Markdown."""
     cells = [header, ('---', '---'), *((name, str(value).replace('|', r'\|')) for name, value in rows.items())]
     return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
 
 
 def model_card(stem: str, rows: Mapping[str, object], metrics: Mapping[str, float], measured: str,
                hashes: Mapping[str, str]) -> str:
-    """The card in Markdown.
+    """Return the card in Markdown.
 
     Args:
         stem (str): Name of the config, the card and the .pth file, without a suffix.
-        rows (Mapping[str, object]): What is known of the model, by what it is called.
+        rows (Mapping[str, object]): Facts about the model, by row name.
         metrics (Mapping[str, float]): Results; {} if none are known.
-        measured (str): Where they are from.
-        hashes (Mapping[str, str]): SHA-256 of each file by its name.
+        measured (str): Source of the results.
+        hashes (Mapping[str, str]): SHA-256 of each file, by file name.
     """
     results = f'From: {measured}.\n\n{table(metrics, "metric", "value")}' if metrics else 'Not known.'
     return f"""\

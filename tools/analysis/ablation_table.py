@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-r"""Table 5 of the paper: its ablations of ConvNeur-m3, counted by us beside the paper's figures.
+r"""Print Table 5 of the paper, its ablations of ConvNeur-m3, with our counts beside the paper's figures.
 
     tools/analysis/ablation_table.py
-    # with the best accuracies of finished trainings, e.g. of tools/dist_train.sh configs/ablation/NAME.py 8
+    # with the best accuracies of finished trainings, e.g. by tools/dist_train.sh configs/ablation/NAME.py 8
     tools/analysis/ablation_table.py --work-dirs work_dirs --json table.json
 
 Accuracies are read from the logs of the configs' work dirs; no weights are opened.
@@ -38,7 +38,7 @@ SELF_ATTENTION = 'ablation/convneur_m3_branch_self_attention_300e_in1k'
 
 
 class Row(NamedTuple):
-    """A row of Table 5: what is varied, the variant, our config of it, and the paper's G FLOPs and top-1 accuracy."""
+    """Row of Table 5: what is varied, the variant, our config of it, and the paper's G FLOPs and top-1 accuracy."""
 
     experiment: str
     variant: str
@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build(name: str) -> nn.Module:
-    """The backbone of a shipped classification config and its linear head, on the meta device, in evaluation mode."""
+    """Build a shipped classification config's backbone and linear head, on the meta device, in evaluation mode."""
     model = Config.fromfile(config(name)).model
     backbone = {key: value for key, value in model.backbone.items() if key != 'type'}
     with torch.device('meta'):
@@ -93,14 +93,14 @@ def build(name: str) -> nn.Module:
 
 
 class _Last(nn.Module):
-    """The last of the backbone's outputs."""
+    """Selection of the backbone's last output."""
 
     def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
         return outputs[-1]
 
 
 def attention_products(module: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-accumulates of q kᵀ and of its product with v in all attention of one forward pass."""
+    """Count the multiply-accumulates of q kᵀ and of its product with v in all attention of one forward pass."""
     found = []
     handles = [attention.register_forward_pre_hook(
         lambda _, args: found.append(2 * args[0].numel() * args[0].size(1)))
@@ -113,10 +113,10 @@ def attention_products(module: nn.Module, *inputs: Tensor) -> int:
 
 
 def best_top1(work_dir: Path) -> tuple[float, int] | None:
-    """The best validated top-1 accuracy of all runs in a work dir, with its epoch; None where nothing was validated.
+    """Return the best validated top-1 accuracy of a work dir's runs, with its epoch; None without validations.
 
     Raises:
-        ValueError: If a log holds a line that is no JSON.
+        ValueError: If a line of a log is not JSON.
     """
     found = []
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
@@ -131,7 +131,7 @@ def best_top1(work_dir: Path) -> tuple[float, int] | None:
 
 
 def measure(work_dirs: Path) -> list[dict]:
-    """The table's rows: the paper's figures, ours, and the accuracies found below ``work_dirs``."""
+    """Return the table's rows: the paper's figures, ours, and the accuracies found below ``work_dirs``."""
     counts = {}
     for name in dict.fromkeys(row.config for row in TABLE):
         model, image = build(name), torch.empty(IMAGE, device='meta')
@@ -150,7 +150,7 @@ def measure(work_dirs: Path) -> list[dict]:
 
 
 def report(rows: list[dict]) -> str:
-    """The table and what is to be known of it."""
+    """Format the table and its notes."""
     cells = []
     for row in rows:
         flops = f'{row["gflops"]:.2f}'

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-r"""Tables 3 and 4 of the paper: the cost of ConvNeur and of the backbones beside it, under the same detector and heads.
+r"""Print the cost of ConvNeur and of the other backbones in the paper's Tables 3 and 4, under the same heads.
 
     tools/analysis/baseline_table.py
     tools/analysis/baseline_table.py --json table.json
 
-Everything is counted on tensors without data: no weights are read, and no GPU is needed.
+Everything is counted on tensors without data, so no weights are read and no GPU is needed.
 """
 import argparse
 import os.path as osp
@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convneur_mm import config
 
-# A landscape image at 1333 x 800, padded to a multiple of 32, and what Table 4 names.
+# A landscape image at 1333 x 800, padded to a multiple of 32, and Table 4's size.
 DETECTION_IMAGE, SEGMENTATION_IMAGE = (1, 3, 800, 1344), (1, 3, 512, 2048)
 
 
 class Row(NamedTuple):
-    """A row: head, backbone, our config of it, and of the paper FLOPs in G and results (see ``RESULTS``), if given."""
+    """Row: head, backbone, our config of it, and the paper's G FLOPs and results (see ``RESULTS``), if given."""
 
     head: str
     backbone: str
@@ -96,14 +96,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build(name: str) -> nn.Module:
-    """The model of a shipped config on the meta device, in evaluation mode; nothing is loaded."""
+    """Build a shipped config's model on the meta device, in evaluation mode, without loading weights."""
     cfg = Config.fromfile(config(name))
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return MODELS.build(cfg.model).eval().to('meta')
 
 
 class _Heads(nn.Module):
-    """What follows the backbone at inference."""
+    """All parts after the backbone at inference."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _Heads(nn.Module):
             self.heads['decode_head'](features)
             return
         self.heads['rpn_head'](features)
-        # Which proposals there are depends on data; how many are kept at most does not.
+        # The proposals depend on data, but their maximal number does not.
         roi_head = self.heads['roi_head']
         for extractor, heads, count in (
             (roi_head.bbox_roi_extractor, roi_head.bbox_head, self.test_cfg.rpn.max_per_img),
@@ -128,10 +128,10 @@ class _Heads(nn.Module):
 
 
 class NormCounter(TorchDispatchMode):
-    """Adds up what MMEngine's counter takes norms, pooling and upsampling for, with its factors.
+    """Count of norms, pooling and upsampling, with the factors of MMEngine's counter.
 
     Attributes:
-        total (int): Of all calls below this mode so far.
+        total (int): Count of all calls below this mode so far.
     """
 
     INPUT_FACTORS = {torch.ops.aten.native_batch_norm: 2, torch.ops.aten.native_layer_norm: 5,
@@ -153,9 +153,9 @@ class NormCounter(TorchDispatchMode):
 
 
 class _Run(nn.Module):
-    """A module that keeps its last output, and the total of a NormCounter.
+    """Wrapper that keeps its module's last output and a NormCounter's total.
 
-    The mode is entered in here, within the FLOP counter's, which takes batch norm apart before it hands it on.
+    The mode is entered within the FLOP counter's, which decomposes batch norm before passing it on.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -169,7 +169,7 @@ class _Run(nn.Module):
 
 
 def measure_row(row: Row) -> dict:
-    """Parameters in M and multiply-accumulates in G of the row's config, beside the paper's figures."""
+    """Count M parameters and G multiply-accumulates of the row's config, beside the paper's figures."""
     model = build(row.config)
     image = torch.empty(SEGMENTATION_IMAGE if hasattr(model, 'decode_head') else DETECTION_IMAGE, device='meta')
     backbone, heads = _Run(model.backbone), _Run(_Heads(model))
@@ -186,7 +186,7 @@ def measure_row(row: Row) -> dict:
 
 
 def report(rows: Sequence[dict]) -> str:
-    """A table for each head, and what is to be known of them."""
+    """Format a table for each head, and the notes."""
     parts = []
     for head, results in RESULTS.items():
         of_head = [row for row in rows if row['head'] == head]
@@ -204,7 +204,7 @@ def report(rows: Sequence[dict]) -> str:
             if published:
                 line += ['-', '-'] if row['paper_gflops'] is None else [
                     str(row['paper_gflops']), f'{row["difference_gflops"]:+.1f}']
-            decimals = 2 if published else 1  # as the paper's Tables 4 and 3 have them
+            decimals = 2 if published else 1  # as in the paper's Tables 4 and 3
             line += [f'{result:.{decimals}f}' for result in row['paper_results']] or ['-'] * len(results)
             cells.append(line)
         parts.append(format_table(header, cells))

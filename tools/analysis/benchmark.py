@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-r"""Time and memory of ConvNeur and of other backbones on a CPU: by themselves, in a detector and in a segmentor.
+r"""Measure time and memory of ConvNeur and other backbones on a CPU: alone, in a detector and in a segmentor.
 
-    # everything, into work_dirs/benchmark/; interrupted, the same command goes on where it stopped
+    # everything, into work_dirs/benchmark/; if interrupted, the same command continues
     tools/analysis/benchmark.py
     # a choice
     tools/analysis/benchmark.py --tasks detector --models ConvNeur-m3 ResNet-50 --modes inference
-    # the tables of what has been measured so far, as Markdown
+    # print the tables of what has been measured so far, as Markdown
     tools/analysis/benchmark.py --table
 
-Every cell of the table is a JSON file and is measured in processes of its own, one for each round. Between its calls
-each process times a yardstick, the same for all, and a cell's time is taken as a multiple of the yardstick's: a machine
-that is slower for a while, as shared ones are, slows both.
+Each table cell is a JSON file, and each of its rounds is measured in a separate process. Between its calls a process
+times a yardstick, the same for all, and a cell's time is a multiple of the yardstick's. A machine that is temporarily
+slower, as shared ones are, slows both.
 """
 import argparse
 import itertools
@@ -40,8 +40,8 @@ from _flops import Count, count_flops, count_parameters, count_parts
 from convneur_mm.engine.files.errors import one_line_errors
 
 COUNT, ENGINES = 'count', ('eager', 'compiled')
-WARMUP = 2  # the second training step is the first with the optimizer's state
-# Seconds of a round on two cores, for the estimate, until one of the same kind has been measured.
+WARMUP = 2  # the optimizer's state exists from the second training step on
+# Estimated seconds of a round on two cores, until one of the same kind has been measured.
 FIRST_GUESS = {'backbone': 15, 'detector': 60, 'segmentor': 30}
 COUNT_GUESS, COMPILED_GUESS = 10, 45
 
@@ -59,7 +59,7 @@ MiB: largest resident set of the process above that after its imports, eager: we
 
 
 class Cell(NamedTuple):
-    """What is measured at once, and into which file it goes. ``engine`` is '' for the count."""
+    """What is measured at once, and its file. ``engine`` is '' for the count."""
 
     task: str
     model: str
@@ -107,10 +107,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """'B,H,W' as three integers.
+    """Parse 'B,H,W' as three integers.
 
     Raises:
-        ValueError: If it is anything else, or an image that is no multiple of 32, which a detector would pad.
+        ValueError: If it is malformed, or the sides are not multiples of 32, which a detector would pad.
     """
     try:
         batch, height, width = (int(part) for part in text.split(','))
@@ -122,7 +122,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises a ValueError for the first option outside its range."""
+    """Raise a ValueError for the first option outside its range."""
     for name, least in (('rounds', 1), ('calls', 1), ('seconds', 0), ('threads', 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -141,12 +141,12 @@ def shape_of(args: argparse.Namespace, task: str) -> tuple[int, int, int]:
 
 
 def resident_bytes(field: str) -> int:
-    """'VmRSS', the resident set of this process, or 'VmHWM', the largest it has had.
+    """Return 'VmRSS', the resident set of this process, or 'VmHWM', its largest so far.
 
-    Unlike ``getrusage`` it knows nothing of the process that this one was started by.
+    Unlike ``getrusage``, this does not include the parent process.
 
     Raises:
-        ValueError: Where the system does not tell.
+        ValueError: If the system does not report it.
     """
     status = Path('/proc/self/status')
     lines = status.read_text().splitlines() if status.exists() else []
@@ -157,11 +157,11 @@ def resident_bytes(field: str) -> int:
 
 
 def measure(cell: Cell, shape: tuple[int, int, int], calls: int, seconds: float) -> dict:
-    """One round of a cell.
+    """Measure one round of a cell.
 
     Returns:
-        dict: ``times_s`` (list[float]) of the calls; ``yardstick_s`` (list[float]) of the yardstick around each of
-        them; ``peak_memory_bytes`` (int) of an eager cell, else None.
+        dict: ``times_s`` (list[float]) of the calls; ``yardstick_s`` (list[float]), the yardstick's mean time around
+            each; ``peak_memory_bytes`` (int) of an eager cell, else None.
     """
     cases.import_packages(cell.task)
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def measure(cell: Cell, shape: tuple[int, int, int], calls: int, seconds: float)
     call = cases.make_call(cell.task, cases.build(*cell[:3]), cell.mode, shape, compiled=cell.engine == 'compiled')
     for _ in range(WARMUP):
         call()
-    # The compiler works in this process, too, and takes more than the model; the yardstick comes after the peak.
+    # The compiler also runs in this process and takes more memory than the model. Read the peak before the yardstick.
     peak = resident_bytes('VmHWM') - baseline if cell.engine == 'eager' else None
     device = torch.device('cpu')
     yardstick = cases.make_yardstick()
@@ -184,7 +184,7 @@ def measure(cell: Cell, shape: tuple[int, int, int], calls: int, seconds: float)
 
 
 def count(cell: Cell, shape: tuple[int, int, int]) -> dict:
-    """Parameters and multiply-accumulates of one image, of the model as it is measured in each mode."""
+    """Count parameters and one image's multiply-accumulates, for the model as measured in each mode."""
     counts = {}
     for mode in cases.MODES:
         model = cases.build(cell.task, cell.model, mode).to('meta')
@@ -198,7 +198,7 @@ def count(cell: Cell, shape: tuple[int, int, int]) -> dict:
 
 
 def measure_here(args: argparse.Namespace) -> dict:
-    """What ``--measure`` prints.
+    """Measure the cell of ``--measure``.
 
     Raises:
         ValueError: If the cell does not exist.
@@ -220,10 +220,10 @@ def measure_here(args: argparse.Namespace) -> dict:
 
 
 def read_cell(path: Path) -> dict:
-    """The file of a cell, or an empty dict if there is none.
+    """Read the file of a cell; return an empty dict if there is none.
 
     Raises:
-        ValueError: If it is no JSON.
+        ValueError: If it is not JSON.
     """
     if not path.exists():
         return {}
@@ -234,7 +234,7 @@ def read_cell(path: Path) -> dict:
 
 
 def write_cell(path: Path, content: dict) -> None:
-    """Replaces the file in one step, so that an interruption leaves the old one or the new one."""
+    """Replace the file in one step, so that an interruption leaves the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part')
     bench.write_json(part, content)
@@ -242,7 +242,7 @@ def write_cell(path: Path, content: dict) -> None:
 
 
 class Run:
-    """All cells that were asked for, and what is known of them."""
+    """All requested cells and their results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -254,7 +254,7 @@ class Run:
         self.contents = {cell: self.read(cell) for task in args.tasks for cell in self.cells(task)}
 
     def cells(self, task: str) -> Iterator[Cell]:
-        """A task's cells in the order in which they are measured."""
+        """Yield a task's cells in the order in which they are measured."""
         args = self.args
         for model in args.models:
             yield Cell(task, model, COUNT, '')
@@ -263,7 +263,7 @@ class Run:
             yield Cell(task, model, mode, engine)
 
     def read(self, cell: Cell) -> dict:
-        """A cell's file, checked against this run.
+        """Read a cell's file and check it against this run.
 
         Raises:
             ValueError: If it was measured on another machine or at another size.
@@ -277,7 +277,7 @@ class Run:
         return content
 
     def missing(self) -> list[Cell]:
-        """What is left to do: a cell once for each round it lacks, one task after the other, round by round."""
+        """Return what is left to measure: a cell for each missing round, task by task and round by round."""
         left = []
         for task in self.args.tasks:
             of_task = [cell for cell in self.contents if cell.task == task]
@@ -287,7 +287,7 @@ class Run:
         return left
 
     def estimate(self, left: Sequence[Cell]) -> float:
-        """Seconds that the rounds in ``left`` will take: as long as others of the cell, or else of its kind, took."""
+        """Estimate the seconds that ``left`` will take, from earlier rounds of the cell or else of its kind."""
         def kind(cell: Cell) -> tuple[str, str, str]:
             return cell.task, cell.mode, cell.engine
 
@@ -306,7 +306,7 @@ class Run:
         return sum(seconds(cell) for cell in left)
 
     def run(self) -> None:
-        """Measures everything that is missing; what fails is noted and left out."""
+        """Measure everything that is missing; failures are noted and skipped."""
         left = self.missing()
         self.progress.note(f'{len(left)} processes to run, about {duration(self.estimate(left))}')
         for i, cell in enumerate(left):
@@ -318,7 +318,7 @@ class Run:
         self.progress.clear()
 
     def run_cell(self, cell: Cell) -> None:
-        """One round of a cell in a new process, added to its file."""
+        """Measure one round of a cell in a new process, and add it to the cell's file."""
         args, content = self.args, self.contents[cell]
         command = [sys.executable, osp.realpath(__file__), '--measure', *cell, '--calls', str(args.calls),
                    '--seconds', str(args.seconds)]
@@ -342,7 +342,7 @@ class Run:
     # ---- the tables
 
     def report(self) -> str:
-        """A table for each task, the machine, and what is to be known of them."""
+        """Format a table for each task, the machine, and notes."""
         parts = []
         for task in self.args.tasks:
             batch, height, width = shape_of(self.args, task)
@@ -382,17 +382,17 @@ class Run:
         return [model, *cells]
 
     def yardstick(self) -> float:
-        """Seconds that the yardstick took, the median over all processes."""
+        """Return the yardstick's seconds, the median over all processes."""
         return statistics.median([seconds for cell, content in self.contents.items() if cell.mode != COUNT
                                   for one in content['rounds'] for seconds in one['yardstick_s']] or [math.nan])
 
     @staticmethod
     def gap(content: dict) -> str:
-        """What stands in place of a number that is not there."""
+        """Return the text for a missing number."""
         return 'failed' if 'error' in content else '-'
 
     def remarks(self) -> list[str]:
-        """OverLoCK's counts as trained, how far the rounds lie apart, and what failed."""
+        """Return notes on OverLoCK's counts as trained, the spread of the rounds, and failures."""
         lines = []
         for cell, content in self.contents.items():
             if cell.mode == COUNT and content['rounds']:
@@ -411,7 +411,7 @@ class Run:
 
 
 def round_medians(content: dict) -> list[float]:
-    """Of each round, the median of the calls' times as multiples of the yardstick's."""
+    """Return each round's median call time, as a multiple of the yardstick's."""
     return [statistics.median(map(operator.truediv, one['times_s'], one['yardstick_s'])) for one in content['rounds']]
 
 

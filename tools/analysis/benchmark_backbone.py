@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-r"""Time and memory of ConvNeur beside other backbones, or of its memories within it.
+r"""Measure time and memory of ConvNeur beside other backbones, or of its memories within it.
 
     # m1 to m4 and their peers at 8 x 224 x 224
     tools/analysis/benchmark_backbone.py
-    # a choice of models at a detector's size; -local is the same backbone without its memories
+    # selected models at a detector's size; -local is the same backbone without its memories
     tools/analysis/benchmark_backbone.py m3 m3-local convnextv2_pico --shape 1,800,1344 --chunk-size 4096
     # the share of the memories in the backbone's time, at the paper's two settings
     tools/analysis/benchmark_backbone.py m3 --split
 
-Every backbone maps images to the feature maps of its last four stages. Names other than ours are timm's.
+Every backbone maps images to the feature maps of its last four stages. Other names than ours are timm's.
 """
 import argparse
 import copy
@@ -33,11 +33,11 @@ from convneur_mm.models.global_branch import GlobalBranch
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES
 
 OURS = tuple(f'{arch}{suffix}' for arch in ConvNeur.arch_settings for suffix in ('', '-local'))
-# The memory's twins in depths and widths first, then backbones of the same class that mix tokens in other ways.
+# First the ConvNeXts of the same depths and widths, then similar backbones that mix tokens in other ways.
 PEERS = ('convnextv2_atto', 'convnextv2_femto', 'convnextv2_pico', 'convnextv2_nano', 'convnext_atto', 'convnext_femto',
          'convnext_pico', 'convnext_nano', 'pvt_v2_b0', 'pvt_v2_b1', 'poolformer_s12', 'resnet50',
          'swin_tiny_patch4_window7_224')
-# (shape, chunk size, inner step): classification, and COCO.
+# (shape, chunk size, inner step) for classification and COCO.
 SPLIT_SETTINGS = (((8, 224, 224), 196, 1.0), ((1, 800, 1344), 4096, 1e-3))
 
 
@@ -64,10 +64,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """'B,H,W' as three integers.
+    """Parse 'B,H,W' as three integers.
 
     Raises:
-        ValueError: If it is anything else, or an image too small for four stages.
+        ValueError: If it is malformed, or the image is too small for four stages.
     """
     try:
         batch, height, width = (int(part) for part in text.split(','))
@@ -82,11 +82,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def build(name: str, shape: tuple[int, int, int], memory_cfg: dict) -> nn.Module:
-    """The backbone called ``name``: images to a sequence of feature maps of the last four stages.
+    """Build the backbone called ``name``, which maps images to the feature maps of its last four stages.
 
     Raises:
-        MissingPeer: If it is timm's and timm is not installed.
-        ValueError: If nobody knows it.
+        MissingPeer: If timm is needed and not installed.
+        ValueError: If the name is unknown.
     """
     if name in OURS:
         arch, _, local = name.partition('-')
@@ -98,13 +98,13 @@ def build(name: str, shape: tuple[int, int, int], memory_cfg: dict) -> nn.Module
     if not timm.is_model(name):
         raise ValueError(f'unknown model {name!r}: expected one of {", ".join(OURS)}, or a name of timm, '
                          f'as {", ".join(PEERS)}')
-    # Swin lays out its windows and masks for one image size.
+    # Swin's windows and masks depend on the image size.
     extra = dict(img_size=shape[1:]) if name.startswith('swin') else {}
     return timm.create_model(name, pretrained=False, features_only=True, out_indices=(-4, -3, -2, -1), **extra)
 
 
 def count_macs(module: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of one forward pass, see :func:`_flops.count_flops`."""
+    """Count the multiply-accumulates of one forward pass, see :func:`_flops.count_flops`."""
     module = copy.deepcopy(module).to('meta')
     return int(count_flops(module, torch.empty_like(x, device='meta', dtype=next(module.parameters()).dtype)))
 
@@ -113,7 +113,7 @@ def count_macs(module: nn.Module, x: Tensor) -> int:
 
 
 class Run:
-    """One run of the benchmark: its options, and what was left out."""
+    """One run of the benchmark: its options, and the models it left out."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -140,7 +140,7 @@ class Run:
 
     def measure(self, modules: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, label: str,
                 optional: Sequence[str] = ()) -> dict[str, bench.Measurement]:
-        """All modules side by side, each on its own input."""
+        """Measure all modules side by side, each on its own input."""
         args = self.args
         calls = {name: bench.make_calls(module, [inputs[name]], mode, self.dtype) for name, module in modules.items()}
         results, failures = bench.measure(
@@ -151,7 +151,7 @@ class Run:
         return results
 
     def compare(self) -> list[dict]:
-        """Whole backbones beside each other."""
+        """Compare whole backbones."""
         args, shape = self.args, self.shape
         bench.check_baseline(args.baseline, args.models)
         images = self.images(shape)
@@ -186,7 +186,7 @@ class Run:
         return rows
 
     def split(self) -> list[dict]:
-        """The memories' share of each of our models, at one setting or at the two usual ones."""
+        """Measure the memories' share of each of our models, at one setting or at the two usual ones."""
         args = self.args
         bench.check_baseline(args.baseline, ['backbone'])
         unknown = [name for name in args.models if name not in ConvNeur.arch_settings]
@@ -203,10 +203,10 @@ class Run:
         return rows
 
     def split_one(self, name: str, shape: tuple[int, int, int], memory_cfg: dict) -> list[dict]:
-        """One model at one setting: the whole, the whole without branches, and every branch and memory by itself.
+        """Measure one model at one setting: the whole, without branches, and each branch and memory alone.
 
-        The parts run standalone on what reaches them in the whole, in the same rounds as the whole. The difference to
-        the backbone without branches is the same share measured the other way, gate included.
+        The parts run standalone on their recorded inputs, in the same rounds as the whole. The difference to the
+        backbone without branches measures the same share in another way, gate included.
         """
         images = self.images(shape)
         model = build(name, shape, memory_cfg)
@@ -256,7 +256,7 @@ def split_cells(row: dict | None) -> tuple[str, str, str]:
 
 def record_inputs(model: nn.Module, parts: dict[str, nn.Module], images: Tensor, dtype: torch.dtype
                   ) -> dict[str, Tensor]:
-    """What reaches each of the parts in one forward pass of the model."""
+    """Return the input of each part in one forward pass of the model."""
     inputs: dict[str, Tensor] = {}
 
     def recorder(part: str):
@@ -272,12 +272,12 @@ def record_inputs(model: nn.Module, parts: dict[str, nn.Module], images: Tensor,
 
 
 def add_up(parts: Sequence[bench.Measurement]) -> bench.Measurement:
-    """The parts one after the other: round by round the sum of their times; no peak of memory is known of that."""
+    """Add the parts' times, round by round; the sum has no peak memory."""
     return bench.Measurement([sum(times) for times in zip(*(part.times for part in parts))])
 
 
 def plot_split(path: str, rows: Sequence[dict]) -> None:
-    """Shares of time and of multiply-accumulates, a plot for each model and setting."""
+    """Plot shares of time and of multiply-accumulates, a plot for each model and setting."""
     settings = list(dict.fromkeys((row['model'], row['shape'], row['chunk_size']) for row in rows))
     figure, axes = bench.new_figure(len(settings))
     for axis, setting in zip([axes] if len(settings) == 1 else axes, settings):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Time and memory of the neural memory layer beside its peers: one shape, or a sweep over the number of tokens.
+r"""Measure time and memory of the neural memory layer beside its peers: one shape, or a sweep over the token count.
 
     # the layer and its peers, 4 x 3136 tokens of 128 channels
     tools/analysis/benchmark_memory.py
@@ -7,12 +7,12 @@ r"""Time and memory of the neural memory layer beside its peers: one shape, or a
     tools/analysis/benchmark_memory.py --backends auto reference --peers
     # 784 to 262,144 tokens, and the exponents of time and memory
     tools/analysis/benchmark_memory.py --sweep
-    # four million tokens; the last line has the peak memory of the process
+    # four million tokens; the last line gives the peak memory of the process
     tools/analysis/benchmark_memory.py --tokens 4000000 --batch 1 --rules sequential --peers --forward-only \
         --no-memory --warmup 0 --repeats 1
 
 Every layer maps tokens (B, N, Cm) to tokens (B, N, Cm), norm and projections included. Peers that are not installed
-are left out with a line that says how to get them.
+are skipped with a line that says how to install them.
 """
 import argparse
 import importlib
@@ -43,21 +43,21 @@ SWEEP = (784, 3136, 12544, 50176, 262144)
 
 
 class TitansMemory(nn.Module):
-    """titans-pytorch's NeuralMemory with its settings as near to ours as they go.
+    """titans-pytorch's NeuralMemory with settings as close to ours as possible.
 
     Equal: width, heads, chunks, the memory ``z + GELU(z·W1)·W2`` of each head and its learned start, a mean squared
     error summed over the chunk, momentum and decay for each chunk, a bound on the write. With ``sequential`` the
     gradients of a chunk are taken at the memory before it (the library updates its weights every ``batch_size``
     tokens), otherwise all of them at the start.
 
-    What cannot be made equal:
+    Differences that remain:
 
-    - Its step is a linear map of each token, its momentum and decay one of each chunk's mean token, all for a whole
-      head. Ours come from a two-layer MLP on the chunk's surprise, for every channel: (16 Cm² multiply-accumulates a
+    - Its step is a linear map of each token, and its momentum and decay of each chunk's mean token, all for a whole
+      head. Ours come from a two-layer MLP on the chunk's surprise, for every channel (16 Cm² multiply-accumulates per
       chunk and image).
-    - Queries and keys are RMS-normalised per head with a learned scale, ours L2-normalised; the token norm is an
-      RMSNorm, once for reading and once for writing, ours is one LayerNorm.
-    - It bounds the gradient of each weight matrix with a tanh, ours the whole write of a head with a square root.
+    - It RMS-normalises queries and keys per head with a learned scale; ours are L2-normalised. It has an RMSNorm of the
+      tokens for reading and another for writing; ours has one LayerNorm.
+    - It bounds each weight matrix's gradient with a tanh; ours bounds a head's whole write with a square root.
     - It gates what it reads with a linear map of the token, reads each new memory one token before the chunk's end,
       writes the last chunk too, and recurs over chunks with an associative scan, in the dtype of its input.
     """
@@ -67,7 +67,7 @@ class TitansMemory(nn.Module):
         titans = import_peer('titans_pytorch', 'titans-pytorch')
 
         class Residual(titans.MemoryMLP):
-            """Ours has no norm on the way, the library's own residual wrapper has."""
+            """MemoryMLP with a residual; unlike the library's wrapper, and like ours, it has no norm."""
 
             def forward(self, x: Tensor) -> Tensor:
                 return x + super().forward(x)
@@ -79,12 +79,12 @@ class TitansMemory(nn.Module):
             mem_model_norm_add_residual=False, momentum=True, qk_rmsnorm=True, max_grad_norm=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, Cm) → (B, N, Cm)."""
+        """Map (B, N, Cm) to (B, N, Cm)."""
         return self.memory(x)[0]
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention of all tokens with all, by torch's fused kernels."""
+    """Scaled dot-product attention among all tokens, by torch's fused kernels."""
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, Cm) → (B, N, Cm)."""
+        """Map (B, N, Cm) to (B, N, Cm)."""
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class NonLocal(nn.Module):
-    """The non-local block, embedded Gaussian with Cm/2 inner channels and its N × N weights in memory."""
+    """Non-local block, embedded Gaussian with Cm/2 inner channels; its N × N weights are stored."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class NonLocal(nn.Module):
         self.proj = nn.Linear(channels // 2, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, Cm) → (B, N, Cm)."""
+        """Map (B, N, Cm) to (B, N, Cm)."""
         x = self.norm(x)
         weights = (self.theta(x) @ self.phi(x).transpose(1, 2)).softmax(dim=-1)
         return self.proj(weights @ self.g(x))
@@ -127,7 +127,7 @@ QUADRATIC = ('attention', 'non-local')
 
 
 def import_peer(module: str, package: str):
-    """The module of an optional package.
+    """Import the module of an optional package.
 
     Raises:
         MissingPeer: If it is not installed.
@@ -143,11 +143,11 @@ def import_peer(module: str, package: str):
 
 def layer_flops(batch: int, tokens: int, channels: int, chunk_size: int = 196, hidden_dim: int = 8,
                 backward: bool = False) -> int:
-    """FLOPs (twice the multiply-accumulates) that the neural memory layer's matrix products need.
+    """Return the FLOPs (twice the multiply-accumulates) of the neural memory layer's matrix products.
 
-    For each token the query and output projections (2 Cm²) and the read (2 Cm·e), for each token that is written the
-    key and value projections (2 Cm²) and the gradient (5 Cm·e: two products to the error, three back), for each chunk
-    that is written the update generators (16 Cm²). The backward pass has two products for each one.
+    Each token needs the query and output projections (2 Cm²) and the read (2 Cm·e). Each written token needs the key
+    and value projections (2 Cm²) and the gradient (5 Cm·e: two products to the error, three back). Each written chunk
+    needs the update generators (16 Cm²). The backward pass has two products for each one.
     """
     written = written_tokens(tokens, chunk_size)
     macs = (tokens * (2 * channels**2 + 2 * channels * hidden_dim)
@@ -158,10 +158,10 @@ def layer_flops(batch: int, tokens: int, channels: int, chunk_size: int = 196, h
 
 def layer_bytes(batch: int, tokens: int, channels: int, num_parameters: int, itemsize: int = 4,
                 backward: bool = False) -> int:
-    """Bytes that must cross the memory bus whatever the implementation.
+    """Return the bytes that any implementation must move over the memory bus.
 
     Forward: tokens in, tokens out, weights in. Backward: tokens and their gradient in, the other gradient out, weights
-    in and their gradients out. An implementation that keeps anything between two kernels moves more.
+    in and their gradients out. Storing anything between two kernels moves more.
     """
     tensor = batch * tokens * channels
     return itemsize * (tensor * (5 if backward else 2) + num_parameters * (3 if backward else 1))
@@ -203,7 +203,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises a ValueError for the first number outside its range."""
+    """Raise a ValueError for the first number outside its range."""
     for name in ('tokens', 'batch', 'channels', 'chunk_size', 'head_dim', 'hidden_dim'):
         if getattr(args, name) < 1:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
@@ -220,7 +220,7 @@ def case_names(args: argparse.Namespace) -> list[str]:
 
 
 def build(name: str, args: argparse.Namespace) -> nn.Module:
-    """The layer called ``name``, see :func:`case_names`."""
+    """Build the layer called ``name``, see :func:`case_names`."""
     if name in PEERS:
         return PEERS[name](args)
     rule, _, backend = name.removeprefix('memory-').partition(':')
@@ -232,7 +232,7 @@ def build(name: str, args: argparse.Namespace) -> nn.Module:
 
 
 class Run:
-    """One run of the benchmark: its layers, and everything measured and left out."""
+    """One run of the benchmark: its layers, and everything measured or left out."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -259,7 +259,7 @@ class Run:
         self.progress.note(f'left out {name}{at}: {reason}')
 
     def measure(self, tokens: int, mode: str, names: Sequence[str]) -> dict[str, Measurement]:
-        """The layers in ``names`` side by side on ``tokens`` tokens."""
+        """Measure the layers in ``names`` side by side on ``tokens`` tokens."""
         args = self.args
         x = torch.randn(args.batch, tokens, args.channels, device=self.device, dtype=bench.weight_dtype(self.dtype))
         names = [*names]
@@ -276,7 +276,7 @@ class Run:
         return results
 
     def floor(self, tokens: int, mode: str) -> dict[str, float]:
-        """FLOPs and bytes of our layer and the least time this machine needs for them."""
+        """Return our layer's FLOPs and bytes, and the least time this machine needs for them."""
         args, backward = self.args, mode != 'forward'
         num_parameters = sum(p.numel() for p in build('memory-sequential', args).parameters())
         flops = layer_flops(args.batch, tokens, args.channels, args.chunk_size, args.hidden_dim, backward)
@@ -286,7 +286,7 @@ class Run:
                                                            nbytes / self.rates['copy_bytes_per_s']))
 
     def report(self, tokens: int, mode: str, results: dict[str, Measurement]) -> list[dict]:
-        """Prints the table of one comparison and returns its rows."""
+        """Print the table of one comparison and return its rows."""
         args, floor = self.args, self.floor(tokens, mode)
         baseline = args.baseline if args.baseline in results else next(iter(results))
         rows = bench.result_rows(results, baseline, mode=mode, tokens=tokens)
@@ -301,7 +301,7 @@ class Run:
         return rows
 
     def compare(self) -> dict:
-        """All layers at one shape."""
+        """Compare all layers at one shape."""
         rows, floors, results = [], {}, {}
         for mode in self.modes:
             results[mode] = self.measure(self.args.tokens, mode, list(self.layers))
@@ -314,7 +314,7 @@ class Run:
         return dict(results=rows, floor=floors)
 
     def sweep(self) -> dict:
-        """All layers at growing numbers of tokens, as far as they go."""
+        """Measure all layers at growing numbers of tokens, as far as they go."""
         rows, slopes = [], []
         for mode in self.modes:
             points: dict[str, dict[int, Measurement]] = {name: {} for name in self.layers}
@@ -331,7 +331,7 @@ class Run:
         return dict(results=rows, slopes=slopes)
 
     def fits(self, name: str, mode: str, points: dict[int, Measurement], tokens: int) -> bool:
-        """Whether a size may be tried, going by the smaller ones: the system's end of memory is not always caught."""
+        """Predict from smaller sizes whether a size fits; running out of memory cannot always be caught."""
         if not points:
             if tokens > self.args.sweep[0]:
                 self.skip(name, 'did not run with fewer tokens', tokens=tokens, mode=mode)
@@ -350,7 +350,7 @@ class Run:
         return True
 
     def report_slopes(self, mode: str, points: dict[str, dict[int, Measurement]]) -> list[dict]:
-        """Prints and returns the exponents of time and memory over N, of the cases with two sizes and more."""
+        """Print and return the exponents of time and memory over N, for cases with at least two sizes."""
         slopes = []
         for name, by_tokens in points.items():
             if len(by_tokens) < 2:
@@ -367,7 +367,7 @@ class Run:
 
 
 def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
-    """What to expect at ``n``: the last two points' power law, linear growth at least."""
+    """Extrapolate to ``n`` by the last two points' power law, with at least linear growth."""
     last_n, last = points[-1]
     exponent = 1.0
     if len(points) > 1 and min(last, points[-2][1]) > 0:
@@ -376,7 +376,7 @@ def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
 
 
 def plot_sweep(path: str, rows: Sequence[dict]) -> None:
-    """Median time and peak memory over N in logarithmic axes; forward dashed, forward+backward solid."""
+    """Plot median time and peak memory over N on logarithmic axes; forward dashed, forward+backward solid."""
     figure, axes = bench.new_figure(2)
     names = list(dict.fromkeys(row['name'] for row in rows))
     for i, name in enumerate(names):

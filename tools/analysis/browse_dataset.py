@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-r"""Draws the training images of a config with their labels, as the training pipeline hands them to the model.
+r"""Draw the training images of a config with their labels, as the training pipeline passes them to the model.
 
     tools/analysis/browse_dataset.py configs/cascade_rcnn_convneur_m3_1x_coco.py --out browse
     tools/analysis/browse_dataset.py configs/semantic_fpn_convneur_m2_80k_ade20k.py --number 5 --seed 1
 
-The pictures are PNGs named by position and by the file they were made from; nothing is shown on a screen.
+The pictures are PNGs named by position and source file; nothing is shown on a screen.
 """
 import argparse
 import os.path as osp
@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build_dataset(cfg: Config) -> BaseDataset:
-    """The data set for training, within the config's scope.
+    """Build the training data set, within the config's scope.
 
     Raises:
         ValueError: If the config has none, or a file of it is missing.
@@ -57,10 +57,10 @@ def build_dataset(cfg: Config) -> BaseDataset:
 
 
 def drawer(cfg: Config, dataset: BaseDataset) -> Callable[[str, Sample, Path], None]:
-    """What draws a sample of the config's package into a file."""
+    """Return a function that draws a sample of the config's package into a file."""
     scope = cfg.default_scope
     settings = dict(cfg.get('visualizer') or dict(type=VISUALIZER_TYPES[scope]))
-    settings['vis_backends'] = []  # files are written here, not logged
+    settings['vis_backends'] = []  # write files, do not log
     visualizer = VISUALIZERS.build(dict(settings, name='browse_dataset'))
     visualizer.dataset_meta = dataset.metainfo
 
@@ -81,13 +81,13 @@ def drawer(cfg: Config, dataset: BaseDataset) -> Callable[[str, Sample, Path], N
 
 
 def preprocessor_takes_rgb(cfg: Config) -> bool:
-    """Whether pipelines already yield RGB, so that the model's preprocessor leaves the channels' order alone."""
+    """Tell whether pipelines already yield RGB, so that the model's preprocessor keeps the channel order."""
     settings = {**(cfg.get('data_preprocessor') or {}), **(cfg.model.get('data_preprocessor') or {})}
     return not (settings.get('to_rgb') or settings.get('bgr_to_rgb'))
 
 
 def with_plain_boxes(labels):
-    """mmdet's labels as its visualizer takes them: boxes as a tensor, masks as an array."""
+    """Convert mmdet's labels for its visualizer: boxes to a tensor, masks to an array."""
     from mmdet.structures.bbox import BaseBoxes
     from mmdet.structures.mask import BitmapMasks
     labels = labels.clone()

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Checks the memory's kernels on this machine's GPU, once, and says which backend to set.
+"""Check the memory's kernels on this machine's GPU, and say which backend to set.
 
     tools/analysis/check_gpu.py
-    # of the check itself, where there is no GPU: Triton's kernels in its interpreter, a few tokens of each task
+    # test the check itself without a GPU: Triton's kernels in its interpreter, a few tokens of each task
     TRITON_INTERPRET=1 tools/analysis/check_gpu.py --device cpu --tokens 40
 
-At the shapes of the four tasks it prints how many programs of a kernel work on a written chunk at once, beside the
-GPU's multiprocessors, compares output and gradients of the layer, by each set of operators, with the reference in
-float64, has a CUDA graph capture forward and backward, and takes the times of both. The last line says what to set. The
-exit code is 1 where a set of operators is wrong.
+At the shapes of the four tasks it prints how many programs of a kernel work on a written chunk at once, next to the
+GPU's number of multiprocessors. It compares the layer's output and gradients by each set of operators with the float64
+reference, captures forward and backward in a CUDA graph, and times both. The last line says what to set. The exit code
+is 1 if a set of operators is wrong.
 """
 import argparse
 import os.path as osp
@@ -29,7 +29,7 @@ from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import triton
 
-# Images on one GPU, tokens of stage 1, and the memory's settings, by the configs of each task.
+# For each task: images per GPU, tokens of stage 1, and the memory's settings, as in the configs.
 TASKS = {
     'classification, 224 x 224': dict(batch=64, tokens=56 * 56, chunk_size=196, inner_step=1.0),
     'detection, 800 x 1216': dict(batch=2, tokens=200 * 304, chunk_size=4096, inner_step=1e-3),
@@ -37,7 +37,7 @@ TASKS = {
     'UperNet, 512 x 512': dict(batch=4, tokens=128 * 128, chunk_size=196, inner_step=1.0),
 }
 BACKENDS = ('torch', 'triton')
-# Relative, of float32 beside float64: rounding grows with the number of chunks that depend on one another.
+# Relative error of float32 against float64; rounding grows with the number of dependent chunks.
 TOLERANCE = 1e-3
 
 
@@ -51,20 +51,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def results(layer: NeuralMemory, x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Output, and gradients of tokens and parameters."""
+    """Return the output, and the gradients of tokens and parameters."""
     x = x.detach().requires_grad_()
     y = layer(x)
     return [y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])]
 
 
 def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of the tensors' errors, each relative to its tensor; infinite where there is no number."""
+    """Return the largest of the tensors' relative errors; infinite if one is NaN."""
     errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, expected)]
     return max(error if error == error else float('inf') for error in errors)
 
 
 def captured(call: Callable[[], object]) -> str:
-    """What a CUDA graph of a call says: 'captured', or why it was not."""
+    """Capture a call in a CUDA graph; return 'captured', or why it failed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -79,12 +79,12 @@ def captured(call: Callable[[], object]) -> str:
 
 
 def programs_of_a_chunk(task: dict, heads: int, device: torch.device) -> int:
-    """Return how many programs of Triton's surprise work on a chunk of all images and heads."""
+    """Return how many programs of Triton's surprise kernel work on a chunk of all images and heads."""
     return triton.grid_of(task['batch'] * heads, task['chunk_size'], task['chunk_size'], 16, device)[0]
 
 
 def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
-    """Prints a line for each backend; returns its error and seconds of forward and backward."""
+    """Print a line for each backend; return its error and seconds of forward and backward."""
     torch.manual_seed(0)
     channels = task.get('channels', 128)
     layer = NeuralMemory(channels, chunk_size=task['chunk_size'], inner_step=task['inner_step']).to(device)
@@ -93,7 +93,7 @@ def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str
             p += 0.05 * torch.randn_like(p)
     x, weight = (torch.randn(task['batch'], task['tokens'], channels, device=device) for _ in range(2))
     errors, calls = {}, {}
-    # Images do not see each other, so the first two are enough.
+    # Images are independent, so the first two are enough.
     double = NeuralMemory(channels, chunk_size=task['chunk_size'], inner_step=task['inner_step'], backend='reference')
     double.load_state_dict(layer.state_dict())
     expected = results(double.to(device).double(), x[:2].double(), weight[:2].double())
@@ -123,7 +123,7 @@ def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str
 
 
 def advice(found: dict[str, dict[str, tuple[float, float]]], device: torch.device) -> str:
-    """The closing line: which backend to set, for which task."""
+    """Return the closing line: which backend to set for which task."""
     wrong = [f'{backend} ({task})' for task, of in found.items() for backend, (error, _) in of.items()
              if error > TOLERANCE]
     if wrong:

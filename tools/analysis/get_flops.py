@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-r"""Counts parameters and FLOPs of a config's whole model, part by part, beside the paper's figures.
+r"""Count parameters and FLOPs of a config's whole model, part by part, beside the paper's figures.
 
     tools/analysis/get_flops.py configs/convneur_m3_300e_in1k.py
     tools/analysis/get_flops.py configs/cascade_rcnn_convneur_m3_1x_coco.py --shape 800 1344 --json cost.json
 
 FLOPs are multiply-accumulates of all convolutions and matrix products of one image at inference, the memory's inner
-loop and attention included; norms, activations, pooling and interpolation are not. Everything runs on tensors without
-data: no weights are read, and no GPU is needed. OverLoCK is counted as trained, its auxiliary classifier included, and
-merged, without it.
+loop and attention included; norms, activations, pooling and interpolation are not counted. Everything runs on tensors
+without data, so no weights are read and no GPU is needed. OverLoCK is counted as trained, with its auxiliary
+classifier, and merged, without it.
 """
 import argparse
 import copy
@@ -42,7 +42,7 @@ PARTS = {'backbone': 'backbone', 'neck': 'neck', 'RPN': 'region proposal network
 
 
 class Paper(NamedTuple):
-    """What a paper has for a config: M parameters, G FLOPs, and how its count differs from ours, if it does."""
+    """A paper's figures for a config: M parameters, G FLOPs, and any difference between its count and ours."""
 
     params_m: float | None
     gflops: float
@@ -50,21 +50,21 @@ class Paper(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """A row of the paper's Table 2: M parameters, G FLOPs, top-1 accuracy on ImageNet-1K."""
+    """Row of the paper's Table 2: M parameters, G FLOPs, top-1 accuracy on ImageNet-1K."""
 
     params_m: float
     gflops: float
     top1: float
 
 
-# The paper's figures by arch, no runs of ours.
+# The paper's figures by arch, not our runs.
 IMAGENET = dict(m1=Classifier(4.3, 0.71, 75.4), m2=Classifier(6.1, 1.01, 77.6), m3=Classifier(10.6, 1.77, 80.0),
                 m4=Classifier(18.1, 3.06, 81.5))
 
 
 def _paper_figures() -> dict[str, Paper]:
-    """By name of the shipped config, at the size that ``SHAPES`` has for it."""
-    # The tools for Tables 4 and 5 have theirs.
+    """Return the papers' figures by name of the shipped config, at its size in ``SHAPES``."""
+    # Figures of Tables 4 and 5 are in the tools for these tables.
     figures = {f'convneur_{arch}_300e_in1k': Paper(row.params_m, row.gflops) for arch, row in IMAGENET.items()}
     merged = 'OverLoCK\'s paper, merged, without the sums of ContMix'
     figures |= {f'overlock/overlock_{arch}_300e_in1k': Paper(params, gflops, merged) for arch, params, gflops in
@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build(cfg: Config) -> nn.Module:
-    """The config's model on the meta device, in evaluation mode; nothing is loaded."""
+    """Build the config's model on the meta device, in evaluation mode, without loading weights."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
     model.eval()
@@ -103,11 +103,11 @@ class StageCount(NamedTuple):
     """Multiply-accumulates of one stage of ConvNeur.
 
     Attributes:
-        local (float): Of the downsampling layer, the local branches, and what fuses both branches.
-        projections (float): Of the 1×1 convolutions to the memory's channels and back, and of the memory's linear
-            layers for queries, keys, values and output.
-        inner (float): Of what mixes the tokens: reads, writes and update generators of the memory, or all of another
-            branch between its two convolutions.
+        local (float): Downsampling layer, local branches, and the fusion of both branches.
+        projections (float): 1×1 convolutions to the memory's channels and back, and the memory's linear layers for
+            queries, keys, values and output.
+        inner (float): Mixing of the tokens: reads, writes and update generators of the memory, or all of another branch
+            between its two convolutions.
     """
 
     local: float
@@ -116,7 +116,7 @@ class StageCount(NamedTuple):
 
 
 def count_stages(backbone: ConvNeur, image: Tensor) -> list[StageCount]:
-    """Takes ConvNeur apart; the stages add up to the whole."""
+    """Count each stage of ConvNeur; the stages add up to the whole."""
     inputs: dict[nn.Module, Tensor] = {}
     branches = [block.global_branch for stage in backbone.stages for block in stage if block.global_branch is not None]
     modules = [*backbone.downsample_layers, *backbone.stages, *branches]
@@ -152,7 +152,7 @@ def add_up(parts: dict[str, Count]) -> Count:
 
 
 def paper_figures(args: argparse.Namespace, shape: Sequence[int], scope: str) -> Paper | None:
-    """The paper's, if it has any for this config, unchanged, at this size."""
+    """Return the paper's figures if it has them for this config, unchanged, at this size."""
     path = Path(find_config(args.config)).resolve()
     root = config_root().resolve()
     if args.cfg_options or tuple(shape) != SHAPES[scope] or root not in path.parents:
@@ -161,7 +161,7 @@ def paper_figures(args: argparse.Namespace, shape: Sequence[int], scope: str) ->
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """All counts of the config.
+    """Count the config's model.
 
     Raises:
         ValueError: If the model cannot be counted, or not at this size.
@@ -191,7 +191,7 @@ def measure(args: argparse.Namespace) -> dict:
         merged = copy.deepcopy(model)
         merged.backbone.switch_to_deploy()
         if hasattr(getattr(merged, 'head', None), 'aux_head'):
-            del merged.head.aux_head  # classifies in training alone
+            del merged.head.aux_head  # only used in training
         of_merged = count_parts(merged.to('meta'), image)
         result['merged'] = dict(backbone=of_merged['backbone']._asdict(), total=add_up(of_merged)._asdict())
     paper = paper_figures(args, shape, scope)
@@ -200,7 +200,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def report(result: dict) -> str:
-    """The counts as text."""
+    """Format the counts as text."""
     def cells(name: str, count: dict) -> tuple[str, str, str]:
         return name, f'{count["parameters"] / 1e6:.2f}', f'{count["macs"] / 1e9:.3f}'
 

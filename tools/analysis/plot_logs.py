@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-r"""Draws the curves of one or more trainings: losses, validated metrics, learning rate.
+r"""Draw the curves of one or more trainings: losses, validated metrics, learning rate.
 
     tools/analysis/plot_logs.py work_dirs/cascade_rcnn_convneur_m3_1x_coco
     tools/analysis/plot_logs.py work_dirs/a work_dirs/b --keys loss 'coco/*_mAP' --labels 'chunks of 196' 'of 4096' \
         --out curves.png
 
-Every key has a plot of its own, with a curve for each training. A work dir's runs, as resuming leaves several, are
-joined: a later run replaces what an earlier one has logged from the later one's first step on.
+Each key has its own plot, with a curve for each training. The runs of a work dir, several if it was resumed, are
+joined: a later run replaces the earlier values from its own first step on.
 """
 import argparse
 import fnmatch
@@ -25,7 +25,7 @@ if __name__ == '__main__':
 
 from _config import run
 
-DEFAULT_KEYS = ('loss', '*/*', 'lr')  # metrics are named evaluator/metric, or as mIoU
+DEFAULT_KEYS = ('loss', '*/*', 'lr')  # metrics are named evaluator/metric, or like mIoU
 METRIC_KEYS = ('mIoU', 'mAcc', 'aAcc')
 NO_CURVES = {'step', 'iter', 'epoch'}
 COLUMNS = 3
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def log_files(path: Path) -> list[Path]:
-    """The logs below a work dir, oldest run first, or the one that was named.
+    """Return the logs below a work dir, oldest run first, or the given log.
 
     Raises:
         ValueError: If there is none.
@@ -65,10 +65,10 @@ def log_files(path: Path) -> list[Path]:
 
 
 def read_log(path: Path) -> dict[str, Curve]:
-    """Steps and values of every key of one run.
+    """Read the steps and values of every key of one run.
 
     Raises:
-        ValueError: If a line is no JSON object with a step.
+        ValueError: If a line is not a JSON object with a step.
     """
     curves: dict[str, Curve] = {}
     for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
@@ -88,7 +88,7 @@ def read_log(path: Path) -> dict[str, Curve]:
 
 
 def read_training(path: Path) -> dict[str, Curve]:
-    """Curves of a work dir, its runs joined.
+    """Read the curves of a work dir, with its runs joined.
 
     Raises:
         ValueError: If nothing was logged.
@@ -106,10 +106,10 @@ def read_training(path: Path) -> dict[str, Curve]:
 
 
 def choose_keys(patterns: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The keys to draw, in the order of the patterns.
+    """Return the keys to draw, in the order of the patterns.
 
     Raises:
-        ValueError: If a pattern of the user's matches none; names those there are.
+        ValueError: If a user's pattern matches no key; the message lists the keys.
     """
     chosen = {}
     for pattern in patterns or (*DEFAULT_KEYS[:2], *METRIC_KEYS, DEFAULT_KEYS[2]):
@@ -123,7 +123,7 @@ def choose_keys(patterns: Sequence[str] | None, known: Sequence[str]) -> list[st
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and the ``window`` - 1 before it, or as many as there are."""
+    """Average each value with up to ``window`` - 1 values before it."""
     return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i + 1 - window):i + 1]]]
 
 
@@ -131,12 +131,12 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw(trainings: dict[str, dict[str, Curve]], keys: Sequence[str], window: int, out: Path) -> None:
-    """A plot for each key and a legend below them all, so that long names are read in full.
+    """Draw a plot for each key, with the legend below, where long names fit.
 
     Args:
         trainings (dict[str, dict[str, Curve]]): Label → key → curve.
         keys (Sequence[str]): Keys to draw.
-        window (int): Values to smooth over; metrics are drawn as they are.
+        window (int): Number of values to average; metrics are not smoothed.
         out (Path): PNG to write.
     """
     import matplotlib
@@ -162,7 +162,7 @@ def draw(trainings: dict[str, dict[str, Curve]], keys: Sequence[str], window: in
                 linestyle=('-', '--', ':', '-.')[i // 10 % 4], marker='o' if metric or len(values) == 1 else None,
                 markersize=3, linewidth=1.2)
         axis.set_title(textwrap.fill(key, 44), fontsize=10)
-        # MMEngine logs metrics against what the training loop counts.
+        # MMEngine logs metrics against the training loop's own counter.
         axis.set_xlabel('epoch, or iteration of an iteration-based loop' if '/' in key or key in METRIC_KEYS
                         else 'iteration', fontsize=8)
         axis.tick_params(labelsize=8)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.suffix != '.png' or not args.out.absolute().parent.is_dir():
         raise ValueError(f'--out must be a .png in a folder that exists, got {args.out}')
     labels = args.labels or [path.absolute().name if path.is_dir() else str(path) for path in args.logs]
-    if len(set(labels)) < len(labels):  # folders of one name
+    if len(set(labels)) < len(labels):  # several folders have the same name
         labels = args.labels or list(map(str, args.logs))
     if len(set(labels)) < len(labels):
         raise ValueError(f'every curve needs a label of its own, got {labels}')

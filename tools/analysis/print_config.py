@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Prints a config as tools/train.py would run it: bases joined, overrides and settings applied.
+r"""Print a config as tools/train.py would run it: bases joined, overrides and settings applied.
 
     tools/analysis/print_config.py configs/cascade_rcnn_convneur_m3_1x_coco.py
     tools/analysis/print_config.py cascade_rcnn_convneur_m3_1x_coco --key model.backbone \
@@ -30,10 +30,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def part(cfg: Config, key: str) -> object:
-    """The value of a dotted key; numbers are positions in a list.
+    """Return the value of a dotted key; numbers are positions in a list.
 
     Raises:
-        ValueError: If there is none; names the longest part of the key that there is, and what it holds.
+        ValueError: If the key does not exist; names its longest existing part and what that holds.
     """
     value, found = cfg._cfg_dict, ''
     for name in key.split('.'):

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-r"""What a step on several processes sends, and how well more of them pay.
+r"""Show what a training step on several processes sends, and how efficiently it scales.
 
     tools/analysis/scaling.py configs/convneur_m3_300e_in1k.py    # bytes of a step
-    tools/analysis/scaling.py CONFIG --step-time 0.35 --bandwidth 12    # efficiency to expect of your GPUs
-    tools/analysis/scaling.py CONFIG --measure    # the same beside CPU processes
+    tools/analysis/scaling.py CONFIG --step-time 0.35 --bandwidth 12    # expected efficiency on your GPUs
+    tools/analysis/scaling.py CONFIG --measure    # prediction and measurement on CPU processes
 
-Each process has the whole model and images of its own; the gradients are averaged by all-reduce, in buckets, while the
-backward pass goes on. In a ring of n processes each sends 2 (n - 1) / n times the bytes of all gradients.
+Each process has the whole model and its own images. All-reduce averages the gradients in buckets during the backward
+pass. In a ring of n processes each sends 2 (n - 1) / n times the bytes of all gradients.
 
---measure steps the config's backbone on random images in processes over gloo: the step by itself, with all processes
-at work and nothing sent; the all-reduce by itself; and both as DistributedDataParallel does them. On CPUs gloo takes
-the cores that the backward pass would need, so the prediction is the sum of the first two.
+--measure trains the config's backbone on random images in processes over gloo. It times the step alone, with all
+processes working and nothing sent; the all-reduce alone; and both together in DistributedDataParallel. On CPUs gloo
+needs the same cores as the backward pass, so the prediction is the sum of the first two.
 """
 import argparse
 import os.path as osp
@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from convneur_mm.engine.launch import without_sync_bn
 
-# Of DistributedDataParallel, in bytes: of the first bucket, which is ready first, and of the others.
+# Bucket sizes of DistributedDataParallel, in bytes: the first bucket to become ready, and the others.
 BUCKETS = (2 ** 20, 25 * 2 ** 20)
 MIB = 2 ** 20
 
@@ -68,10 +68,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> nn.Module:
-    """The config's model on the CPU, with random weights.
+    """Build the config's model on the CPU, with random weights.
 
     Raises:
-        ValueError: If there is none in the config.
+        ValueError: If the config has no model.
     """
     cfg = load_config(args)
     if not cfg.get('model'):
@@ -82,11 +82,11 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 
 class Volume(NamedTuple):
-    """What a step sends.
+    """Data sent in a step.
 
     Attributes:
-        parameters (int): That are trained.
-        nbytes (int): Of their gradients.
+        parameters (int): Trained parameters.
+        nbytes (int): Bytes of their gradients.
         buckets (list[int]): Bytes of each bucket, in the order in which they become ready.
     """
 
@@ -96,7 +96,7 @@ class Volume(NamedTuple):
 
 
 def volume(model: nn.Module) -> Volume:
-    """Of a model, without SyncBN's statistics, a few numbers for each channel."""
+    """Return a model's gradient volume, without SyncBN's statistics, a few numbers for each channel."""
     trained = [p for p in model.parameters() if p.requires_grad]
     indices, _ = dist._compute_bucket_assignment_by_size(trained[::-1], list(BUCKETS))
     sizes = [p.numel() * p.element_size() for p in trained[::-1]]
@@ -105,16 +105,16 @@ def volume(model: nn.Module) -> Volume:
 
 
 def sent(nbytes: int, processes: int) -> float:
-    """Bytes that each process sends, and receives, in a ring all-reduce."""
+    """Return the bytes that each process sends, and receives, in a ring all-reduce."""
     return 2 * (processes - 1) / processes * nbytes
 
 
 class Efficiency(NamedTuple):
-    """Images a second and process, as a share of one process by itself.
+    """Images per second and process, relative to a single process.
 
     Attributes:
-        hidden (float): If the all-reduce runs beside all of the backward pass, two thirds of a step.
-        exposed (float): If it begins after the step.
+        hidden (float): With the all-reduce during the whole backward pass, two thirds of a step.
+        exposed (float): With the all-reduce after the step.
     """
 
     hidden: float
@@ -122,7 +122,7 @@ class Efficiency(NamedTuple):
 
 
 def efficiency(step_time: float, nbytes: int, bandwidth: float, processes: int) -> Efficiency:
-    """What to expect of a step of ``step_time`` seconds with a network of ``bandwidth`` bytes a second."""
+    """Predict the efficiency for a step of ``step_time`` seconds and ``bandwidth`` bytes per second."""
     seconds = sent(nbytes, processes) / bandwidth
     return Efficiency(step_time / (step_time / 3 + max(step_time * 2 / 3, seconds)), step_time / (step_time + seconds))
 
@@ -134,9 +134,9 @@ class Times(NamedTuple):
     """Seconds of a step's parts, medians over the rounds.
 
     Attributes:
-        alone (float): Of the step, with all processes at work and nothing sent.
-        reduce (float): Of the all-reduce of as many bytes.
-        step (float): Of the whole.
+        alone (float): Step with all processes working and nothing sent.
+        reduce (float): All-reduce of the same number of bytes.
+        step (float): Whole step.
     """
 
     alone: float
@@ -145,12 +145,12 @@ class Times(NamedTuple):
 
     @property
     def predicted(self) -> float:
-        """What the whole should take."""
+        """Return the predicted time of the whole step."""
         return self.alone + self.reduce
 
 
 def measure(backbone: nn.Module, processes: int, args: argparse.Namespace) -> Times:
-    """Times of so many processes, in forks of this one, which must not have begun threads."""
+    """Measure the times of ``processes`` forks of this process, which must not have started threads."""
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_run, (processes, backbone, args, folder), processes, start_method='fork')
         return Times(*torch.load(f'{folder}/times.pt').median(0).values.tolist())
@@ -183,7 +183,7 @@ def _run(rank: int, processes: int, backbone: nn.Module, args: argparse.Namespac
         return time.perf_counter() - begun
 
     calls = alone, lambda: dist.all_reduce(gradients), step
-    for _ in range(2):  # DistributedDataParallel makes its buckets anew after the first
+    for _ in range(2):  # DistributedDataParallel rebuilds its buckets after the first
         for call in calls:
             call()
     rounds = [[seconds(call) for call in calls] for _ in range(args.repeats)]
@@ -194,7 +194,7 @@ def _run(rank: int, processes: int, backbone: nn.Module, args: argparse.Namespac
 
 
 def bound(first: Times, times: Times) -> str:
-    """What most of a longer step goes into."""
+    """Return 'cores' or 'all-reduce', the main cause of a longer step."""
     return 'cores' if times.alone - first.alone > times.reduce else 'all-reduce'
 
 
@@ -209,7 +209,7 @@ def print_volume(name: str, of: Volume) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(1)  # so that it can be forked
+    torch.set_num_threads(1)  # this process is forked later
     model = build(args)
     whole = volume(model)
     result: dict[str, object] = dict(config=args.config, **whole._asdict())

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Shows what the global branches of a trained model do with a picture, as in Figure 4 of the paper.
+"""Draw what the global branches of a trained model do with a picture, as in Figure 4 of the paper.
 
     tools/analysis/visualize_gate.py configs/semantic_fpn_convneur_m1_shapes.py CHECKPOINT picture.jpg
 
-One sheet, a PNG: for each block with a global branch the local features without any global path, before and after the
-gate, the gate, and its influence on the picture; for each chunk of tokens surprise, size of the write, step, momentum
-and decay. docs/gate.md explains them.
+The sheet is a PNG. For each block with a global branch it shows the local features without any global path, before and
+after the gate, the gate, and its influence on the picture. For each chunk of tokens it shows surprise, size of the
+write, step, momentum and decay. docs/gate.md explains them.
 """
 import argparse
 import os
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     out = args.out or Path(f'{Path(args.image).stem}_gate.png')
-    # Before the model is built, which takes a while.
+    # Check before building the model, which takes a while.
     for option, path, end in (('--out', out, '.png'), ('--arrays', args.arrays, '.npz')):
         if path is not None:
             check_output(option, path, end)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_output(option: str, path: Path, end: str) -> None:
-    """Raises a LaunchError if a file cannot be written, or its name has another ending than its form."""
+    """Raise a LaunchError if a file is not writable, or its name has the wrong ending."""
     if path.suffix != end:
         raise launch.LaunchError(f'{option} must end in {end}, got {path}')
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-r"""Exports a classifier, a segmentor or the backbone of any config to ONNX, and compares the file with the model.
+r"""Export a classifier, a segmentor or any config's backbone to ONNX, and compare the file with the model.
 
     # the config's own image size, one image
     tools/deploy/export_onnx.py configs/convneur_m3_300e_in1k.py CHECKPOINT --out m3.onnx
-    # images of every size in batches of every size; the number of chunks follows
+    # images and batches of any size; the number of chunks follows
     tools/deploy/export_onnx.py configs/upernet_convneur_m3_80k_ade20k.py CHECKPOINT --out m3.onnx --dynamic
-    # compared with the model at sizes of your own
+    # compare with the model at your own sizes
     tools/deploy/export_onnx.py configs/convneur_m3_300e_in1k.py CHECKPOINT --out m3.onnx --dynamic \
         --check-shapes 224x224 16x384x384
-    # of a detector, too
+    # the backbone of a detector
     tools/deploy/export_onnx.py configs/cascade_rcnn_convneur_m3_1x_coco.py CHECKPOINT --out m3.onnx --part backbone
 
 The graph takes "image", (N, 3, H, W) of float32, RGB from 0 to 255, and normalises it as the config says. It returns
-"scores", the logits (N, classes) of a classifier; "logits", (N, classes, H, W), of a segmentor; "stage0" … of a
-backbone. Needs the packages of requirements/export.txt.
+"scores", the logits (N, classes) of a classifier; "logits", (N, classes, H, W), of a segmentor; or "stage0" … of a
+backbone. It needs the packages of requirements/export.txt.
 """
 import argparse
 import copy
@@ -45,10 +45,10 @@ from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.launch import OverridesAction
 from convneur_mm.models import NeuralMemory
 
-# Sizes that a dynamic graph is compared at, (N, H, W): small, odd, and as large as a detector's images.
+# Sizes (N, H, W) at which a dynamic graph is compared: small, odd, and as large as a detector's images.
 SIZES = ((1, 64, 64), (1, 224, 224), (2, 333, 517), (1, 512, 1024), (1, 800, 1344))
-MAX_ERROR = 1e-4  # as a share of the largest value
-MARGIN = 10  # how much farther than PyTorch in float32 a graph may be from float64
+MAX_ERROR = 1e-4  # as a fraction of the largest value
+MARGIN = 10  # allowed error against float64, as a multiple of PyTorch's in float32
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,10 +84,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
-    """(N, H, W) of a word of the command line, such as 64x96 or 3x64x96.
+    """Parse (N, H, W) from a command-line word such as 64x96 or 3x64x96.
 
     Raises:
-        ArgumentTypeError: If it is none, or one of a graph that would have no pixel at a stride of 32.
+        ArgumentTypeError: If it is malformed, or smaller than 32 x 32, which leaves no pixel at stride 32.
     """
     found = re.fullmatch(r'(?:([1-9]\d*)x)?(\d+)x(\d+)', text)
     if not found or min(map(int, found.groups()[1:])) < 32:
@@ -97,11 +97,11 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 
 class UncheckedGraphError(ValueError):
-    """A graph is not known to compute what the model does."""
+    """Raised if a graph is not known to compute what the model does."""
 
 
 class Exported(nn.Module):
-    """What the graph computes: normalisation, then the logits of a model or the features of its backbone.
+    """The exported computation: normalisation, then a model's logits or its backbone's features.
 
     Args:
         model (BaseModel): A classifier or segmentor, or for ``part='backbone'`` any model with a backbone.
@@ -114,7 +114,7 @@ class Exported(nn.Module):
     def __init__(self, model: BaseModel, part: str) -> None:
         super().__init__()
         settings = model.cfg.model.get('data_preprocessor') or model.cfg.get('data_preprocessor') or {}
-        # Pictures are read as BGR; a model trained on them as they are sees them so here too.
+        # Images are read as BGR. A model trained without conversion to RGB needs BGR here too.
         self.flip = not (settings.get('bgr_to_rgb') or settings.get('to_rgb'))
         for name, default in (('mean', 0.0), ('std', 1.0)):
             values = torch.tensor(settings.get(name) or [default] * 3, dtype=torch.float32)
@@ -134,7 +134,7 @@ class Exported(nn.Module):
         self.part = part
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W), RGB from 0 to 255 → as ``names`` says."""
+        """Map (N, 3, H, W), RGB from 0 to 255, to the outputs called ``names``."""
         x = (image.flip(1) if self.flip else image).sub(self.mean).div(self.std)
         model = self.model
         if self.part == 'backbone':
@@ -147,20 +147,20 @@ class Exported(nn.Module):
 
 
 class _Pool(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` to a fixed size from a size that the graph leaves open, as two matrix products."""
+    """``nn.AdaptiveAvgPool2d`` to a fixed size from an open size, as two matrix products."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, h, w)."""
+        """Map (N, C, H, W) to (N, C, h, w)."""
         rows, columns = (self._means(x.size(2 + i), self.size[i], x) for i in range(2))
         return rows @ x @ columns.mT
 
     @staticmethod
     def _means(length: int, number: int, x: Tensor) -> Tensor:
-        """(number, length): bin i goes from ⌊i·length / number⌋ to before ⌈(i + 1)·length / number⌉."""
+        """Return the weights (number, length); bin i spans [⌊i·length / number⌋, ⌈(i + 1)·length / number⌉)."""
         position = torch.arange(length, device=x.device)
         bins = torch.arange(number, device=x.device)[:, None]
         within = (position >= bins * length // number) & (position < ((bins + 1) * length + number - 1) // number)
@@ -169,20 +169,20 @@ class _Pool(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """mmseg's ``Upsample`` by a whole factor; that one turns the size it computes into a constant of the graph."""
+    """mmseg's ``Upsample`` by an integer factor; the original makes its output size a constant of the graph."""
 
     def __init__(self, of: nn.Module) -> None:
         super().__init__()
         self.factor, self.mode, self.align_corners = int(of.scale_factor), of.mode, of.align_corners
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, factor·H, factor·W)."""
+        """Map (N, C, H, W) to (N, C, factor·H, factor·W)."""
         size = tuple(self.factor * n for n in x.shape[2:])
         return F.interpolate(x, size, mode=self.mode, align_corners=self.align_corners)
 
 
 def _replace(module: nn.Module) -> None:
-    """Puts layers that follow the size of the image in the place of those that exporters cannot leave open."""
+    """Replace layers that exporters cannot leave open by ones that follow the image size."""
     for name, child in module.named_children():
         if isinstance(child, nn.AdaptiveAvgPool2d):
             size = child.output_size
@@ -194,7 +194,7 @@ def _replace(module: nn.Module) -> None:
 
 
 def input_size(cfg: dict) -> tuple[int, int]:
-    """Height and width that the config tests at, as far as it names them; else 224 x 224."""
+    """Return the height and width at which the config tests, or 224 x 224 if it names none."""
     pipeline = (cfg.get('test_dataloader') or {}).get('dataset', {}).get('pipeline', [])
     for step in reversed(pipeline):
         size = step.get('crop_size') or (step.get('scale') if step.get('type') == 'Resize' else None)
@@ -205,20 +205,20 @@ def input_size(cfg: dict) -> tuple[int, int]:
 
 
 def traced_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(N, H, W) that a dynamic graph is traced at.
+    """Return the (N, H, W) at which a dynamic graph is traced.
 
-    Every memory must have more than one chunk, and more than one token in each, as PyTorch's tracing takes a dimension
-    of one for a constant; and no two sizes may be equal by chance, which it takes for one.
+    Every memory must have more than one chunk, and more than one token in each, because PyTorch's tracing treats a
+    dimension of size one as a constant. No two sizes may be equal, because it treats equal sizes as one.
     """
     memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
     tokens = max((2 * memory.num_chunks if memory.num_chunks else memory.chunk_size for memory in memories), default=4)
-    side = 32 * (math.isqrt(tokens) + 1)  # more tokens than that even at the last stage's stride of 32
+    side = 32 * (math.isqrt(tokens) + 1)  # gives more tokens than that even at the last stage's stride of 32
     return 3, side, side + 32
 
 
 def export(model: Exported, image: Tensor, dynamic: bool) -> 'torch.onnx.ONNXProgram':
-    """The graph of ``model``, traced on ``image``."""
-    # A copy, so that the file is compared with the layers that the model was trained with.
+    """Return the graph of ``model``, traced on ``image``."""
+    # Copy the model, so that the file is compared with the original layers.
     model = copy.deepcopy(model)
     _replace(model)
     shapes, options = None, {}
@@ -227,21 +227,20 @@ def export(model: Exported, image: Tensor, dynamic: bool) -> 'torch.onnx.ONNXPro
         shapes = {'image': {0: auto, 2: auto, 3: auto}}
         options = dict(prefer_deferred_runtime_asserts_over_guards=True)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of PyTorch's exporter about its own functions
+        warnings.simplefilter('ignore')  # PyTorch's exporter warns about its own functions
         program = torch.export.export(model, (image,), dynamic_shapes=shapes, strict=False, **options)
         return torch.onnx.export(program, dynamo=True, verbose=False, input_names=['image'],
                                  output_names=list(model.names))
 
 
 def check(model: Exported, file: Path, sizes: Sequence[tuple[int, int, int]]) -> None:
-    """Prints how far onnxruntime is from the model at each of ``sizes`` (N, H, W).
+    """Print the error of onnxruntime against the model at each of ``sizes`` (N, H, W).
 
-    Over many more chunks than it was trained on, a memory can multiply rounding errors until they are as large as the
-    result. Where the model itself is that far from its own result in float64, nothing can be compared, and that is
-    printed.
+    With many more chunks than in training, a memory can amplify rounding errors to the size of the result. If the model
+    itself is that far from its own float64 result, the size cannot be compared, and a line says so.
 
     Raises:
-        UncheckedGraphError: If the graph computes something else than the model, or none of the sizes can be compared.
+        UncheckedGraphError: If the graph and the model differ, or none of the sizes can be compared.
     """
     import onnxruntime
 
@@ -274,7 +273,7 @@ def check(model: Exported, file: Path, sizes: Sequence[tuple[int, int, int]]) ->
 
 
 def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """Of each output the largest error, infinite for another shape, and the largest value, of at least 1."""
+    """Return each output's largest error (infinite if shapes differ) and its largest value (at least 1)."""
     return [((x - y).abs().max().item() if x.shape == y.shape else math.inf, max(1.0, y.abs().max().item()))
             for x, y in zip(found, expected)]
 
@@ -291,13 +290,13 @@ def write(model: Exported, args: argparse.Namespace) -> None:
     """Export a model to ``args.out``, and check the graph unless ``args.no_check``.
 
     Raises:
-        UncheckedGraphError: If the graph computes something else than the model; nothing is written then.
+        UncheckedGraphError: If the graph and the model differ; nothing is written then.
     """
     shape = traced_shape(model) if args.dynamic else (args.batch_size, *(args.shape or input_size(model.model.cfg)))
     image = torch.rand(shape[0], 3, *shape[1:]) * 255
     print(f'tracing {"images of any size" if args.dynamic else " x ".join(map(str, shape))}; this takes a minute',
           flush=True)
-    # Under its own name only once it is known to be right.
+    # The file gets its own name only after the check.
     unchecked = args.out.with_name(f'{args.out.name}.unchecked')
     try:
         program = export(model, image, args.dynamic)

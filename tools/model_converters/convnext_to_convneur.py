@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Makes weights of ConvNeur from those of a ConvNeXt or ConvNeXt-V2 of the same depths and channels.
+"""Convert weights of a ConvNeXt or ConvNeXt-V2 to those of a ConvNeur of the same depths and channels.
 
     tools/model_converters/convnext_to_convneur.py convnextv2_nano_1k_224_ema.pt convneur_m4_from_v2.pth
 
 The source is a file of timm, of the ConvNeXt and ConvNeXt-V2 authors, or of mmpretrain (also a detector or segmentor
 with that backbone); the arch follows from its shapes. The result holds ConvNeur's backbone and, if the source has one,
-its linear head. Until it is trained it computes what the source computes: the convolution that makes a gate map from a
+its linear head. Before training it computes the same as the source: the convolution that makes a gate map from a
 memory's output is zero, so the gate is sigmoid(0) = 1/2 everywhere, and the last layer of each gated block is doubled.
 """
 import argparse
@@ -32,7 +32,7 @@ from convneur_mm.engine.files.weights_file import CheckpointError, CheckpointNot
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branch import GlobalBranch
 
-# For each layout: a weight that only it has, and what of its names becomes what of ours, which are mmpretrain's.
+# For each layout: a weight that only it has, and patterns from its names to ours, which are mmpretrain's.
 LAYOUTS = {
     'timm': ('stages.0.blocks.0.conv_dw.weight', (
         (r'^stem\.', 'downsample_layers.0.'), (r'^stages\.(\d+)\.downsample\.', r'downsample_layers.\1.'),
@@ -44,7 +44,7 @@ LAYOUTS = {
         (r'^head\.(weight|bias)$', r'head.fc.\1'))),
     'mmpretrain': ('stages.0.0.depthwise_conv.weight', ()),
 }
-# Every name of these modules must be known: what is left out there would change the features.
+# Every weight of these modules must be known, because leaving one out would change the features.
 BACKBONE = ('downsample_layers.', 'stages.', 'stem.', 'norm_pre.')
 LICENCES = {
     'ConvNeXt': "the ConvNeXt code and its authors' weights are under MIT, timm's own weights under Apache-2.0; other "
@@ -55,19 +55,19 @@ LICENCES = {
 
 
 class Conversion(NamedTuple):
-    """Weights of ConvNeur, and what became of each weight of the source.
+    """Weights of ConvNeur, and how each weight of the source was used.
 
     Attributes:
-        weights (dict[str, Tensor]): ``backbone.*`` and, where the source has a linear head, ``head.fc.*``, all float32.
+        weights (dict[str, Tensor]): ``backbone.*`` and, if the source has a linear head, ``head.fc.*``, all float32.
         arch (str): The arch of ConvNeur that they fit.
         layout (str): The source's layout, a key of ``LAYOUTS``.
         version (str): 'ConvNeXt' or 'ConvNeXt-V2'.
-        taken (list[str]): Names of the source's that the result has too, but for a prefix ``backbone.``.
-        renamed (list[str]): Names of the source's whose weights have another name in the result.
+        taken (list[str]): Source names that are the same in the result, apart from a prefix ``backbone.``.
+        renamed (list[str]): Source names of weights that have another name in the result.
         folded (list[str]): The source's layer scales, multiplied into ``pointwise_conv2``.
         doubled (list[str]): Names in the result of weights that are twice the source's.
-        new (list[str]): Names in the result of weights that the source does not have.
-        left_out (list[str]): Names of the source's that the result does not have.
+        new (list[str]): Names in the result of weights that the source lacks.
+        left_out (list[str]): Source names of weights that the result lacks.
     """
 
     weights: dict[str, Tensor]
@@ -83,12 +83,12 @@ class Conversion(NamedTuple):
 
 
 def convert(weights: Mapping[str, Tensor], arch: str | None = None) -> Conversion:
-    """Weights of ConvNeur with the same features and logits as a ConvNeXt or ConvNeXt-V2.
+    """Convert a ConvNeXt or ConvNeXt-V2 to weights of ConvNeur with the same features and logits.
 
-    They are for the default ``placement`` and ``fusion``. New weights are drawn with a fixed seed.
+    The result is for the default ``placement`` and ``fusion``. New weights are drawn with a fixed seed.
 
     Args:
-        weights (Mapping[str, Tensor]): Of the source, in one of ``LAYOUTS``.
+        weights (Mapping[str, Tensor]): Weights of the source, in one of ``LAYOUTS``.
         arch (str | None): The arch expected; None takes the one that fits. Defaults to None.
 
     Raises:
@@ -123,7 +123,7 @@ def convert(weights: Mapping[str, Tensor], arch: str | None = None) -> Conversio
 
     new = [f'backbone.{name}' for name in result if name not in values]
     result = {f'backbone.{name}': value for name, value in result.items()}
-    # Alone behind the final norm, a linear layer is all of the head.
+    # A lone linear layer after the final norm is the whole head.
     head = {name: value.clone() for name, value in values.items() if name.startswith('head.')}
     if set(head) == {'head.fc.weight', 'head.fc.bias'} and 'norm3.weight' in values:
         result.update(head)
@@ -140,7 +140,7 @@ def convert(weights: Mapping[str, Tensor], arch: str | None = None) -> Conversio
 
 
 def _our_names(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
-    """The layout, and the source's name by ours (without ``backbone.``) of each of its weights."""
+    """Return the layout, and a mapping from our names (without ``backbone.``) to the source's."""
     bare = {name.removeprefix('backbone.'): name for name in weights}
     if any('.global_branch.' in name for name in bare):
         raise CheckpointError('these are weights of ConvNeur already')
@@ -175,7 +175,7 @@ def _find_arch(values: Mapping[str, Tensor], expected: str | None) -> str:
 
 
 def _new_backbone(arch: str, values: Mapping[str, Tensor]) -> ConvNeur:
-    """A backbone whose memories are drawn as :meth:`ConvNeur.init_weights` does, always with the same numbers."""
+    """Build a backbone with memories drawn as in :meth:`ConvNeur.init_weights`, from a fixed seed."""
     norms = [i for i in range(len(ConvNeur.arch_settings[arch]['depths'])) if f'norm{i}.weight' in values]
     stem = values.get('downsample_layers.0.0.weight')
     in_channels = stem.size(1) if stem is not None and stem.dim() == 4 else 3
@@ -190,8 +190,8 @@ def _new_backbone(arch: str, values: Mapping[str, Tensor]) -> ConvNeur:
 
 
 def _check_names(own: Iterable[str], values: Mapping[str, Tensor], scales: Mapping[str, Tensor], version: str) -> None:
-    """Raises a CheckpointError if the source lacks a weight of the backbone, or has one that ConvNeur lacks."""
-    # The final norm serves the head: the encoders of masked autoencoders have none. V1 has no GRN.
+    """Raise a CheckpointError if the source lacks a weight of the backbone, or has one that ConvNeur lacks."""
+    # The final norm belongs to the head; the encoders of masked autoencoders have none. V1 has no GRN.
     missing = [name for name in own if name not in values and '.global_branch.' not in name
                and not name.startswith('norm') and not (version == 'ConvNeXt' and '.grn.' in name)]
     if scales:
@@ -204,7 +204,7 @@ def _check_names(own: Iterable[str], values: Mapping[str, Tensor], scales: Mappi
 
 
 def _reshaped(value: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """A copy in ConvNeur's shape: layouts differ in axes of one element, as between a 1×1 convolution and a matrix."""
+    """Return a copy in ConvNeur's shape; layouts differ in axes of size one, as a 1×1 convolution and a matrix do."""
     if [size for size in value.shape if size != 1] != [size for size in shape if size != 1]:
         raise CheckpointError(f'another ConvNeXt than ConvNeur is made of: {name} must be {tuple(shape)}, got '
                               f'{tuple(value.shape)}')
@@ -212,13 +212,13 @@ def _reshaped(value: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def _patterns(names: Iterable[str]) -> str:
-    """Names with their numbers left out, each with its count if there are several."""
+    """Join the names, with numbers replaced by ``*`` and with counts above 1."""
     counts = Counter(re.sub(r'(?<=\.)\d+(?=\.)', '*', name) for name in names)
     return ', '.join(name if count == 1 else f'{name} ({count})' for name, count in counts.items())
 
 
 def report(done: Conversion) -> str:
-    """What became of each weight, in lines for people."""
+    """Describe in a few lines how each weight was used."""
     branches = [re.sub(r'\.global_branch\..*', '.global_branch.*', name) for name in done.new]
     rows = {
         'taken as they are': str(len(done.taken)),
@@ -235,7 +235,7 @@ def report(done: Conversion) -> str:
 
 
 def check_paths(src: str, dst: str) -> None:
-    """Raises a ValueError if one of the two files cannot be what it is named for."""
+    """Raise a ValueError if SRC or DST is not usable."""
     if not osp.isfile(src):
         raise CheckpointNotFoundError(f'SRC: no such file: {src}')
     folder = osp.dirname(dst) or '.'
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             raise CheckpointError(f'{args.src}: {error}') from None
         meta = dict(source=osp.basename(args.src), version=done.version, layout=done.layout, arch=done.arch,
                     licence=LICENCES[done.version])
-        # Renamed when it is complete: nobody finds half a file.
+        # Rename the file when it is complete, so that nobody reads a partial file.
         torch.save(dict(meta=meta, state_dict=done.weights), f'{args.dst}.part')
         os.replace(f'{args.dst}.part', args.dst)
     print(report(done))
