@@ -186,7 +186,7 @@ class _Coco(NamedTuple):
 def _find_coco(data: Path) -> dict[str, _Coco]:
     """Return the COCO file and folder of pictures of each split."""
     files = [data] if data.is_file() else sorted(
-        folder / name for folder in _folders(data) for name in os.listdir(folder) if name.endswith('.json'))
+        path for folder in _folders(data) for path in folder.glob('*.json') if path.is_file())
     contents = {path: content for path in files if (content := _coco_content(path)) is not None}
     root = data.parent if data.is_file() else data
     if not contents:
@@ -204,6 +204,8 @@ def _coco_content(path: Path) -> dict | None:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
+    except OSError as error:
+        raise OwnDataError(f'DATA: {path} cannot be read: {error.strerror}') from None
     lists = ('images', 'annotations', 'categories')
     return content if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in lists) else None
 

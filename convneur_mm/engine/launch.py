@@ -188,14 +188,15 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         check_no_pickled_data(cfg, splits)
     check_classes(cfg, splits)
     hooks = cfg.get('custom_hooks') or []
-    given = [hook['type'] for hook in hooks]
+    given = [hook.get('type') for hook in hooks if isinstance(hook, dict)]  # others are built already
     cfg.custom_hooks = [*hooks, *(dict(type=name) for name in HOOKS_OF_TOOLS if name not in given)]
     notes = []
     if not torch.cuda.is_available() and any([without_sync_bn(cfg.model), cfg.pop('sync_bn', None)]):
         notes.append('BN replaces SyncBN, which needs a GPU: with several processes, each normalises by its own images '
                      'alone; to share statistics, train on GPUs')
     # A config that an earlier run wrote to its work dir has this hook, with that run's notes.
-    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'StartSummaryHook']
+    cfg.custom_hooks = [hook for hook in cfg.custom_hooks
+                        if not isinstance(hook, dict) or hook.get('type') != 'StartSummaryHook']
     cfg.custom_hooks.append(dict(type='StartSummaryHook', notes=notes))
     cfg.default_hooks = cfg.get('default_hooks') or {}
     saving = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))

@@ -44,7 +44,7 @@ class Backbone(BaseModule):
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
         self.out_indices = _parse_out_indices(out_indices, num_stages)
-        if isinstance(frozen_stages, bool) or frozen_stages not in range(-1, num_stages + 1):
+        if type(frozen_stages) is not int or frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(f'frozen_stages must be an integer from -1 to {num_stages}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
 
@@ -117,7 +117,7 @@ def _parse_init_cfg(init_cfg: dict | list[dict] | None) -> tuple[dict | None, li
 def _parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     indices = [out_indices] if isinstance(out_indices, int) else (
         list(out_indices) if isinstance(out_indices, Sequence) else [])
-    if not indices or any(not isinstance(i, int) or not -num_stages <= i < num_stages for i in indices):
+    if not indices or any(type(i) is not int or not -num_stages <= i < num_stages for i in indices):
         raise ValueError(f'out_indices must name stages from {-num_stages} to {num_stages - 1}, got {out_indices!r}')
     indices = [i % num_stages for i in indices]
     if sorted(set(indices)) != indices:

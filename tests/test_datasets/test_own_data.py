@@ -160,6 +160,8 @@ def test_data_that_are_not_there(tmp_path, task):
     with pytest.raises(OwnDataError, match='nowhere does not exist'):
         prepare(task, tmp_path / 'nowhere', tmp_path / 'out')
     (tmp_path / 'empty').mkdir()
+    if task == 'det':
+        (tmp_path / 'empty' / 'folder.json').mkdir()
     with pytest.raises(OwnDataError, match='empty has no [^;]*$'):
         prepare(task, tmp_path / 'empty', tmp_path / 'out')
 

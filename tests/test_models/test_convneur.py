@@ -431,6 +431,8 @@ def test_resolves_from_every_scope(scope):
     (dict(frozen_stages=5), 'frozen_stages must be an integer from -1 to 4, got 5'),
     (dict(frozen_stages=-2), 'frozen_stages must be an integer from -1 to 4, got -2'),
     (dict(frozen_stages=True), 'frozen_stages must be an integer from -1 to 4, got True'),
+    (dict(frozen_stages=1.0), 'frozen_stages must be an integer from -1 to 4, got 1.0'),
+    (dict(out_indices=True), 'out_indices must name stages from -4 to 3, got True'),
     (dict(drop_path_rate=-0.1), r'drop_path_rate must be in \[0, 1\), got -0.1'),
     (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
 ])

@@ -338,6 +338,8 @@ def test_a_merged_model_computes_the_same(dtype, tolerance, tmp_path):
     (dict(arch='xxl'), r"arch must be one of \('xt', 't', 's', 'b'\) or a dict, got 'xxl'"),
     (dict(arch=dict(LIGHT, depths=[1, 1])), r'lists of the lengths .*, got .*\[1, 1\]'),
     (dict(arch={key: value for key, value in LIGHT.items() if key != 'groups'}), 'lists of the lengths'),
+    (dict(arch=dict(LIGHT, groups=2)), 'lists of the lengths'),
+    (dict(arch=['t']), r"lists of the lengths .*, got \['t'\]"),
     (dict(arch=dict(LIGHT, groups=[2, 3])), 'multiple of 4 x groups, got 32 channels and 3 groups'),
     (dict(for_classifier=True), r'for_classifier needs out_indices=3, got \(0, 1, 2, 3\)'),
     (dict(add_overview=True, out_indices=(0, 1)), r'add_overview needs stage 3 .* got out_indices=\(0, 1\)'),

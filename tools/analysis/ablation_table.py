@@ -173,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.work_dirs and not args.work_dirs.is_dir():
             raise ValueError(f'--work-dirs must be a folder, got {str(args.work_dirs)!r}')
         rows = measure(work_dirs)
-    print(report(rows))
-    if all(row['top1'] is None for row in rows):
-        print(f'top-1: no validated run of these configs in {work_dirs}/')
-    if args.json:
-        write_json(args.json, dict(rows=rows))
+        print(report(rows))
+        if all(row['top1'] is None for row in rows):
+            print(f'top-1: no validated run of these configs in {work_dirs}/')
+        if args.json:
+            write_json(args.json, dict(rows=rows))
 
 
 if __name__ == '__main__':

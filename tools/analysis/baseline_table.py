@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convneur_mm import config
+from convneur_mm.engine.files.errors import one_line_errors
 
 # A landscape image at 1333 x 800, padded to a multiple of 32, and Table 4's size.
 DETECTION_IMAGE, SEGMENTATION_IMAGE = (1, 3, 800, 1344), (1, 3, 512, 2048)
@@ -226,4 +227,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with one_line_errors():
+        main()

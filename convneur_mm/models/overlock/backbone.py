@@ -235,8 +235,9 @@ class OverLoCK(Backbone):
                 raise ValueError(f'arch must be one of {tuple(self.arch_settings)} or a dict, got {arch!r}')
             return self.arch_settings[arch]
         lengths = dict(depths=4, focus_depths=2, channels=4, kernel_sizes=4, groups=2)
-        if {name: len(values) for name, values in arch.items()} != lengths:
-            raise ValueError(f'a custom arch must be a dict of lists of the lengths {lengths}, got {dict(arch)}')
+        if not isinstance(arch, dict) or {name: len(values) if isinstance(values, (list, tuple)) else None
+                                          for name, values in arch.items()} != lengths:
+            raise ValueError(f'a custom arch must be a dict of lists of the lengths {lengths}, got {arch!r}')
         for channels, groups in zip(arch['channels'][2:], arch['groups']):
             if channels % (4 * groups):
                 raise ValueError(f'channels of Focus-Net must be a multiple of 4 x groups, got {channels} channels and '
