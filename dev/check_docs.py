@@ -474,10 +474,10 @@ def build_site(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('pages', nargs='*', default=PAGES, metavar='PAGE',
-                        help='path of a page from the root of the checkout (default: all)')
-    parser.add_argument('--run', action='store_true', help='run the commands too')
+                        help='path of a page, relative to the root of the checkout (default: all)')
+    parser.add_argument('--run', action='store_true', help='also run the commands')
     parser.add_argument('--site', type=Path, metavar='DIR',
-                        help='build the site into this folder, and check nothing else')
+                        help='build the site into this folder and check nothing else')
     args = parser.parse_args(argv)
     for page in args.pages:
         if not (ROOT / page).is_file():

@@ -385,15 +385,15 @@ def report(modules: Sequence[str], database: WorkDB, diffs: bool) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('paths', nargs='*', default=list(PATHS), metavar='PATH', help='files or folders to change')
+    parser.add_argument('paths', nargs='*', default=list(PATHS), metavar='PATH', help='files or folders to mutate')
     parser.add_argument('--session', type=Path, default=ROOT / 'work_dirs' / 'mutations.sqlite', metavar='FILE',
-                        help='where results are kept (default: work_dirs/mutations.sqlite)')
+                        help='file that stores the results (default: work_dirs/mutations.sqlite)')
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N',
-                        help='processes at a time (default: one for each core)')
+                        help='number of parallel processes (default: one per core)')
     parser.add_argument('--sample', type=int, metavar='N',
-                        help='run on N changes drawn from those of all paths, the same each time')
-    parser.add_argument('--survivors', action='store_true', help='run again on what survived')
-    parser.add_argument('--report', action='store_true', help='only print what is known')
+                        help='run N mutants sampled from all paths, the same ones each time')
+    parser.add_argument('--survivors', action='store_true', help='rerun the mutants that survived')
+    parser.add_argument('--report', action='store_true', help='only print the stored results')
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f'--jobs must be 1 or more, got {args.jobs}')

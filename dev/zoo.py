@@ -206,7 +206,7 @@ def files(root: Path, counter: Callable[[str], Count]) -> dict[str, str]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; print the differences and exit with 1 if '
-                        'there are any')
+                        'any are found')
     return parser.parse_args(argv)
 
 

@@ -83,9 +83,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known in (('settings', SETTINGS), ('rules', RULES)):
         parser.add_argument(f'--{name}', nargs='+', choices=list(known), default=list(known),
-                            metavar=name.upper()[:-1], help=f'some of: {"; ".join(known)} (default: all)')
-    parser.add_argument('--samples', type=int, default=30, metavar='N', help='of each (default: %(default)s)')
-    parser.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
+                            metavar=name.upper()[:-1], help=f'{name} to run, from: {"; ".join(known)} (default: all)')
+    parser.add_argument('--samples', type=int, default=30, metavar='N',
+                        help='samples of each case (default: %(default)s)')
+    parser.add_argument('--threads', type=int, metavar='N', help="number of CPU threads (default: torch's)")
     args = parser.parse_args(argv)
     for name, least in (('samples', 2), ('threads', 1)):
         value = getattr(args, name)

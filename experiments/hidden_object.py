@@ -155,11 +155,12 @@ TASK = HiddenObject()
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=TASK.seeds, metavar='N',
-                        help='seeds 0 to N - 1 (default: %(default)s)')
+                        help='train with seeds 0 to N - 1 (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/hidden_object'), metavar='DIR',
-                        help='where the results are (default: %(default)s)')
-    parser.add_argument('--table', action='store_true', help='print the table of the results there are; train nothing')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the results there are; train nothing')
+                        help='folder of the results (default: %(default)s)')
+    parser.add_argument('--table', action='store_true',
+                        help='print the table of the existing results, without training')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='plot the existing results, without training')
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f'--seeds must be at least 1, got {args.seeds}')

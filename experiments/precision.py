@@ -82,11 +82,13 @@ PRECISIONS = 'float32', 'bfloat16'
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), metavar='TASK',
-                        help=f'some of: {", ".join(TASKS)} (default: all)')
-    parser.add_argument('--iterations', type=int, default=200, metavar='N', help='steps (default: %(default)s)')
+                        help=f'tasks to train, from: {", ".join(TASKS)} (default: all)')
+    parser.add_argument('--iterations', type=int, default=200, metavar='N',
+                        help='training steps (default: %(default)s)')
     parser.add_argument('--window', type=int, default=50, metavar='N',
-                        help='steps at the end over which losses are averaged (default: %(default)s)')
-    parser.add_argument('--seeds', type=int, default=1, metavar='N', help='trainings of each (default: %(default)s)')
+                        help='average losses over the last N steps (default: %(default)s)')
+    parser.add_argument('--seeds', type=int, default=1, metavar='N',
+                        help='training runs of each task (default: %(default)s)')
     args = parser.parse_args(argv)
     for name, least in (('iterations', 2), ('window', 1), ('seeds', 1)):
         if getattr(args, name) < least:

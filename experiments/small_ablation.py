@@ -99,19 +99,20 @@ class Run:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), metavar='TASK',
-                        help=f'of {", ".join(TASKS)} (default: all)')
+                        help=f'tasks to train, from: {", ".join(TASKS)} (default: all)')
     parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS), metavar='VARIANT',
-                        help='of ' + ', '.join(repr(name) for name in VARIANTS) + ' (default: all)')
-    parser.add_argument('--seeds', type=int, metavar='N', help='seeds 0 to N - 1 (default: by task, '
+                        help='variants, from: ' + ', '.join(repr(name) for name in VARIANTS) + ' (default: all)')
+    parser.add_argument('--seeds', type=int, metavar='N', help='train with seeds 0 to N - 1 (default: by task, '
                         + ', '.join(f'{name} {task.seeds}' for name, task in TASKS.items()) + ')')
     parser.add_argument('--budget-factor', type=float, default=1.0, metavar='X',
-                        help='times the iterations of each task (default: %(default)g)')
+                        help='multiply the iterations of each task by X (default: %(default)g)')
     parser.add_argument('--jobs', type=int, default=1, metavar='N',
-                        help='trainings at a time, one thread each (default: %(default)s)')
+                        help='number of parallel training runs, one thread each (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/small_ablation'), metavar='DIR',
-                        help='where the results are (default: %(default)s)')
-    parser.add_argument('--table', action='store_true', help='print the tables of the results there are; train nothing')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw the results there are; train nothing')
+                        help='folder of the results (default: %(default)s)')
+    parser.add_argument('--table', action='store_true',
+                        help='print the tables of the existing results, without training')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='plot the existing results, without training')
     args = parser.parse_args(argv)
     for name in ('seeds', 'jobs', 'budget_factor'):
         value = getattr(args, name)

@@ -25,30 +25,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--workers', type=int, metavar='N',
-                        help='processes that decode images (default: one on each core)')
+                        help='number of processes that decode images (default: one per core)')
     common.add_argument('--max-shown', type=count, default=10, metavar='N',
-                        help='faults to show; of the others, how many there are (default: %(default)s)')
+                        help='maximum number of faults to show; the others are counted (default: %(default)s)')
     forms = parser.add_subparsers(dest='form', required=True, metavar='FORM')
     coco = forms.add_parser('coco', parents=[common], help='COCO instances')
-    coco.add_argument('ann_file', metavar='ANN_FILE', help='instances_*.json')
-    coco.add_argument('image_dir', metavar='IMAGE_DIR', help='folder that its file names are relative to')
-    ade20k = forms.add_parser('ade20k', parents=[common], help='images, and a label map of the same name for each')
+    coco.add_argument('ann_file', metavar='ANN_FILE', help='annotation file, instances_*.json')
+    coco.add_argument('image_dir', metavar='IMAGE_DIR', help='folder that the file names in ANN_FILE are relative to')
+    ade20k = forms.add_parser('ade20k', parents=[common], help='images, each with a label map of the same name')
     ade20k.add_argument('image_dir', metavar='IMAGE_DIR', help='folder of the images of a split')
-    ade20k.add_argument('label_dir', metavar='LABEL_DIR', help='folder of its label maps')
+    ade20k.add_argument('label_dir', metavar='LABEL_DIR', help='folder of the label maps of the split')
     ade20k.add_argument('--num-classes', type=int, default=150, metavar='N',
-                        help='label maps hold 1 to N, 0 for no class, 255 for ignored pixels (default: %(default)s)')
+                        help='number of classes; label maps hold 1 to N, 0 for no class, 255 for ignored pixels '
+                        '(default: %(default)s)')
     ade20k.add_argument('--keep-zero-label', action='store_true',
-                        help='label maps hold 0 to N - 1, as for a data set with reduce_zero_label=False')
+                        help='expect 0 to N - 1 in label maps, as for a data set with reduce_zero_label=False')
     ade20k.add_argument('--image-suffix', default='.jpg', metavar='END',
-                        help='how the names of images end (default: %(default)s)')
+                        help='suffix of image file names (default: %(default)s)')
     ade20k.add_argument('--label-suffix', default='.png', metavar='END',
-                        help='how those of label maps end instead (default: %(default)s)')
-    imagenet = forms.add_parser('imagenet', parents=[common], help='a folder for each class, or a list of labels')
-    imagenet.add_argument('folder', metavar='FOLDER', help='folder of the class folders, or of all images, of a split')
+                        help='suffix of label map file names (default: %(default)s)')
+    imagenet = forms.add_parser('imagenet', parents=[common], help='one folder per class, or a list of labels')
+    imagenet.add_argument('folder', metavar='FOLDER', help='folder with the class folders or all images of a split')
     imagenet.add_argument('--ann-file', metavar='FILE',
-                          help='list with a line "name label" for each image, in place of class folders')
+                          help='list with one line "name label" per image, instead of class folders')
     imagenet.add_argument('--num-classes', type=int, metavar='N',
-                          help='number of classes of the model, which the data set must fit (default: any)')
+                          help='number of classes of the model, which the data set must match (default: any)')
     return parser.parse_args(argv)
 
 

@@ -37,9 +37,10 @@ HOST = '127.0.0.1'
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_model_arguments(parser)
-    parser.add_argument('--port', type=int, metavar='N', help='of the page (default: the first free one from 7860 on)')
+    parser.add_argument('--port', type=int, metavar='N',
+                        help='port of the page (default: the first free one from 7860 on)')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
-                        help='draw detections from this score on (default: %(default)s)')
+                        help='minimum score of detections to draw (default: %(default)s)')
     return parser.parse_args(argv)
 
 

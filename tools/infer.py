@@ -49,15 +49,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('input', type=Path, help=f'picture, folder of pictures ({" ".join(PICTURES)}) or video '
                         f'({" ".join(VIDEOS)})')
     parser.add_argument('--out-dir', type=Path, default=Path('predictions'), metavar='DIR',
-                        help='folder to write to; files of the same names are replaced (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='pictures to predict at once; only '
-                        'those of one size share a batch (default: %(default)s)')
+                        help='output folder; files of the same names are replaced (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='pictures per batch; only '
+                        'pictures of the same size share a batch (default: %(default)s)')
     parser.add_argument('--stream', action='store_true', help='carry the memories of a ConvNeur from frame to '
-                        'frame of a video or of a folder of frames, in the order of their numbers; see docs/stream.md')
-    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE', help='draw detections from this score '
-                        'on; all are written to the file (default: %(default)s)')
-    parser.add_argument('--no-pictures', action='store_true', help='draw nothing, which takes longer than a small '
-                        'model needs to predict')
+                        'frame of a video, or of a folder of frames sorted by number; see docs/stream.md')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE', help='minimum score of detections '
+                        'to draw; all are written to the file (default: %(default)s)')
+    parser.add_argument('--no-pictures', action='store_true', help='skip drawing, which takes longer than the '
+                        'prediction of a small model')
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')

@@ -31,13 +31,14 @@ MAKERS = {'coco': make_shapes_coco, 'ade20k': make_shapes_ade20k, 'imagenet': ma
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('out', metavar='OUT', help='folder to write to: missing, empty or made by this tool')
+    parser.add_argument('out', metavar='OUT', help='output folder: missing, empty or made by this tool')
     parser.add_argument('--format', choices=list(MAKERS), default='coco',
                         help='layout: COCO instances, ADE20K label maps (of the same pictures), or ImageNet class '
                         'folders (of pictures with one object) (default: %(default)s)')
-    parser.add_argument('--num-train', type=int, default=400, help='training images (default: %(default)s)')
-    parser.add_argument('--num-val', type=int, default=100, help='validation images (default: %(default)s)')
-    parser.add_argument('--image-size', type=int, default=160, help='side in pixels, 64 to 2048 (default: %(default)s)')
+    parser.add_argument('--num-train', type=int, default=400, help='number of training images (default: %(default)s)')
+    parser.add_argument('--num-val', type=int, default=100, help='number of validation images (default: %(default)s)')
+    parser.add_argument('--image-size', type=int, default=160,
+                        help='side length in pixels, 64 to 2048 (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='seed of everything random (default: %(default)s)')
     return parser.parse_args(argv)
 

@@ -56,14 +56,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_config_arguments(parser)
     add = parser.add_argument
     add('checkpoint', metavar='CHECKPOINT', help='path or URL of the checkpoint')
-    add('--out-dir', type=Path, required=True, metavar='DIR', help='folder for the files; made if there is none')
-    add('--name', help='what the files are called, before the hash (default: the name of the config)')
-    add('--ema', action=argparse.BooleanOptionalAction, help='publish the averaged weights, and fail if there are '
-        'none; --no-ema: those before averaging (default: what tools/test.py tests, which are the averaged weights of '
-        'a training with an EMAHook)')
-    add('--safetensors', action='store_true', help='write the weights as a safetensors file too')
-    add('--licence', metavar='TEXT', help='of the weights; a licence that the checkpoint or the weights it started '
-        'from have already is kept, and another one refused')
+    add('--out-dir', type=Path, required=True, metavar='DIR', help='output folder, created if missing')
+    add('--name', help='file name before the hash (default: the name of the config)')
+    add('--ema', action=argparse.BooleanOptionalAction, help='publish the averaged weights, fail if there are '
+        'none; --no-ema: publish the weights before averaging (default: the weights that tools/test.py tests, which '
+        'are the averaged weights of a training with an EMAHook)')
+    add('--safetensors', action='store_true', help='also write the weights as a safetensors file')
+    add('--licence', metavar='TEXT', help='licence of the weights; an existing licence of the checkpoint or of its '
+        'initial weights is kept, and a different one is refused')
     add('--metrics', type=Path, metavar='FILE.json', help='results for the card, {"name": number, …}, such as the file '
         'that tools/test.py writes to its work dir (default: the validation of this checkpoint in its work dir)')
     add('--allow-pickle', action='store_true', help='read a checkpoint that holds more than tensors and plain values, '

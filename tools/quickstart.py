@@ -196,7 +196,7 @@ def quickstart(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--task', choices=[*TASKS, 'all'], default='det',
-                        help='detection (the default), segmentation, classification, or one after the other')
+                        help='task: detection (the default), segmentation, classification, or all in turn')
     task = parser.parse_args().task
     for name in TASKS if task == 'all' else [task]:
         quickstart(name)

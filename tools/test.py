@@ -32,9 +32,10 @@ def parse_args() -> argparse.Namespace:
                         'files (so from 1 on for ADE20K, whose 0 is no class)')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='save a picture of each prediction in this folder')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays with --show (default: 2)')
+    parser.add_argument('--wait-time', type=float, default=2,
+                        help='seconds to show each window with --show (default: 2)')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation: average the predictions of several '
-                        'views of each image, as tta_model and tta_pipeline of the config say; without them, a '
+                        'views of each image, set by tta_model and tta_pipeline in the config; without them, a '
                         'classifier flips images')
     return parser.parse_args()
 

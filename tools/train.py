@@ -25,13 +25,13 @@ from convneur_mm.stack import uses_compiled_mmcv
 
 def parse_args() -> argparse.Namespace:
     parser = launch.make_parser(__doc__.splitlines()[0])
-    parser.add_argument('--amp', nargs='?', const='fp16', choices=['fp16', 'bf16'], help='automatic mixed precision: '
-                        'fp16, the default, on a GPU alone; bf16 on newer GPUs and on CPUs, without scaling the loss')
+    parser.add_argument('--amp', nargs='?', const='fp16', choices=['fp16', 'bf16'], help='use automatic mixed '
+                        'precision: fp16 (default) on GPUs only; bf16 on newer GPUs and on CPUs, without loss scaling')
     parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate by the actual over the recipe\'s batch size')
+                        help='scale the learning rate by the actual batch size over that of the recipe')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from this checkpoint, or from the newest intact one of the work dir if none is '
-                        'named')
+                        help='resume from this checkpoint, or from the newest intact one of the work dir if none is '
+                        'given')
     return parser.parse_args()
 
 

@@ -49,21 +49,21 @@ LIMITS = dict(det=(320, 640), seg=(320, 512), cls=(128, 224))
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('data', metavar='DATA', help='folder of the data, or a COCO file, which is then split')
+    parser.add_argument('data', metavar='DATA', help='data folder, or a COCO file, which is then split')
     parser.add_argument('--task', choices=list(PACKAGES), required=True,
-                        help='detection with masks or with boxes alone, segmentation, or classification')
+                        help='task: detection with masks or with boxes only, segmentation, or classification')
     parser.add_argument('--arch', choices=list(ConvNeur.arch_settings),
-                        help='size of the backbone (default: that of the checkpoint, or m1)')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights that the backbone starts from: of ConvNeur, also '
-                        'within a detector or segmentor, or of a ConvNeXt or ConvNeXt-V2, which are converted')
+                        help='backbone size (default: that of the checkpoint, or m1)')
+    parser.add_argument('--checkpoint', metavar='FILE', help='initial weights of the backbone: from ConvNeur, also '
+                        'inside a detector or segmentor, or from ConvNeXt or ConvNeXt-V2, which are converted')
     parser.add_argument('--classes', metavar='FILE', help='names, one a line: of label maps, those of the values 0, 1, '
                         '…; else the categories or class folders to take, and to pass over all others')
     parser.add_argument('--reduce-zero-label', action='store_true',
                         help='value 0 of label maps is no class, and names of --classes begin with value 1')
     parser.add_argument('--epochs', type=positive, metavar='N',
-                        help='times each picture is seen (default: by the number of pictures)')
-    parser.add_argument('--work-dir', metavar='DIR', help='folder for everything (default: work_dirs/<DATA>_<task>)')
-    parser.add_argument('--dry-run', action='store_true', help='check the data, write the config, and stop')
+                        help='number of epochs (default: set by the number of pictures)')
+    parser.add_argument('--work-dir', metavar='DIR', help='output folder (default: work_dirs/<DATA>_<task>)')
+    parser.add_argument('--dry-run', action='store_true', help='check the data, write the config and stop')
     return parser.parse_args(argv)
 
 

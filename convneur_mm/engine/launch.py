@@ -89,9 +89,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('config', help='path of a config, or the name of one that convneur_mm ships')
     add('checkpoint', help='path or URL of the checkpoint')
-    add('--device', help='cpu, cuda or cuda:1, say (default: the GPU if there is one, else the CPU)')
+    add('--device', help='device, e.g. cpu, cuda or cuda:1 (default: the GPU if there is one, else the CPU)')
     add('--cfg-options', nargs='+', action=OverridesAction, default={}, metavar='KEY=VALUE',
-        help='override settings of the config, as for tools/test.py')
+        help='override settings of the config, as in tools/test.py')
     add('--allow-pickle', action='store_true', help='load a checkpoint that holds more than tensors and plain values, '
         'which can run any code; without it such a file is refused')
 

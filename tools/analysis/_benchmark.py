@@ -49,23 +49,25 @@ class MissingPeer(Exception):
 
 def add_common_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Add the options of every benchmark."""
-    parser.add_argument('--device', default='cpu', help="'cpu', 'cuda' or 'cuda:N' (default: %(default)s)")
+    parser.add_argument('--device', default='cpu', help="device: 'cpu', 'cuda' or 'cuda:N' (default: %(default)s)")
     parser.add_argument('--dtype', choices=list(DTYPES), default='float32',
-                        help='the half-precision ones run float32 weights under autocast, as training does '
+                        help='data type; half precision runs float32 weights under autocast, as in training '
                         '(default: %(default)s)')
-    parser.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
-    parser.add_argument('--compile', action='store_true', help='torch.compile everything that is measured')
-    parser.add_argument('--forward-only', action='store_true', help='no forward+backward')
-    parser.add_argument('--repeats', type=int, default=repeats, metavar='N', help='rounds (default: %(default)s)')
-    parser.add_argument('--warmup', type=int, default=1, metavar='N', help='untimed calls first (default: %(default)s)')
+    parser.add_argument('--threads', type=int, metavar='N', help="number of CPU threads (default: torch's)")
+    parser.add_argument('--compile', action='store_true', help='apply torch.compile to everything measured')
+    parser.add_argument('--forward-only', action='store_true', help='skip forward+backward')
+    parser.add_argument('--repeats', type=int, default=repeats, metavar='N',
+                        help='number of rounds (default: %(default)s)')
+    parser.add_argument('--warmup', type=int, default=1, metavar='N',
+                        help='untimed warm-up calls (default: %(default)s)')
     parser.add_argument('--budget', type=float, default=120, metavar='SECONDS',
-                        help='no further rounds of one comparison after this time (default: %(default)s)')
+                        help='start no further round of a comparison after this time (default: %(default)s)')
     parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True,
                         help='measure peak memory (default: yes)')
-    parser.add_argument('--baseline', metavar='NAME', help='what ratios refer to (default: the first row)')
+    parser.add_argument('--baseline', metavar='NAME', help='case that ratios are relative to (default: the first row)')
     parser.add_argument('--seed', type=int, default=0, help='seed of weights and inputs (default: %(default)s)')
-    parser.add_argument('--json', metavar='FILE', help='write everything measured to FILE')
-    parser.add_argument('--plot', metavar='FILE.png', help='draw time and memory')
+    parser.add_argument('--json', metavar='FILE', help='write all measurements to FILE')
+    parser.add_argument('--plot', metavar='FILE.png', help='plot time and memory')
 
 
 def parse_device(name: str) -> torch.device:

@@ -78,7 +78,7 @@ Every branch stands between the same convolutions, LayerNorm and output projecti
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work-dirs', type=Path, metavar='DIR',
-                        help='folder of the work dirs, each named as its config (default: work_dirs, if there is one)')
+                        help='folder of the work dirs, each named after its config (default: work_dirs, if it exists)')
     parser.add_argument('--json', metavar='FILE', help='write the table to FILE')
     return parser.parse_args(argv)
 

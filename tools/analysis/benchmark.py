@@ -80,27 +80,28 @@ class Cell(NamedTuple):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tasks', nargs='+', choices=list(cases.TASKS), default=list(cases.TASKS), metavar='TASK',
-                        help=f'of {", ".join(cases.TASKS)} (default: all)')
+                        help=f'tasks to measure, from: {", ".join(cases.TASKS)} (default: all)')
     parser.add_argument('--models', nargs='+', choices=list(cases.BACKBONES), default=list(cases.BACKBONES),
-                        metavar='MODEL', help=f'of {", ".join(cases.BACKBONES)} (default: all)')
+                        metavar='MODEL', help=f'models to measure, from: {", ".join(cases.BACKBONES)} (default: all)')
     parser.add_argument('--modes', nargs='+', choices=cases.MODES, default=list(cases.MODES), metavar='MODE',
-                        help=f'of {", ".join(cases.MODES)} (default: both)')
+                        help=f'modes to measure, from: {", ".join(cases.MODES)} (default: both)')
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True,
-                        help='measure backbones alone with torch.compile too (default: yes)')
+                        help='also measure backbones alone with torch.compile (default: yes)')
     parser.add_argument('--rounds', type=int, default=3, metavar='N',
-                        help='processes for each cell (default: %(default)s)')
+                        help='number of processes per cell (default: %(default)s)')
     parser.add_argument('--calls', type=int, default=5, metavar='N',
-                        help='timed calls in each, after two others (default: %(default)s)')
+                        help='timed calls per process, after two untimed ones (default: %(default)s)')
     parser.add_argument('--seconds', type=float, default=15, metavar='S',
-                        help='no further call in a process after this time; the first is always timed '
+                        help='start no further call in a process after this time; the first is always timed '
                         '(default: %(default)s)')
-    parser.add_argument('--shape', metavar='B,H,W', help='batch, height and width, for all tasks (default: '
+    parser.add_argument('--shape', metavar='B,H,W', help='batch size, height and width for all tasks (default: '
                         + ', '.join(f'{name} {",".join(map(str, task.shape))}' for name, task in cases.TASKS.items())
                         + ')')
-    parser.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
+    parser.add_argument('--threads', type=int, metavar='N', help="number of CPU threads (default: torch's)")
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
-                        help='folder of the JSON files (default: %(default)s)')
-    parser.add_argument('--table', action='store_true', help='measure nothing, print the tables of what is in --out')
+                        help='output folder of the JSON files (default: %(default)s)')
+    parser.add_argument('--table', action='store_true',
+                        help='print the tables of the results in --out, without measuring')
     parser.add_argument('--measure', nargs=4, metavar=('TASK', 'MODEL', 'MODE', 'ENGINE'),
                         help='measure one round of one cell in this process and print it as JSON')
     return parser.parse_args(argv)

@@ -44,18 +44,20 @@ SPLIT_SETTINGS = (((8, 224, 224), 196, 1.0), ((1, 800, 1344), 4096, 1e-3))
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='*', metavar='MODEL',
-                        help=f'{", ".join(OURS)}, or names of timm (default: m1 to m4 and {", ".join(PEERS)}; '
+                        help=f'models: {", ".join(OURS)}, or timm names (default: m1 to m4 and {", ".join(PEERS)}; '
                         'm3 for --split)')
     parser.add_argument('--split', action='store_true',
-                        help="the share of the four memories in each model's time; without --shape at "
+                        help="measure the share of the four memories in each model's time; without --shape at "
                         + ' and '.join(f'{"x".join(map(str, shape))} with chunks of {chunk} and inner step {step:g}'
                                        for shape, chunk, step in SPLIT_SETTINGS))
-    parser.add_argument('--shape', metavar='B,H,W', help='batch, height and width (default: 8,224,224)')
-    parser.add_argument('--chunk-size', type=int, default=196, metavar='L', help='chunk (default: %(default)s)')
-    parser.add_argument('--inner-step', type=float, default=1.0, help='factor of the step (default: %(default)s)')
+    parser.add_argument('--shape', metavar='B,H,W', help='batch size, height and width (default: 8,224,224)')
+    parser.add_argument('--chunk-size', type=int, default=196, metavar='L',
+                        help='tokens per chunk (default: %(default)s)')
+    parser.add_argument('--inner-step', type=float, default=1.0,
+                        help='factor of the generated step (default: %(default)s)')
     parser.add_argument('--rule', choices=UPDATE_RULES, default='sequential', help='update rule (default: %(default)s)')
     parser.add_argument('--backend', choices=['auto', *BACKENDS], default='auto',
-                        help="the memory's implementation (default: %(default)s)")
+                        help="implementation of the memory (default: %(default)s)")
     bench.add_common_arguments(parser, repeats=10)
     args = parser.parse_args(argv)
     if not args.models:

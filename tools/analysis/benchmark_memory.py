@@ -172,26 +172,30 @@ def layer_bytes(batch: int, tokens: int, channels: int, num_parameters: int, ite
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tokens', type=int, default=3136, metavar='N', help='tokens (default: %(default)s)')
+    parser.add_argument('--tokens', type=int, default=3136, metavar='N', help='number of tokens (default: %(default)s)')
     parser.add_argument('--sweep', type=int, nargs='*', metavar='N',
-                        help=f'measure at each of these numbers of tokens (default: {" ".join(map(str, SWEEP))})')
-    parser.add_argument('--batch', type=int, metavar='B', help='batch (default: 4, and 1 for --sweep)')
-    parser.add_argument('--channels', type=int, default=128, metavar='CM', help='width (default: %(default)s)')
-    parser.add_argument('--chunk-size', type=int, default=196, metavar='L', help='chunk (default: %(default)s)')
-    parser.add_argument('--head-dim', type=int, default=16, metavar='D', help='head (default: %(default)s)')
+                        help=f'measure at each of these token counts (default: {" ".join(map(str, SWEEP))})')
+    parser.add_argument('--batch', type=int, metavar='B', help='batch size (default: 4, or 1 with --sweep)')
+    parser.add_argument('--channels', type=int, default=128, metavar='CM',
+                        help='number of channels (default: %(default)s)')
+    parser.add_argument('--chunk-size', type=int, default=196, metavar='L',
+                        help='tokens per chunk (default: %(default)s)')
+    parser.add_argument('--head-dim', type=int, default=16, metavar='D',
+                        help='channels per head (default: %(default)s)')
     parser.add_argument('--hidden-dim', type=int, default=8, metavar='E',
-                        help="hidden units of a head's memory (default: %(default)s)")
-    parser.add_argument('--inner-step', type=float, default=1.0, help='factor of the step (default: %(default)s)')
+                        help="hidden units in each head's memory (default: %(default)s)")
+    parser.add_argument('--inner-step', type=float, default=1.0,
+                        help='factor of the generated step (default: %(default)s)')
     parser.add_argument('--rules', nargs='+', choices=UPDATE_RULES, default=list(UPDATE_RULES),
-                        help='our update rules (default: all)')
+                        help='our update rules to measure (default: all)')
     parser.add_argument('--backends', nargs='+', choices=['auto', *BACKENDS], default=['auto'],
-                        help='our implementations (default: auto)')
+                        help='our implementations to measure (default: auto)')
     parser.add_argument('--peers', nargs='*', choices=list(PEERS), default=list(PEERS),
-                        help='peers; none after --peers alone (default: all)')
+                        help='peers to measure; --peers without names measures none (default: all)')
     parser.add_argument('--max-quadratic-tokens', type=int, default=65536, metavar='N',
-                        help='attention and non-local are left out beyond (default: %(default)s)')
+                        help='skip attention and non-local above N tokens (default: %(default)s)')
     parser.add_argument('--max-seconds', type=float, default=60, metavar='SECONDS',
-                        help='a sweep leaves a case out where one call is expected to take longer '
+                        help='in a sweep, skip a case if one call is expected to take longer '
                         '(default: %(default)s)')
     bench.add_common_arguments(parser, repeats=10)
     args = parser.parse_args(argv)

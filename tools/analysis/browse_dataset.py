@@ -35,11 +35,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument('--number', type=int, default=20, metavar='N',
-                        help='images to draw, from the first on; 0 for all (default: %(default)s)')
+                        help='draw the first N images; 0 draws all (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0,
-                        help='of the random parts of the pipeline (default: %(default)s)')
+                        help='seed of the random parts of the pipeline (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('browse'), metavar='DIR',
-                        help='folder of the pictures (default: %(default)s)')
+                        help='output folder of the pictures (default: %(default)s)')
     return parser.parse_args(argv)
 
 

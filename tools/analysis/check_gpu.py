@@ -43,10 +43,10 @@ TOLERANCE = 1e-3
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--device', default='cuda', help="'cuda', 'cuda:N' or 'cpu' (default: %(default)s)")
-    parser.add_argument('--tokens', type=int, metavar='N', help='of one image, in chunks of a third of them, of 16 '
-                        'channels, instead of those of the tasks')
-    parser.add_argument('--repeats', type=int, default=20, metavar='N', help='rounds of timing (default: %(default)s)')
+    parser.add_argument('--device', default='cuda', help="device: 'cuda', 'cuda:N' or 'cpu' (default: %(default)s)")
+    parser.add_argument('--tokens', type=int, metavar='N', help='use one image of N tokens and 16 channels, in '
+                        'chunks of N / 3 tokens, instead of the sizes of the tasks')
+    parser.add_argument('--repeats', type=int, default=20, metavar='N', help='timed rounds (default: %(default)s)')
     return parser.parse_args(argv)
 
 

@@ -34,14 +34,15 @@ Curve = tuple[list[float], list[float]]
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('logs', nargs='+', type=Path, metavar='WORK_DIR', help='work dir, or a scalars.json')
+    parser.add_argument('logs', nargs='+', type=Path, metavar='WORK_DIR', help='work dir or scalars.json file')
     parser.add_argument('--keys', nargs='+', metavar='KEY',
-                        help="what to draw; with * for any letters, e.g. 'loss*' (default: loss, metrics and lr)")
-    parser.add_argument('--labels', nargs='+', metavar='LABEL', help='names of the curves (default: of the work dirs)')
+                        help="quantities to plot; * matches any text, e.g. 'loss*' (default: loss, metrics and lr)")
+    parser.add_argument('--labels', nargs='+', metavar='LABEL',
+                        help='names of the curves (default: those of the work dirs)')
     parser.add_argument('--smooth', type=int, default=1, metavar='N',
-                        help='draw the mean of the last N values of a training quantity (default: %(default)s)')
+                        help='plot the mean of the last N values of training quantities (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=Path('curves.png'), metavar='FILE.png',
-                        help='picture to write (default: %(default)s)')
+                        help='output picture (default: %(default)s)')
     return parser.parse_args(argv)
 
 

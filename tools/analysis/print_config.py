@@ -23,9 +23,9 @@ from mmengine.config import Config
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument('--key', metavar='KEY', help='print this part alone, e.g. model.backbone or '
+    parser.add_argument('--key', metavar='KEY', help='print only this part, e.g. model.backbone or '
                         'train_dataloader.dataset.pipeline.0')
-    parser.add_argument('--out', type=Path, metavar='FILE.py', help='write to FILE.py instead, a config by itself')
+    parser.add_argument('--out', type=Path, metavar='FILE.py', help='write a self-contained config to FILE.py instead')
     return parser.parse_args(argv)
 
 

@@ -45,17 +45,20 @@ MIB = 2 ** 20
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument('--step-time', type=float, metavar='SECONDS', help='of one GPU by itself, as "time" in its log')
-    parser.add_argument('--bandwidth', type=float, metavar='GB/S', help='at which each process sends: "busbw" of '
+    parser.add_argument('--step-time', type=float, metavar='SECONDS',
+                        help='step time of one GPU alone, "time" in its log')
+    parser.add_argument('--bandwidth', type=float, metavar='GB/S', help='send bandwidth of each process: "busbw" of '
                         'nccl-tests\' all_reduce_perf')
-    parser.add_argument('--measure', action='store_true', help='run CPU processes')
+    parser.add_argument('--measure', action='store_true', help='measure on CPU processes')
     parser.add_argument('--processes', nargs='+', type=int, metavar='N',
-                        help='numbers of processes (default: 2 4 8 16 32; with --measure 1 2 4)')
-    parser.add_argument('--batch', type=int, default=4, metavar='N', help='images of a process (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=64, metavar='PIXELS', help='of their sides (default: %(default)s)')
-    parser.add_argument('--threads', type=int, default=1, metavar='N', help='of a process (default: %(default)s)')
+                        help='process counts (default: 2 4 8 16 32; with --measure: 1 2 4)')
+    parser.add_argument('--batch', type=int, default=4, metavar='N', help='images per process (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=64, metavar='PIXELS',
+                        help='side length of the images (default: %(default)s)')
+    parser.add_argument('--threads', type=int, default=1, metavar='N',
+                        help='threads per process (default: %(default)s)')
     parser.add_argument('--repeats', type=int, default=7, metavar='N', help='timed rounds (default: %(default)s)')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to FILE')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all results to FILE')
     args = parser.parse_args(argv)
     if (args.step_time is None) != (args.bandwidth is None):
         parser.error('--step-time and --bandwidth go together')

@@ -32,10 +32,10 @@ from convneur_mm.visualization.view import look
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_model_arguments(parser)
-    parser.add_argument('image', metavar='IMAGE', help='a picture')
-    parser.add_argument('--out', type=Path, metavar='FILE.png', help='where the sheet goes (default: '
+    parser.add_argument('image', metavar='IMAGE', help='input picture')
+    parser.add_argument('--out', type=Path, metavar='FILE.png', help='output file of the sheet (default: '
                         '<name of the picture>_gate.png in the current folder)')
-    parser.add_argument('--arrays', type=Path, metavar='FILE.npz', help='write all arrays to this file too, see '
+    parser.add_argument('--arrays', type=Path, metavar='FILE.npz', help='also write all arrays to this file, see '
                         'docs/gate.md')
     return parser.parse_args(argv)
 

@@ -55,17 +55,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('config', help='path or name of a config')
-    add('checkpoint', nargs='?', help='path or URL of the weights; without it they are random')
-    add('--out', required=True, type=Path, metavar='FILE', help='the file to write, .onnx')
-    add('--part', choices=('model', 'backbone'), default='model', help='what to export (default: model)')
-    add('--dynamic', action='store_true', help='leave batch, height and width open')
+    add('checkpoint', nargs='?', help='path or URL of the weights (default: random weights)')
+    add('--out', required=True, type=Path, metavar='FILE', help='output .onnx file')
+    add('--part', choices=('model', 'backbone'), default='model', help='part to export (default: model)')
+    add('--dynamic', action='store_true', help='make batch size, height and width dynamic')
     add('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the images (default: those of the '
         'config; not with --dynamic)')
-    add('--batch-size', type=int, default=1, metavar='N', help='images (default: 1; not with --dynamic)')
+    add('--batch-size', type=int, default=1, metavar='N', help='images per batch (default: 1; not with --dynamic)')
     add('--check-shapes', type=shape_of, nargs='+', metavar='[Nx]HxW', help='with --dynamic: compare the file with the '
         f'model at these sizes (default: {" ".join("x".join(map(str, shape)) for shape in SIZES)})')
     add('--no-check', action='store_true', help='do not compare the file with the model')
-    add('--cfg-options', nargs='+', action=OverridesAction, metavar='KEY=VALUE', help='overrides of the config')
+    add('--cfg-options', nargs='+', action=OverridesAction, metavar='KEY=VALUE', help='override settings of the config')
     args = parser.parse_args(argv)
     if args.dynamic and (args.shape or args.batch_size != 1):
         parser.error('--shape and --batch-size are of a graph of one size: leave them or --dynamic out')

@@ -249,8 +249,8 @@ def check_paths(src: str, dst: str) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('src', metavar='SRC', help='the source: a .pth, .pt or .safetensors file')
-    parser.add_argument('dst', metavar='DST', help='the .pth file to write, in a folder that exists')
+    parser.add_argument('src', metavar='SRC', help='source .pth, .pt or .safetensors file')
+    parser.add_argument('dst', metavar='DST', help='output .pth file, in an existing folder')
     parser.add_argument('--arch', choices=list(ConvNeur.arch_settings),
                         help='fail if the source does not fit this arch (default: the arch that fits)')
     parser.add_argument('--allow-pickle', action='store_true',

@@ -153,7 +153,9 @@ def test_what_the_training_began_with_is_not_tested(resume, trained, run):
     """A config in a work dir names it, where it may be gone; the checkpoint that is tested is the command line's."""
     with open('config.py', 'a') as file:
         file.write(f'\nload_from = "gone.pth"\nresume = {resume}\n')
-    assert run('test', trained / 'epoch_2.pth') is None
+    # Weights alone, which nothing can be resumed from.
+    torch.save(dict(state_dict=read_checkpoint(str(trained / 'epoch_2.pth'))['state_dict']), 'weights.pth')
+    assert run('test', trained / 'epoch_2.pth') is run('test', 'weights.pth') is None
     assert run('train') == 'load_from: no such file: gone.pth'
 
 
