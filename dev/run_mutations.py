@@ -62,7 +62,7 @@ MORE_TESTS = {
     'convneur_mm/engine/runner/loops.py': ['tests/test_engine/test_hooks/test_sigterm.py'],
     'convneur_mm/engine/runner/model_wrappers.py': ['tests/test_engine/test_hooks/test_start_summary.py'],
     'convneur_mm/engine/runner/quiet_console.py': ['tests/test_engine/test_checks/test_data_files.py',
-                                            'tests/test_engine/test_runner/test_written_config.py'],
+                                                   'tests/test_engine/test_runner/test_written_config.py'],
     'convneur_mm/engine/hooks/start_summary.py': ['tests/test_engine/test_runner/test_quiet_console.py'],
     'convneur_mm/models/_mmengine.py': ['tests/test_timm.py'],
     **{f'convneur_mm/models/{name}.py': [f'tests/test_models/test_{test}.py'] for name, test in dict(
