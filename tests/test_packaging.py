@@ -33,6 +33,7 @@ def test_wheel_holds_the_compiled_kernels(wheel):
     assert any(name.startswith(f'convneur_mm/ops/neural_memory/{cpu.MODULE}.') for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_without_a_compiler(tmp_path):
     """The kernels are left out then, and what is left works."""
     source = tmp_path / 'source'

@@ -27,6 +27,8 @@ OPTIONS = {
     'mem_channels_64': dict(memory_cfg=dict(mem_channels=64)),
     'mem_channels_256': dict(memory_cfg=dict(mem_channels=256)),
 }
+# Trained in every run of the tests; the others with `pytest -m slow`.
+ALWAYS = ('placement_block', 'branch_titans', 'fusion_concat')
 # What only the memory's writes depend on, where a map is one chunk.
 IDLE = tuple(f'global_branch.memory.{name}.' for name in ('key', 'value', 'generators'))
 
@@ -92,7 +94,8 @@ def pictures(tmp_path_factory) -> str:
                                     image_size=64))
 
 
-@pytest.mark.parametrize('name', OPTIONS)
+@pytest.mark.parametrize('name', [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in OPTIONS])
 def test_trains_and_validates(name, pictures, tmp_path, monkeypatch):
     # MMEngine lays out the config's text four times in a run, which takes as long as everything else here.
     monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))

@@ -175,6 +175,7 @@ def small_segmentation(cfg: Config) -> None:
     ('cascade_rcnn_pvtv2_b0_1x_coco', small_detection, 'coco/segm_mAP'),
     ('semantic_fpn_pvt_t_80k_ade20k', small_segmentation, 'mIoU'),
 ])
+@pytest.mark.slow
 def test_an_epoch_on_generated_data(name, prepare, metric, open_config, tmp_path):
     cfg = open_config(f'baselines/{name}')
     cfg.data_root, cfg.work_dir = f'{tmp_path}/data/', f'{tmp_path}/work'

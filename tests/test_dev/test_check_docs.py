@@ -129,6 +129,7 @@ def test_each_page_has_a_folder(docs, page, monkeypatch):
     assert folders[2] == folders[3] != folders[4]
 
 
+@pytest.mark.slow
 def test_site(docs, tmp_path):
     """Without a warning, with all pages."""
     pytest.importorskip('mkdocs', reason='pip install -r requirements/docs.txt')

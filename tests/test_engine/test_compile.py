@@ -12,6 +12,7 @@ from mmpretrain.structures import DataSample
 import convneur_mm
 
 
+@pytest.mark.slow
 def test_compiled_training_step_learns_the_same():
     cfg = Config.fromfile(convneur_mm.config('convneur_m1_shapes'))
     init_default_scope('mmpretrain')

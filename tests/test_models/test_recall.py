@@ -44,11 +44,13 @@ def recall_accuracy(**memory_cfg) -> float:
 
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(update_rule='parallel'), dict(retrieve='final')], ids=['default', 'parallel', 'final'])
+    pytest.param({}, id='default'), pytest.param(dict(retrieve='final'), id='final'),
+    pytest.param(dict(update_rule='parallel'), id='parallel', marks=pytest.mark.slow)])
 def test_recall(options):
     assert recall_accuracy(**options) >= 0.99
 
 
+@pytest.mark.slow
 def test_recall_with_the_kernels_in_pytorch():
     assert recall_accuracy(backend='torch') >= 0.99
 

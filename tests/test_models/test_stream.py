@@ -149,6 +149,7 @@ def test_streams_do_not_nest():
         model.backbone(frame, None, True)
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames():
     """The rule, weights and inputs that grow most: full steps in one direction, no decay, all of the momentum kept.
 

@@ -84,7 +84,7 @@ def assert_equals_reference(tensors, tolerance=1e-5, **options):
 
 @pytest.mark.parametrize('rule, retrieve, return_state', itertools.product(RULES, RETRIEVALS, (False, True)))
 def test_equals_reference(small_tiles, rule, retrieve, return_state):
-    assert_equals_reference(make_tensors(batch=2, tokens=41), update_rule=rule, retrieve=retrieve,
+    assert_equals_reference(make_tensors(batch=2, tokens=25), update_rule=rule, retrieve=retrieve,
                             return_state=return_state)
 
 

@@ -50,6 +50,7 @@ def read(path):
 # ---- one cell
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_in_a_process_of_its_own(tool, tmp_path, capsys):
     """From end to end, in real processes."""
     tool.main(['--tasks', 'backbone', '--models', MODEL, '--modes', 'inference', '--no-compile', '--rounds', '1',

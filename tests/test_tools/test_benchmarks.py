@@ -175,6 +175,7 @@ def test_backbones_beside_each_other(backbone, tmp_path, capsys):
     assert 'images/s' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_split_shares(backbone, tmp_path, capsys):
     found = run(backbone, tmp_path, 'm1', '--split', *TINY_IMAGES, '--plot', str(tmp_path / 'a.png'))
     assert_rows(found['results'])

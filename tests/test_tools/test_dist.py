@@ -160,6 +160,7 @@ def start_nodes(folders, *args):
     return [(node.returncode, output) for node, output in zip(nodes, outputs)]
 
 
+@pytest.mark.slow
 def test_two_nodes_resume_and_end_with_equal_weights(trained):
     folder, _, _ = trained
     for i in range(2):  # other tests need the checkpoint that gives way to the next
@@ -177,11 +178,11 @@ def test_data_missing_on_the_second_node(trained, tmp_path):
     for name in ('child.py', 'save_every_rank.py', 'sitecustomize.py'):
         (tmp_path / name).write_text((folder / name).read_text())
     (code, output), (other_code, other_output) = start_nodes(
-        [folder, tmp_path], '--cfg-options', 'env_cfg.dist_cfg.timeout=10', *SIZE)
+        [folder, tmp_path], '--cfg-options', 'env_cfg.dist_cfg.timeout=4', *SIZE)
     assert code == other_code == 2
     host = re.escape(socket.gethostname())
     missing = 'train_dataloader.dataset.ann_file: data/shapes/annotations/instances_train.json does not exist'
     assert re.search(rf'^error: node 1 \({host}\): {re.escape(missing)}', other_output, re.MULTILINE)
-    assert re.search(rf'^error: node 0 \({host}\): the 2 processes did not all join within 10 s \(', output,
+    assert re.search(rf'^error: node 0 \({host}\): the 2 processes did not all join within 4 s \(', output,
                      re.MULTILINE)
     assert 'Traceback' not in output + other_output

@@ -56,7 +56,7 @@ def normalised(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize('task, length, backbone', [
     ('classifier', 8, dict(arch=ONE_STAGE, out_indices=0, memory_cfg=dict(chunk_size=36, retrieve='final'))),
-    ('segmentor', 24, dict(placement='none'))])
+    pytest.param('segmentor', 24, dict(placement='none'), marks=pytest.mark.slow)])
 def test_one_file_for_all_sizes(tool, tmp_path, capsys, task, length, backbone):
     """Of a trained model, in onnxruntime and in OpenVINO, against it and its preprocessing as mmengine runs them.
 
@@ -188,7 +188,8 @@ class Tokens(nn.Module):
         return self.memory(image.flatten(2).mT)
 
 
-@pytest.mark.parametrize('options', [dict(num_chunks=3), dict(chunk_size=20, retrieve='final')])
+@pytest.mark.parametrize('options', [
+    dict(num_chunks=3), pytest.param(dict(chunk_size=20, retrieve='final'), marks=pytest.mark.slow)])
 def test_chunks_follow_the_image(tool, tmp_path, options):
     """Also where their length does: rounded to one token less, there would be a fourth one."""
     model, file = Tokens(**options).eval(), tmp_path / 'model.onnx'

@@ -158,6 +158,7 @@ assert result['pred_class'] in CLASSES, result
 
 
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg', 'mmpretrain'])
+@pytest.mark.slow
 def test_stock_inferencers(project, trained, package):
     """With the config that the training saved; the class names come from the checkpoint."""
     checkpoint, _ = trained(package)

@@ -3,11 +3,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from warm_python import warm_python
 
 SCRIPT = Path(__file__).parents[1] / 'helpers' / 'long_runs.py'
 
 
+@pytest.mark.slow
 def test_nothing_piles_up(tmp_path):
     done = subprocess.run([warm_python(), SCRIPT, tmp_path / 'run', '--tasks', 'segmentor', '--iterations', '24',
                            '--calls', '120'], capture_output=True, text=True)

@@ -349,8 +349,9 @@ def assert_one_line(output, expected):
     assert re.fullmatch(expected, said[0]), said[0]
 
 
-@pytest.mark.parametrize('signum, name, saved', [(signal.SIGINT, 'Ctrl-C', r'epoch_\d+'),
-                                                 (signal.SIGTERM, 'SIGTERM', 'interrupted')])
+@pytest.mark.parametrize('signum, name, saved', [
+    (signal.SIGINT, 'Ctrl-C', r'epoch_\d+'),
+    pytest.param(signal.SIGTERM, 'SIGTERM', 'interrupted', marks=pytest.mark.slow)])
 def test_a_training_whose_workers_get_the_signal_too(folder, tmp_path, signum, name, saved):
     arguments = [sys.executable, ROOT / 'tools' / 'train.py', 'child.py', '--work-dir', tmp_path / 'work']
     code, output = end(arguments, signum, r'Epoch\(train\) +\[2\]', folder)
@@ -358,9 +359,9 @@ def test_a_training_whose_workers_get_the_signal_too(folder, tmp_path, signum, n
     assert_one_line(output, rf'ended by {name} \(newest checkpoint: .*{saved}\.pth\); to go on, add --resume')
 
 
-@pytest.mark.parametrize('signum, name, send, saved', [(signal.SIGINT, 'Ctrl-C', os.killpg, r'epoch_\d+'),
-                                                       (signal.SIGTERM, 'SIGTERM', os.kill, 'interrupted')],
-                         ids=['from the terminal', 'to torchrun alone'])
+@pytest.mark.parametrize('signum, name, send, saved', [
+    pytest.param(signal.SIGINT, 'Ctrl-C', os.killpg, r'epoch_\d+', id='from the terminal', marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 'SIGTERM', os.kill, 'interrupted', id='to torchrun alone')])
 def test_a_training_of_two_processes(folder, tmp_path, signum, name, send, saved):
     """torchrun hands a signal on to its processes and their data workers."""
     arguments = [ROOT / 'tools' / 'dist_train.sh', 'child.py', 2, '--work-dir', tmp_path / 'work']
