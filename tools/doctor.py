@@ -109,7 +109,7 @@ def memory() -> Iterator[Finding]:
         yield Finding(NOTE, 'neural memory: PyTorch\'s operators on a CPU, which are slower than its compiled kernels: '
                       f'{cpu.missing}. With a C++ compiler, install again by pip install --no-build-isolation CHECKOUT')
     else:
-        yield Finding(OK, 'neural memory: compiled kernels on a CPU')
+        yield Finding(OK, f'neural memory: compiled kernels on a CPU, instructions {cpu.kernels.instruction_set()}')
     asked = os.environ.get('CONVNEUR_MEMORY_BACKEND', 'auto')
     why = 'the default' if asked == 'auto' else 'by CONVNEUR_MEMORY_BACKEND'
     for device in ('cpu', *(['cuda'] if torch.cuda.is_available() else [])):

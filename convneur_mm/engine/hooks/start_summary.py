@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 import math
 import os.path as osp
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -19,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from ...models import ConvNeur, NeuralMemory
 from ...models.global_branch import GlobalBranch
-from ...ops.neural_memory import cpu, written_tokens
+from ...ops.neural_memory import pytorch, written_tokens
 from ...ops.neural_memory.op import resolve_backend
+from ...ops.neural_memory.operators import implementation
 from ...stack import uses_compiled_mmcv
 from ..files.checkpoint import checkpoint_weights, compare_weights
 from ..runner.model_wrappers import own_weights, unwrapped
@@ -119,14 +119,15 @@ class _ChunkCounter:
         self._logger = logger
         self._groups = memory_groups(model)
         self._tokens: dict[NeuralMemory, int] = {}
-        self._images: dict[ConvNeur, tuple[int, ...]] = {}
+        self._images: set[str] = set()
         self._missing = {memory for memories in self._groups.values() for memory in memories}
         self._handles = [memory.register_forward_pre_hook(self._see_tokens) for memory in self._missing]
         self._handles += [m.register_forward_pre_hook(self._see_image) for m in model.modules()
                           if isinstance(m, ConvNeur)]
 
     def _see_image(self, backbone: ConvNeur, args: tuple[Tensor, ...]) -> None:
-        self._images.setdefault(backbone, tuple(args[0].shape[2:]))
+        height, width = args[0].shape[2:]
+        self._images.add(f', {height} x {width} pixels (height x width)')
 
     def _see_tokens(self, memory: NeuralMemory, args: tuple[Tensor, ...]) -> None:
         self._tokens.setdefault(memory, args[0].size(1))
@@ -140,8 +141,7 @@ class _ChunkCounter:
             handle.remove()
         self._handles = []
         if self._tokens:
-            sizes = ' and '.join(dict.fromkeys(f'{h} x {w} pixels (height x width)' for h, w in self._images.values()))
-            _log(self._logger, f'chunks of the memories at the first batch{sizes and ", " + sizes}',
+            _log(self._logger, f'chunks of the memories at the first batch{"".join(sorted(self._images))}',
                  chunk_lines(self._groups, self._tokens))
         self._tokens = {}
 
@@ -149,15 +149,14 @@ class _ChunkCounter:
 def memory_groups(model: nn.Module) -> dict[str, list[NeuralMemory]]:
     """Return a model's memories by place: the stage of a ConvNeur backbone, or the name of any other memory."""
     backbones = {name: module for name, module in model.named_modules() if isinstance(module, ConvNeur)}
-    groups = {}
-    for name, backbone in backbones.items():
-        for i, stage in enumerate(backbone.stages, 1):
-            memories = [module for module in stage.modules() if isinstance(module, NeuralMemory)]
-            if memories:
-                groups[f'stage {i}' if len(backbones) == 1 else f'{name} stage {i}'] = memories
-    grouped = {memory for memories in groups.values() for memory in memories}
-    groups.update((name, [module]) for name, module in model.named_modules()
-                  if isinstance(module, NeuralMemory) and module not in grouped)
+    groups: dict[str, list[NeuralMemory]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NeuralMemory):
+            backbone, inside, rest = name.rpartition('stages.')
+            if inside and backbone.rstrip('.') in backbones:
+                prefix = '' if len(backbones) == 1 else f'{backbone.rstrip(".")} '
+                name = f'{prefix}stage {int(rest.partition(".")[0]) + 1}'
+            groups.setdefault(name, []).append(module)
     return groups
 
 
@@ -168,25 +167,27 @@ def chunk_lines(groups: dict[str, list[NeuralMemory]], tokens: dict[NeuralMemory
         groups (dict[str, list[NeuralMemory]]): See :func:`memory_groups`.
         tokens (dict[NeuralMemory, int]): Number of tokens that each memory got.
     """
-    lines, limits = [], {}
+    lines, limits, never = [], [], False
     for name, memories in groups.items():
-        for (num_tokens, chunk_size, written), count in Counter(
-                (tokens[m], m.tokens_per_chunk(tokens[m]),
-                 bool(written_tokens(tokens[m], m.tokens_per_chunk(tokens[m]), m.retrieve)))
-                for m in memories if m in tokens).items():
-            chunks = math.ceil(num_tokens / chunk_size)
-            lines.append((name, f'{num_tokens:6d} tokens {chunks:5d} chunk{"s" if chunks > 1 else " "}'
-                          + (f'  in each of {count} memories' if count > 1 else '')
-                          + ('' if written else '  the memory is never written')))
-            if not written and num_tokens > 1:
-                limits[name] = num_tokens - 1
-    if any(line.endswith('never written') for _, line in lines):
-        remedy = ', '.join(f'{limit} for {name}' for name, limit in limits.items())
+        memory, count = memories[0], len(memories)
+        number = tokens.get(memory)
+        if number is None:
+            continue
+        length = memory.tokens_per_chunk(number)
+        chunks = math.ceil(number / length)
+        idle = not written_tokens(number, length, memory.retrieve)
+        lines.append((name, f'{number:6d} tokens {chunks:5d} chunk{"s" if chunks > 1 else " "}'
+                      + (f'  in each of {count} memories' if count > 1 else '')
+                      + ('  the memory is never written' if idle else '')))
+        never = never or idle
+        if idle and number > 1:
+            limits.append(f'{number - 1} for {name}')
+    if never:
         lines.append(('note', 'a memory is written after each chunk but the last: with a single chunk only its learned '
                       'initial state is read.'))
-        if remedy:
-            lines.append(('', f'To have it written, set a smaller memory_cfg.chunk_size (at most {remedy}) or use '
-                          'larger images.'))
+    if limits:
+        lines.append(('', f'To have it written, set a smaller memory_cfg.chunk_size (at most {", ".join(limits)}) or '
+                      'use larger images.'))
     return lines
 
 
@@ -200,8 +201,9 @@ def _model(model: nn.Module, weights: Iterable[Tensor]) -> str:
     names = [f'ConvNeur-{module.arch}' if isinstance(module.arch, str) else
              f'ConvNeur (depths {module.depths}, channels {module.channels})'
              for module in model.modules() if isinstance(module, ConvNeur)]
-    names = names or [_other_backbone(module) for name, module in model.named_modules()
-                      if 'backbone' in name.split('.')[-1:] and 'backbone' not in name.split('.')[:-1]]
+    backbone = getattr(model, 'backbone', None)
+    if backbone is not None and not names:
+        names = [type(backbone).__name__]
     parameters = {id(weight): weight for weight in weights if isinstance(weight, nn.Parameter)}.values()
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (
         parameters, [p for p in parameters if p.requires_grad]))
@@ -209,19 +211,13 @@ def _model(model: nn.Module, weights: Iterable[Tensor]) -> str:
             f'{trained:.2f} M of them trainable')
 
 
-def _other_backbone(module: nn.Module) -> str:
-    arch = getattr(module, 'arch', None)
-    return (f'{type(module).__name__}{f"-{arch}" if isinstance(arch, str) else ""} of '
-            f'{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters')
-
-
 def _memory(model: nn.Module) -> list[tuple[str, str]]:
-    """Return lines on the options of memories, one if all agree, on what computes them, and on what replaces them."""
-    groups = memory_groups(model)
-    memories = [memory for memories in groups.values() for memory in memories]
+    """Return lines on the options of the memories, on what computes them, and on what replaces them."""
+    branches = [module for module in model.modules() if isinstance(module, GlobalBranch)]
+    others = Counter(module.branch for module in branches if module.branch != 'neural_memory')
     lines = [('branch', f'{_count(count, "global branch", "global branches")} {branch!r} in place of the memory')
-             for branch, count in Counter(m.branch for m in model.modules() if isinstance(m, GlobalBranch)).items()
-             if branch != 'neural_memory']
+             for branch, count in others.items()]
+    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
     if not memories:
         return [*lines, ('memory', 'none')]
     for (size, step, rule, retrieve), count in Counter(
@@ -232,44 +228,22 @@ def _memory(model: nn.Module) -> list[tuple[str, str]]:
                       f'{step:g}, update rule \'{rule}\', retrieve \'{retrieve}\''))
         if not step:
             lines.append(('note', 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'))
-    for path, remedy in dict.fromkeys(memory_path(memory) for memory in memories):
-        lines.append(('computed', f'by {path}'))
-        if remedy:
-            lines.append(('note', remedy))
-    return lines
+    return [*lines, *(('computed', f'by {path}') for path in dict.fromkeys(memory_path(m) for m in memories))]
 
 
-def memory_path(memory: NeuralMemory) -> tuple[str, str | None]:
-    """Return what computes a memory, and if something faster exists, why it is not used and the remedy.
-
-    Args:
-        memory (NeuralMemory): Memory with its parameters on the device and in the dtype in which it will run.
-    """
+def memory_path(memory: NeuralMemory) -> str:
+    """Return what computes a memory whose parameters are on the device and in the dtype in which it will run."""
     weight = memory.query.weight
     backend = resolve_backend(memory.backend)
-    where = f'on {weight.device.type}, {str(weight.dtype).removeprefix("torch.")} parameters'
-    if backend == 'reference':
-        return (f'the reference implementation, autograd within autograd, {where}',
-                'memory_cfg.backend or CONVNEUR_MEMORY_BACKEND asks for \'reference\', which is slow; \'auto\' is not')
-    if backend == 'triton':
-        return f'Triton kernels {where}', None
-    if backend == 'torch' or weight.device.type != 'cpu':
-        return f'PyTorch operators {where}', None
-    sizes = memory.head_dim, memory.hidden_dim
-    reason = None
-    if cpu.kernels is None:
-        reason = (f'not the C++ kernels, which are faster: {cpu.missing}; with a C++ compiler: '
-                  f'{cpu.install_command()}')
-    elif sizes != (cpu.HEAD_DIM, cpu.HIDDEN_DIM):
-        reason = (f'the C++ kernels, which are faster, take memory_cfg.head_dim={cpu.HEAD_DIM} and '
-                  f'hidden_dim={cpu.HIDDEN_DIM}, got {sizes[0]} and {sizes[1]}')
-    if reason:
-        return f'PyTorch operators {where}', reason
-    kernels = f'C++ kernels ({cpu.kernels.instruction_set()}) {where}'
-    if cpu.kernels.instruction_set() == 'baseline' and re.search('CPU capability usage: AVX', torch.__config__.show()):
-        return kernels, ('PyTorch uses AVX on this processor, the kernels do not, as only g++ compiles them for it: '
-                         'install convneur_mm again with CXX=g++')
-    return kernels, None
+    names = {'reference': 'the reference implementation, which is slow,', 'triton': 'Triton kernels'}
+    name = names.get(backend)
+    if name is None:
+        # The inner loop of half precision runs in float32.
+        rows = weight.new_empty(2 * memory.hidden_dim, memory.head_dim,
+                                dtype=torch.promote_types(weight.dtype, torch.float32))
+        found = implementation(backend, rows)
+        name = 'PyTorch operators' if found is pytorch else f'C++ kernels ({found.instruction_set()})'
+    return f'{name} on {weight.device.type}, {str(weight.dtype).removeprefix("torch.")} parameters'
 
 
 def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,7 +270,7 @@ def test_pretrained_parts_are_named(toy_runner, tmp_path, capsys):
 def test_a_model_without_memories(toy_runner, capsys):
     toy_runner(nn.Sequential(nn.Conv2d(3, 4, 3))).train()
     out = capsys.readouterr().out
-    assert 'Toy with Sequential of 0.00 M parameters; 0.00 M parameters, 0.00 M of them trainable' in out
+    assert 'Toy with Sequential; 0.00 M parameters, 0.00 M of them trainable' in out
     assert re.search(' memory +none\n', out)
     assert 'chunks' not in out
 
@@ -359,38 +358,15 @@ def test_a_single_token_cannot_be_cut():
     assert 'at most' not in ' '.join(text for _, text in lines)
 
 
-KERNELS = SimpleNamespace(HEAD_DIM=16, HIDDEN_DIM=8, instruction_set=lambda: 'avx2')
-
-
-@pytest.mark.parametrize('kernels, options, dtype, path, remedy', [
-    (KERNELS, dict(), torch.float32, 'C++ kernels (avx2) on cpu, float32', None),
-    (KERNELS, dict(), torch.bfloat16, 'C++ kernels (avx2) on cpu, bfloat16', None),
-    (KERNELS, dict(head_dim=8), torch.float32, 'PyTorch operators', 'head_dim=16 and hidden_dim=8, got 8 and 8'),
-    (None, dict(), torch.float32, 'PyTorch operators', 'pip install --no-build-isolation --no-deps'),
-    (KERNELS, dict(backend='reference'), torch.float32, 'the reference implementation', "'auto' is not"),
-    (KERNELS, dict(backend='triton'), torch.float32, 'Triton kernels', None),
+@pytest.mark.needs('kernels')
+@pytest.mark.parametrize('options, path', [
+    (dict(), 'C\\+\\+ kernels \\(\\w+\\) on cpu, float32 parameters'),
+    (dict(head_dim=8), 'PyTorch operators on cpu'),
+    (dict(backend='reference'), 'the reference implementation, which is slow, on cpu'),
 ])
-def test_the_memorys_path(kernels, options, dtype, path, remedy, monkeypatch):
-    monkeypatch.setattr(cpu, 'kernels', kernels)
+def test_the_memorys_path(options, path, monkeypatch):
     monkeypatch.delenv('CONVNEUR_MEMORY_BACKEND', raising=False)
-    described, reason = memory_path(NeuralMemory(16, **options).to(dtype))
-    assert described.startswith(path)
-    assert reason is None if remedy is None else remedy in reason
-
-
-def test_the_memorys_path_elsewhere(monkeypatch):
-    monkeypatch.delenv('CONVNEUR_MEMORY_BACKEND', raising=False)
-    assert memory_path(NeuralMemory(16).to('meta')) == ('PyTorch operators on meta, float32 parameters', None)
-    monkeypatch.setenv('CONVNEUR_MEMORY_BACKEND', 'reference')
-    assert 'CONVNEUR_MEMORY_BACKEND' in memory_path(NeuralMemory(16))[1]
-
-
-def test_kernels_without_wide_instructions_are_named(monkeypatch):
-    monkeypatch.setattr(cpu, 'kernels', SimpleNamespace(**{**vars(KERNELS), 'instruction_set': lambda: 'baseline'}))
-    monkeypatch.setattr(torch.__config__, 'show', lambda: 'CPU capability usage: AVX2')
-    assert 'CXX=g++' in memory_path(NeuralMemory(16))[1]
-    monkeypatch.setattr(torch.__config__, 'show', lambda: 'CPU capability usage: DEFAULT')
-    assert memory_path(NeuralMemory(16))[1] is None
+    assert re.match(path, memory_path(NeuralMemory(16, **options)))
 
 
 def test_the_named_path_is_the_one_taken(monkeypatch):
@@ -412,4 +388,4 @@ def test_the_named_path_is_the_one_taken(monkeypatch):
             memory, tokens = memory.half(), tokens.half()
         calls.clear()
         (torch.compile(memory, backend='eager') if compiled else memory)(tokens)
-        assert ('step' in calls) is memory_path(memory)[0].startswith('C++'), options
+        assert ('step' in calls) is memory_path(memory).startswith('C++'), options
