@@ -1,4 +1,6 @@
-"""Packaging. The wheel carries ``configs/``, ``tools/`` and ``model-index.yml`` under ``convneur_mm/.mim`` for ``mim``.
+"""What ``pyproject.toml`` cannot say: the C++ extension, and the files for ``mim`` in the wheel.
+
+The wheel carries ``configs/``, ``tools/`` and ``model-index.yml`` under ``convneur_mm/.mim``.
 
 Where torch is installed already (``pip install --no-build-isolation``) the memory's CPU kernels are compiled for it. In
 pip's build isolation there is no torch, so the package is pure Python then and needs no compiler.
@@ -9,32 +11,33 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-VERSION = '0.1.0'
 KERNELS = 'convneur_mm/ops/neural_memory/csrc'
+# Tools that work in a checkout alone.
+OF_CHECKOUT = ('quickstart.*', 'run_tests.sh', 'setup_env.sh')
 
 
 class BuildWithConfigs(build_py):
-    """Copies what ``mim`` reads into the built package; an editable install reads it from the checkout."""
+    """Copy what ``mim`` reads into the built package; an editable install reads it from the checkout."""
 
     def run(self) -> None:
         if self.editable_mode:
             super().run()
             return
-        # Of an earlier build; modules that are gone since would come along.
+        # Modules of an earlier build that are gone since would come along.
         shutil.rmtree(Path(self.build_lib) / 'convneur_mm', ignore_errors=True)
         super().run()
         for folder in ('configs', 'tools'):
             target = Path(self.build_lib) / 'convneur_mm' / '.mim' / folder
-            shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__'))
+            shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__', *OF_CHECKOUT))
         shutil.copy(ROOT / 'model-index.yml', target.parent)
 
 
 def kernels() -> dict:
-    """setup()'s arguments for the CPU kernels: nothing without torch, and no error where they do not compile."""
+    """Return setup()'s arguments for the CPU kernels: none without torch; a failed compilation is no error."""
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -42,7 +45,7 @@ def kernels() -> dict:
         return {}
 
     class BuildKernels(BuildExtension):
-        """An optional extension that does not compile is skipped; here, also where there is nothing to compile with."""
+        """Skip the extension also where no compiler runs; setuptools skips an optional one that does not compile."""
 
         def build_extensions(self) -> None:
             try:
@@ -51,7 +54,7 @@ def kernels() -> dict:
                 self.announce(f'without CPU kernels, as the compiler does not run: {error}', level=3)
 
         def build_extension(self, extension: CppExtension) -> None:
-            # What an editable install has compiled from the same files; another compilation takes a minute.
+            # Reuse what an editable install has compiled from the same files; compiling takes a minute.
             compiled = ROOT / self.get_ext_filename(extension.name)
             sources = [ROOT / name for name in ('setup.py', *extension.sources, *extension.depends)]
             if compiled.exists() and compiled.stat().st_mtime > max(path.stat().st_mtime for path in sources):
@@ -63,7 +66,7 @@ def kernels() -> dict:
 
     # Compiled code fits one version of torch, so its name says which: cpu.py looks for that of the running one.
     version = re.sub(r'\W', '_', torch.__version__.split('+')[0])
-    # And it fits the functions that call it: what it was compiled from is kept in it, for cpu.py to compare.
+    # It also fits only the Python code of its time: cpu.py compares this hash of the sources.
     source = hashlib.sha256(b''.join(path.read_bytes() for path in sorted((ROOT / KERNELS).iterdir()))).hexdigest()
     extension = CppExtension(
         f'convneur_mm.ops.neural_memory._cpu_{version}', [f'{KERNELS}/memory.cpp'],
@@ -76,29 +79,5 @@ def kernels() -> dict:
 
 
 compiled = kernels()
-setup(
-    name='convneur-mm',
-    version=VERSION,
-    description='ConvNeur, a backbone with a neural memory for dense prediction, as an OpenMMLab plugin suite',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    license_files=['LICENSE'],
-    packages=find_packages(include=['convneur_mm', 'convneur_mm.*']),
-    include_package_data=False,
-    entry_points={'console_scripts': ['convneur-mm = convneur_mm.cli:main']},
-    python_requires='>=3.10',
-    # Empty on purpose: the import of convneur_mm names what is missing. The two families of OpenMMLab packages share
-    # import names, and pip would install one over the other. For torch pip would replace builds that it takes for older
-    # ones (NVIDIA's containers have such as 2.9.0a0), and for torchvision the torch that is there by the newest.
-    install_requires=[],
-    ext_modules=compiled.get('ext_modules', []),
-    cmdclass={'build_py': BuildWithConfigs, **compiled.get('cmdclass', {})},
-    classifiers=[
-        'License :: OSI Approved :: Apache Software License',
-        'Programming Language :: Python :: 3.10',
-        'Programming Language :: Python :: 3.11',
-        'Programming Language :: Python :: 3.12',
-        'Programming Language :: Python :: 3.13',
-    ],
-)
+setup(ext_modules=compiled.get('ext_modules', []),
+      cmdclass={'build_py': BuildWithConfigs, **compiled.get('cmdclass', {})})

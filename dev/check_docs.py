@@ -14,6 +14,7 @@ import ast
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,9 +29,7 @@ from functools import cache
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ('README.md', 'CONTRIBUTING.md', 'tests/README.md', *sorted(
@@ -41,8 +40,7 @@ TAKES_OPTIONS_OF = {'tools/dist_train.sh': 'tools/train.py', 'tools/slurm_train.
                     'tools/quickstart.sh': 'tools/quickstart.py'}
 FOLDERS = ('tools/', 'experiments/', 'dev/')  # programs that pages may call by path
 # Files that define options of several tools, by the name that such a tool imports.
-SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch.py', '_config': 'tools/analysis/_config.py',
-                  '_benchmark': 'tools/analysis/_benchmark.py'}
+SHARED_OPTIONS = {'launch': 'convneur_mm/engine/launch/command_line.py', 'bench': 'convneur_mm/analysis/bench.py'}
 OTHER_PROGRAMS = ('pip', 'pip-audit', 'uv', 'docker', 'test', '.venv/bin/python', '.venv/bin/pre-commit')
 
 # Why --run does not run a command, by the command's start.
@@ -160,7 +158,8 @@ def options_of(path: str) -> frozenset[str]:
             found.update(arg.value for arg in node.args if isinstance(arg, ast.Constant)
                          and isinstance(arg.value, str) and arg.value.startswith('--'))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules.update([getattr(node, 'module', None)], (alias.name for alias in node.names))
+            names = [getattr(node, 'module', None) or '', *(alias.name for alias in node.names)]
+            modules.update(name.rpartition('.')[2] for name in names)
     for name in modules & SHARED_OPTIONS.keys():
         found |= options_of(SHARED_OPTIONS[name])
     return frozenset(found)

@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -30,9 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(str(Path(__file__).resolve().parents[1] / 'tools'))
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
 if importlib.util.find_spec('cosmic_ray') is None:
     sys.exit('run_mutations: error: cosmic-ray is not installed: python -m pip install -r requirements/mutation.txt')

@@ -4,31 +4,27 @@ r"""Write the lists of models: model-index.yml, configs/metafile.yml, the tables
     dev/zoo.py            # writes them
     dev/zoo.py --check    # writes nothing; prints what is out of date, and exits with 1 if anything is
 
-Parameters and FLOPs are counted as get_flops.py counts them. The paper's figures are those of get_flops.py,
-baseline_table.py and ablation_table.py, and are always marked as the paper's.
+Parameters and FLOPs are counted as get_flops.py counts them. The paper's figures are those of
+convneur_mm/analysis/paper.py, and are always marked as the paper's.
 """
 import argparse
 import difflib
-import os.path as osp
+import runpy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == '__main__':
-    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
-    sys.path += [tools, osp.join(tools, 'analysis')]
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
-import ablation_table
-import baseline_table
-import get_flops
 import torch
 import yaml
-from _flops import Count
 
+from convneur_mm.analysis import paper
+from convneur_mm.analysis.flops import SHAPES, Count, add_up, build_on_meta, count_parts
 from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.engine.launch import find_config, read_config
 from convneur_mm.paths import config_root
 
 ROOT = config_root().parent
@@ -79,20 +75,20 @@ class Model(NamedTuple):
 
 def models() -> list[Model]:
     """List the paper's models, and the sizes of its recipes without results."""
-    found = [Model(IMAGENET, f'convneur_{arch}_300e_in1k', (row.top1, )) for arch, row in get_flops.IMAGENET.items()]
-    for row in baseline_table.TABLE:
+    found = [Model(IMAGENET, f'convneur_{arch}_300e_in1k', (row.top1, )) for arch, row in paper.IMAGENET.items()]
+    for row in paper.DENSE:
         if 'convneur' in row.config:
             found.append(Model(COCO if row.head == 'Cascade Mask R-CNN' else ADE20K, row.config, row.paper_results))
-    found += [Model(ABLATION, row.config, (row.paper_top1, )) for row in ablation_table.TABLE
-              if row.config != ablation_table.DEFAULT]
+    found += [Model(ABLATION, row.config, (row.paper_top1, )) for row in paper.ABLATION
+              if row.config != paper.DEFAULT]
     return found
 
 
 def count(name: str) -> Count:
-    """Count a shipped config's parameters and multiply-accumulates, at the task's size in get_flops.py."""
-    cfg = get_flops.load_config(get_flops.parse_args([name]))
-    image = torch.empty(1, 3, *get_flops.SHAPES[cfg.default_scope], device='meta')
-    return get_flops.add_up(get_flops.count_parts(get_flops.build(cfg), image))
+    """Count a shipped config's parameters and multiply-accumulates, at the task's size in ``SHAPES``."""
+    cfg = read_config(find_config(name), {})
+    image = torch.empty(1, 3, *SHAPES[cfg.default_scope], device='meta')
+    return add_up(count_parts(build_on_meta(cfg), image))
 
 
 # ---- what is written
@@ -133,18 +129,18 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
     """Return the tables of docs/model_zoo.md, one for each kind."""
     parts = []
     for kind in dict.fromkeys(model.kind for model, _ in entries):
-        height, width = get_flops.SHAPES[kind.scope]
+        height, width = SHAPES[kind.scope]
         metrics = ' / '.join(metric for _, metric in kind.results)
         lines = [f'### {kind.title}', '',
                  f'| config | params (M) | FLOPs (G, {height} × {width}) | paper\'s FLOPs (G) | paper\'s {metrics} | '
                  f'reproduced {metrics} | weights |', '|---|--:|--:|--:|--:|--:|---|']
         for model, counted in entries:
             if model.kind == kind:
-                paper = get_flops.PAPER.get(model.config)
-                note = f' ({paper.note})' if paper and paper.note else ''
+                cost = paper.COSTS.get(model.config)
+                note = f' ({cost.note})' if cost and cost.note else ''
                 cells = (f'`{model.config}`',
                          f'{counted.parameters / 1e6:.2f}', f'{counted.macs / 1e9:.2f}',
-                         f'{paper.gflops}{note}' if paper else '', _values(model.paper_results),
+                         f'{cost.gflops}{note}' if cost else '', _values(model.paper_results),
                          _values(REPRODUCED.get(model.config, ())) or NOT_YET, NOT_YET)
                 lines.append(f'| {" | ".join(cells)} |')
         parts.append('\n'.join(lines))
@@ -153,12 +149,12 @@ def tables(entries: Sequence[tuple[Model, Count]]) -> str:
 
 def summary(entries: Sequence[tuple[Model, Count]]) -> str:
     """Return the table of README.md: a row for each size, with the paper's results for each task."""
-    height, width = get_flops.SHAPES[IMAGENET.scope]
+    height, width = SHAPES[IMAGENET.scope]
     lines = [f'| arch | params (M) | FLOPs (G, {height} × {width}) | ImageNet top-1 (paper) | COCO box / mask AP, '
              'Cascade Mask R-CNN 1x (paper) | ADE20K mIoU (paper) |', '|---|--:|--:|--:|--:|--:|']
     counts = {model.config: counted for model, counted in entries}
-    heads = {row.config: f' ({row.head})' for row in baseline_table.TABLE if row.head != 'Cascade Mask R-CNN'}
-    for arch in get_flops.IMAGENET:
+    heads = {row.config: f' ({row.head})' for row in paper.DENSE if row.head != 'Cascade Mask R-CNN'}
+    for arch in paper.IMAGENET:
         counted = counts[f'convneur_{arch}_300e_in1k']
         cells = [arch, f'{counted.parameters / 1e6:.1f}', f'{counted.macs / 1e9:.2f}']
         for kind in (IMAGENET, COCO, ADE20K):

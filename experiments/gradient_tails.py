@@ -15,27 +15,25 @@ falls as x^-index: for an index below 2 the variance, and below 1 the mean, grow
 import argparse
 import functools
 import math
-import os.path as osp
+import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 if __name__ == '__main__':
-    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
-    sys.path += [tools, osp.join(tools, 'analysis')]
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
-import _benchmark as bench
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _config import run
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from convneur_mm.analysis import bench
 from convneur_mm.datasets import SHAPE_CLASSES
 from convneur_mm.datasets.shapes import scene_at
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 from convneur_mm.ops.neural_memory import RETRIEVALS, UPDATE_RULES
 
@@ -188,4 +186,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

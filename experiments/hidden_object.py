@@ -13,8 +13,8 @@ frame, and is measured in the last three. Every run writes a JSON file; a run wh
 import argparse
 import json
 import os
-import os.path as osp
 import platform
+import runpy
 import statistics
 import sys
 import time
@@ -23,18 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __name__ == '__main__':
-    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
-    sys.path += [tools, osp.join(tools, 'analysis')]
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
-import _benchmark as bench
 import mmengine
 import torch
 from _small_tasks import IGNORED, LEGEND_COLOURS, PIXEL_MEAN, PIXEL_STD, Task, accuracy, predict, train
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from convneur_mm.analysis import bench
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 

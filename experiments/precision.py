@@ -11,7 +11,7 @@ and boxes to the features' precision, and mmcv's NMS and RoIAlign do not accept 
 """
 import argparse
 import math
-import os.path as osp
+import runpy
 import statistics
 import sys
 import tempfile
@@ -19,23 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
-    sys.path += [tools, osp.join(tools, 'analysis')]
-    from _environment import prepare
-    prepare()
-    from _known_warnings import hide
-    hide()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
-import _benchmark as bench
 import torch
-from _config import run
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor
 
+from convneur_mm.analysis import bench
 from convneur_mm.datasets import make_shapes_ade20k, make_shapes_coco, make_shapes_imagenet
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.launch import find_config, read_config
 from convneur_mm.engine.runner.quiet_console import build_runner
 
@@ -179,4 +174,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

@@ -16,8 +16,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import os.path as osp
 import platform
+import runpy
 import statistics
 import sys
 import time
@@ -27,17 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __name__ == '__main__':
-    tools = osp.join(osp.dirname(osp.dirname(osp.realpath(__file__))), 'tools')
-    sys.path += [tools, osp.join(tools, 'analysis')]
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools/_environment.py'))['prepare']()
 
-import _benchmark as bench
 import mmengine
 import torch
 from _small_tasks import Legend, Recall, Shapes, Task, train
 from mmengine.logging import MMLogger
 
+from convneur_mm.analysis import bench
 from convneur_mm.engine.files.errors import one_line_errors
 
 TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}

@@ -15,14 +15,16 @@ ROOT = Path(__file__).parents[1]
 
 def test_wheel_holds_configs_and_tools(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
+    of_checkout = {'quickstart.py', 'quickstart.sh', 'run_tests.sh', 'setup_env.sh'}
     for folder in ('configs', 'tools'):
         expected = {f'convneur_mm/.mim/{p.relative_to(ROOT).as_posix()}' for p in (ROOT / folder).rglob('*')
-                    if p.is_file() and '__pycache__' not in p.parts}
+                    if p.is_file() and '__pycache__' not in p.parts and p.name not in of_checkout}
         assert expected
         assert expected <= names
     assert 'convneur_mm/.mim/model-index.yml' in names
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / 'convneur_mm').rglob('*.py')}
     assert modules == {name for name in names if name.endswith('.py') and '/.mim/' not in name}
+    assert not any(name.endswith(tuple(of_checkout)) for name in names)
     # What made the figures of the documentation, and what maintainers run, stay in the checkout.
     assert not any(folder in name.split('/') for name in names for folder in ('tests', 'experiments', 'dev'))
 

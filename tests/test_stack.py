@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import convneur_mm
 from convneur_mm import stack
 from convneur_mm.engine import launch
 from convneur_mm.stack import PACKAGES, StackError, check_packages, require
@@ -249,7 +248,3 @@ def test_timm_s_models_need_torch_and_timm_alone():
     assert done.stdout == "['timm']\n", done.stderr
     refused = import_without_others('import convneur_mm.timm, mmengine', 'torch', 'timm')
     assert 'No module named' in refused.stderr
-
-
-def test_version_is_the_package_s():
-    assert re.search(r"VERSION = '(.*)'", (ROOT / 'setup.py').read_text())[1] == convneur_mm.__version__

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 if __name__ == '__main__':
     from _environment import prepare
     prepare()
-    from _known_warnings import hide
-    hide()
 
 import numpy as np
 from mmengine.model import BaseModel

@@ -18,8 +18,6 @@ from typing import NamedTuple
 if __name__ == '__main__':
     from _environment import prepare
     prepare()
-    from _known_warnings import hide
-    hide()
 
 OK, NOTE, BROKEN = 'ok', 'note', 'broken'
 
@@ -131,10 +129,9 @@ def check_backend(backend: str, why: str, device: str) -> Finding:
         why (str): Reason for this backend.
         device (str): 'cpu' or 'cuda'.
     """
-    sys.path.append(str(Path(__file__).resolve().parent / 'analysis'))
     import torch
-    from check_gpu import TOLERANCE, largest_error, results
 
+    from convneur_mm.analysis.agreement import TOLERANCE, largest_error, results
     from convneur_mm.models import NeuralMemory
     torch.manual_seed(0)
     layer = NeuralMemory(32, backend=backend).to(device)

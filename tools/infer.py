@@ -23,8 +23,6 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
-    from _known_warnings import hide
-    hide()
 
 import cv2
 import numpy as np

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -24,23 +23,20 @@ from typing import NamedTuple
 if __name__ == '__main__':
     from _environment import prepare
     prepare()
-    from _known_warnings import hide
-    hide()
-sys.path.append(str(Path(__file__).resolve().parent / 'analysis'))
 
 import numpy as np
 import torch
-from _config import add_config_arguments, run
-from _model_card import describe, model_card
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from torch import Tensor
 
+from convneur_mm.analysis.model_card import describe, model_card
 from convneur_mm.apis import init_model
 from convneur_mm.apis.model import config_meta
 from convneur_mm.engine.files.checkpoint import check_all_match, checkpoint_weights, compare_weights, read_checkpoint
+from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.files.weights_file import CheckpointError, weights_of
-from convneur_mm.engine.launch import find_config
+from convneur_mm.engine.launch import add_config_arguments, find_config
 from convneur_mm.engine.runner.written_config import model_differences, started_from, written_settings
 
 # Keys kept from a checkpoint's meta besides config and classes: training progress, and the converter's source notes.
@@ -357,4 +353,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

@@ -26,6 +26,7 @@ if [ "$venv" = "$root/.venv-core" ]; then
 elif [ "$*" = --cov ]; then
   set -- --cov --cov-fail-under=95
 fi
-# A process for each core, up to four: most of a test's time goes into what a single thread does.
+# One process more than there are cores, up to four: tests use one thread each, and often wait for processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+workers=$("$venv/bin/python" -c 'import os; print(min(os.cpu_count() + 1, 4))')
+"$venv/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

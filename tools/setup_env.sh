@@ -43,7 +43,7 @@ done
   "conda: conda create -n py311 python=3.11; uv: uv python install 3.11) and name it: PYTHON=/path/to/python3.11 $0"
 
 # A digest of all that decides what is installed: files, Python's version, and where the checkout is.
-inputs() { { echo "$root $found"; cat "$root"/requirements/* "$root/setup.py" "$root/tools/setup_env.sh" \
+inputs() { { echo "$root $found"; cat "$root"/requirements/* "$root"/{setup.py,pyproject.toml} "$root/tools/setup_env.sh" \
   "$root"/convneur_mm/ops/neural_memory/csrc/*; } | sha256sum; }
 up_to_date() {
   local made='' index=''

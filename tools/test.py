@@ -14,9 +14,8 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
-    from _known_warnings import hide
-    hide()
 
+from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 
 from convneur_mm.engine import launch, safe_loading
@@ -66,7 +65,7 @@ def test(args: argparse.Namespace) -> None:
         runner.test()
 
 
-def use_tta(cfg: launch.Config, name: str) -> None:
+def use_tta(cfg: Config, name: str) -> None:
     """Wrap the config's model in its ``tta_model``, and use its ``tta_pipeline`` for the test data.
 
     Raises:
@@ -95,7 +94,7 @@ def check_out(path: str, segments: bool) -> None:
         raise launch.LaunchError(f'--out must end in .pkl or .pickle, got {path}')
 
 
-def drawing_hook(cfg: launch.Config, args: argparse.Namespace) -> dict:
+def drawing_hook(cfg: Config, args: argparse.Namespace) -> dict:
     """Return the settings of the hook that draws predictions, with the config's score threshold for detections."""
     if not cfg.get('visualizer'):
         raise launch.LaunchError(f'--show and --show-dir need a visualizer, which {args.config} lacks')
@@ -107,7 +106,7 @@ def drawing_hook(cfg: launch.Config, args: argparse.Namespace) -> dict:
                 draw_args=draw_args)
 
 
-def save_label_pictures(cfg: launch.Config, folder: str) -> None:
+def save_label_pictures(cfg: Config, folder: str) -> None:
     """Make mmseg's metric also write its predictions to ``folder``."""
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     writers = [evaluator for evaluator in evaluators if evaluator['type'] == 'IoUMetric']
@@ -118,7 +117,7 @@ def save_label_pictures(cfg: launch.Config, folder: str) -> None:
     writers[0]['output_dir'] = folder
 
 
-def result_dumper(cfg: launch.Config, path: str) -> DumpResults:
+def result_dumper(cfg: Config, path: str) -> DumpResults:
     """Return the metric that saves predictions; mmdet's also encodes the masks as run lengths."""
     if cfg.get('default_scope') == 'mmdet':
         from mmdet.evaluation import DumpDetResults

@@ -13,8 +13,8 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from _environment import prepare
     prepare()
-    from _known_warnings import hide
-    hide()
+
+import torch
 
 from convneur_mm.engine import launch, safe_loading
 from convneur_mm.engine.files.resume import check_same_checkpoint, checkpoint_after_restart, latest_checkpoint
@@ -43,10 +43,10 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train as the command line says."""
-    if args.amp == 'fp16' and not launch.torch.cuda.is_available():
+    if args.amp == 'fp16' and not torch.cuda.is_available():
         raise launch.LaunchError('--amp needs a CUDA GPU, and none is visible; --amp bf16 does not')
     cfg = launch.load_config(args, splits=('train', 'val'))
-    if (args.amp == 'bf16' and cfg.get('default_scope') == 'mmdet' and not launch.torch.cuda.is_available()
+    if (args.amp == 'bf16' and cfg.get('default_scope') == 'mmdet' and not torch.cuda.is_available()
             and uses_compiled_mmcv()):
         raise launch.LaunchError('--amp bf16 trains no detector on a CPU with a compiled mmcv, whose NMS takes float32 '
                                  'alone')

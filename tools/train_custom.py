@@ -26,11 +26,9 @@ if __name__ == '__main__':
     from _environment import prepare as prepare_environment
     prepare_environment()
 
-sys.path.append(str(Path(__file__).resolve().parent / 'model_converters'))
-
 import torch
-from convnext_to_convneur import LICENCES, convert
 
+from convneur_mm.apis.convnext import LICENCES, convert
 from convneur_mm.datasets.own_data import FaultyDataError, OwnData, prepare
 from convneur_mm.datasets.own_data_fit import STRIDES, fit_anchors, fit_epochs, fit_image_size
 from convneur_mm.engine.files.checkpoint import checkpoint_weights, read_checkpoint

@@ -3,7 +3,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convneur_mm import config
+from convneur_mm.analysis.flops import count_call
 from convneur_mm.models.blocks import GRN
 from convneur_mm.models.global_branches.neural_memory import NeuralMemory
 
@@ -83,7 +83,4 @@ def undecayed() -> Callable[[nn.Module], set[str]]:
 @pytest.fixture(scope='session')
 def count_macs() -> Callable[..., float]:
     """Multiply-accumulates of a call on a zero image of the given shape, as the tools count them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / 'tools' / 'analysis'))
-        from _flops import count_call
     return lambda call, *shape: count_call(lambda: call(torch.zeros(shape)))[1]

@@ -56,7 +56,7 @@ def test_counts_are_those_of_the_config(name, tool, listed):
 
 
 def test_counts_of_the_paper_are_within_its_rounding(tool, listed):
-    for arch, row in tool.get_flops.IMAGENET.items():
+    for arch, row in tool.paper.IMAGENET.items():
         metadata = listed[f'convneur_{arch}_300e_in1k']['Metadata']
         assert round(metadata['Parameters'] / 1e6, 1) == row.params_m
         assert round(metadata['FLOPs'] / 1e9, 2) == row.gflops

@@ -26,19 +26,19 @@ from convneur_mm.engine import launch
 from convneur_mm.engine.launch import (
     LaunchError,
     OverridesAction,
+    entry,
     find_config,
     load_config,
     make_parser,
     read_config,
     readable_checkpoint,
     set_loader_defaults,
-    set_up_processes,
-    slurm_variables,
-    use_new_store,
     use_resumable_loop,
     why_no_gpu,
     without_sync_bn,
 )
+from convneur_mm.engine.launch import config as launch_config
+from convneur_mm.engine.launch.processes import set_up_processes, slurm_variables, use_new_store
 from convneur_mm.engine.runner.interrupts import Interrupted
 from convneur_mm.stack import StackError
 
@@ -332,7 +332,7 @@ def test_the_local_rank_is_that_of_the_launcher(load):
 
 def test_data_and_classes_are_checked(load, monkeypatch):
     checked = []
-    monkeypatch.setattr(launch, 'check_classes', lambda cfg, splits: checked.append(splits))
+    monkeypatch.setattr(entry, 'check_classes', lambda cfg, splits: checked.append(splits))
     Path('train.json').unlink()
     with pytest.raises(LaunchError, match='^train_dataloader.dataset.ann_file: train.json does not exist'):
         load()
@@ -365,8 +365,8 @@ def test_names_of_mmengine_stay_as_they_are():
 def test_the_package_of_a_config_is_imported(scope, package, tmp_path, monkeypatch):
     (tmp_path / 'x.py').write_text(f'default_scope = {scope!r}\ntrain_dataloader = dict(num_workers=1)')
     required, checked = [], []
-    monkeypatch.setattr(launch, 'require', required.append)
-    monkeypatch.setattr(launch, 'check_cuda_operators', lambda: checked.append(True))
+    monkeypatch.setattr(launch_config, 'require', required.append)
+    monkeypatch.setattr(launch_config, 'check_cuda_operators', lambda: checked.append(True))
     cfg = read_config(str(tmp_path / 'x.py'), {'a.b': 1})
     assert required == [package] * (package is not None)
     assert len(checked) == (scope == 'mmdet')
@@ -378,7 +378,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     def missing(name):
         raise StackError(f'{name} is missing: install it')
 
-    monkeypatch.setattr(launch, 'require', missing)
+    monkeypatch.setattr(launch_config, 'require', missing)
     (tmp_path / 'x.py').write_text('default_scope = "mmseg"')
     with pytest.raises(LaunchError, match='^mmseg.models is missing: install it$'):
         read_config(str(tmp_path / 'x.py'), {})
@@ -423,7 +423,7 @@ def failing(monkeypatch, capsys):
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         waited = []
-        monkeypatch.setattr(launch.time, 'sleep', waited.append)
+        monkeypatch.setattr(entry.time, 'sleep', waited.append)
 
         def main():
             raise LaunchError('no data')
@@ -456,8 +456,8 @@ def test_the_first_process_of_a_machine_prints_at_once(failing):
      f'node 1 ({socket.gethostname()}): ended by SIGTERM')])
 def test_a_signal_is_told_once_on_each_machine(env, said, monkeypatch):
     left = []
-    monkeypatch.setattr(launch, 'leave', lambda interrupted, message: left.append(message))
-    monkeypatch.setattr(launch, 'raised_signals', nullcontext)
+    monkeypatch.setattr(entry, 'leave', lambda interrupted, message: left.append(message))
+    monkeypatch.setattr(entry, 'raised_signals', nullcontext)
     for name in ('LOCAL_RANK', 'GROUP_RANK', 'GROUP_WORLD_SIZE', 'SLURM_LOCALID', 'SLURM_NODEID', 'SLURM_NNODES'):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -473,7 +473,7 @@ def test_a_signal_is_told_once_on_each_machine(env, said, monkeypatch):
 @pytest.mark.parametrize('joined, waits', [(False, []), (True, [1])])
 def test_an_error_among_processes_waits_for_the_signal_that_it_may_come_from(joined, waits, monkeypatch):
     waited = []
-    monkeypatch.setattr(launch.time, 'sleep', waited.append)
+    monkeypatch.setattr(entry.time, 'sleep', waited.append)
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: joined)
 
     def main():

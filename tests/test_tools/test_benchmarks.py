@@ -1,50 +1,37 @@
-"""tools/analysis/benchmark_*.py at tiny shapes: what they report, not how fast anything is."""
+"""tools/analysis/benchmark.py and benchmark_memory.py at tiny shapes: what they report, not how fast anything is."""
 import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from convneur_mm.analysis import bench, cases
 from convneur_mm.models import NeuralMemory
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
 TINY_LAYER = ['--tokens', '40', '--chunk-size', '16', '--channels', '16', '--head-dim', '8', '--hidden-dim', '4',
               '--batch', '2', '--repeats', '2']
 TINY_IMAGES = ['--shape', '1,32,64', '--chunk-size', '16', '--repeats', '2']
 MODES = 'forward', 'forward+backward'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def tools():
-    """Scripts see their own folder first. The machine's rates are taken from small products and copies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        import _benchmark
-        patch.setattr(_benchmark, 'gemm_rate', partial(_benchmark.gemm_rate, size=64))
-        patch.setattr(_benchmark, 'copy_rate', partial(_benchmark.copy_rate, nbytes=2**16))
-        yield
+@pytest.fixture(autouse=True)
+def small_rates(monkeypatch):
+    """Take the machine's rates from small products and copies."""
+    monkeypatch.setattr(bench, 'gemm_rate', partial(bench.gemm_rate, size=64))
+    monkeypatch.setattr(bench, 'copy_rate', partial(bench.copy_rate, nbytes=2**16))
 
 
 @pytest.fixture
-def bench(tools):
-    import _benchmark
-    return _benchmark
+def memory(script):
+    return script('benchmark_memory')
 
 
 @pytest.fixture
-def memory(tools):
-    import benchmark_memory
-    return benchmark_memory
-
-
-@pytest.fixture
-def backbone(tools):
-    import benchmark_backbone
-    return benchmark_backbone
+def models(script):
+    return script('benchmark')
 
 
 def run(benchmark, path, *args):
@@ -160,24 +147,58 @@ def test_flops_of_the_inner_loop_are_those_counted(memory):
 # ---- backbones
 
 
-def test_backbones_beside_each_other(backbone, tmp_path, capsys):
-    found = run(backbone, tmp_path, 'm1-local', 'm1', 'convnextv2_atto', *TINY_IMAGES, '--plot',
-                str(tmp_path / 'a.png'))
+def test_backbones_beside_each_other(models, tmp_path, capsys):
+    found = run(models, tmp_path, 'ConvNeur-m1-local', 'ConvNeur-m1', 'ConvNeXt-V2-atto', 'resnet18', *TINY_IMAGES,
+                '--plot', str(tmp_path / 'a.png'))
     assert_rows(found['results'])
     for mode in MODES:
         rows = {row['name']: row for row in found['results'] if row['mode'] == mode}
-        assert list(rows) == ['m1-local', 'm1', 'convnextv2_atto']
-        assert rows['m1-local']['macs'] == rows['convnextv2_atto']['macs'] < rows['m1']['macs']
-        assert rows['m1-local']['parameters'] < rows['m1']['parameters']
+        local, m1, atto, _ = rows.values()
+        assert list(rows) == ['ConvNeur-m1-local', 'ConvNeur-m1', 'ConvNeXt-V2-atto', 'resnet18']
+        assert local['macs'] == atto['macs'] < m1['macs'] and local['parameters'] < m1['parameters']
         assert all(row['images_per_s'] == 1 / row['median_s'] for row in rows.values())
         assert all(row['peak_memory_bytes'] > 0 for row in rows.values())
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
     assert 'images/s' in capsys.readouterr().out
 
 
+@pytest.mark.needs('mmdet', 'mmseg')
+@pytest.mark.parametrize('task', ['detector', 'segmentor'])
+def test_backbones_in_a_model(models, task, tmp_path, monkeypatch):
+    # The heads of the light config take seconds less.
+    light = cases.TASKS['detector']._replace(config='cascade_rcnn_convneur_m1_shapes')
+    monkeypatch.setitem(cases.TASKS, 'detector', light)
+    monkeypatch.setattr(cases, 'OBJECTS', 8)
+    found = run(models, tmp_path, 'ConvNeur-m1', '--task', task, '--shape', '1,64,96', '--repeats', '1')
+    assert [row['mode'] for row in found['results']] == list(MODES)
+    assert all(row['macs'] > 1e8 for row in found['results'])
+
+
+@pytest.mark.needs('mmdet')
+def test_every_head_works_whatever_the_weights(monkeypatch):
+    """An untrained detector's mask heads get as many boxes as a trained one's, and every part learns."""
+    monkeypatch.setitem(cases.TASKS, 'detector',
+                        cases.TASKS['detector']._replace(config='cascade_rcnn_convneur_m1_shapes'))
+    monkeypatch.setattr(cases, 'OBJECTS', 8)
+    torch.manual_seed(0)
+    model, boxes, learn = cases.build('detector', 'ConvNeur-m1', (1, 64, 96), {}), [], set()
+    model.roi_head.mask_head[0].register_forward_pre_hook(lambda _, args: boxes.append(len(args[0])))
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: learn.add(name.split('.')[0]))
+    for mode in MODES:
+        cases.make_call('detector', model, torch.randn(1, 3, 64, 96), mode, torch.float32)()
+    assert boxes == [100, 8] and learn == {name.split('.')[0] for name, _ in model.named_parameters()}
+
+
+def test_overlock_is_merged_for_inference():
+    counts = [sum(p.numel() for p in cases.build('backbone', 'OverLoCK-XT', (1, 64, 64), {}, merged).parameters())
+              for merged in (False, True)]
+    assert counts[1] < counts[0]
+
+
 @pytest.mark.slow
-def test_split_shares(backbone, tmp_path, capsys):
-    found = run(backbone, tmp_path, 'm1', '--split', *TINY_IMAGES, '--plot', str(tmp_path / 'a.png'))
+def test_split_shares(models, tmp_path, capsys):
+    found = run(models, tmp_path, 'ConvNeur-m1', '--split', *TINY_IMAGES, '--plot', str(tmp_path / 'a.png'))
     assert_rows(found['results'])
     parts = [f'{kind} {i}' for i in range(1, 5) for kind in ('branch', 'memory')]
     for mode in MODES:
@@ -195,19 +216,23 @@ def test_split_shares(backbone, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['m1', '--shape', '1,16,64'], '--shape must be at least one image of 32 x 32'),
+    (['ConvNeur-m1', '--shape', '1,16,64'], '--shape must be at least one image'),
+    (['ConvNeur-m1', '--shape', '1,40,64'], "multiples of 32, got '1,40,64'"),
     (['no_such_net'], "unknown model 'no_such_net'"),
-    (['m1-local', '--split'], "--split is for m1, m2, m3, m4, m5, m6, got .'m1-local'."),
+    (['resnet18', '--task', 'detector'], "unknown model 'resnet18': expected one of ConvNeur-m1"),
+    (['ResNet-50', '--split'], "--split is for .* alone, got .'ResNet-50'."),
+    (['ConvNeur-m1', '--task', 'detector', '--compile'], '--compile is for backbones alone'),
+    (['ConvNeur-m1', '--repeats', '0'], '--repeats must be at least 1, got 0'),
 ])
-def test_bad_options_of_the_backbone_benchmark(backbone, args, message, refused):
+def test_bad_options_of_the_benchmark_of_models(models, args, message, refused):
     with refused(message):
-        backbone.main(args)
+        models.main(args)
 
 
 # ---- what they share
 
 
-def test_peak_memory_is_that_of_a_known_allocation(bench):
+def test_peak_memory_is_that_of_a_known_allocation():
     kept = torch.ones(1000)
 
     def call():
@@ -222,7 +247,7 @@ def test_peak_memory_is_that_of_a_known_allocation(bench):
         assert bench.peak_memory(call, torch.device('cpu')) == 3_000_000
 
 
-def test_what_fails_is_left_out(bench):
+def test_what_fails_is_left_out():
     """For want of memory any, for another reason a peer; ours must not."""
     def fail():
         raise TypeError('no such layout\nand more')
@@ -235,13 +260,13 @@ def test_what_fails_is_left_out(bench):
         bench.measure({'ours': fail}, device, repeats=1)
 
 
-def test_slope_of_a_power_law(bench):
+def test_slope_of_a_power_law():
     xs = [784, 3136, 12544, 262144]
     assert bench.fit_slope(xs, [3e-6 * x**1.37 for x in xs]) == pytest.approx(1.37, abs=1e-9)
     # Least squares by hand: log2 y = 0, 1, 5 over log2 x = 0, 1, 2 has slope 5/2.
     assert bench.fit_slope([1, 2, 4], [1, 2, 32]) == pytest.approx(2.5)
 
 
-def test_ratios_are_paired_by_round(bench):
+def test_ratios_are_paired_by_round():
     a, b = bench.Measurement([1.0, 2.0, 8.0]), bench.Measurement([2.0, 4.0, 4.0])
     assert b.ratio(a) == 2 and a.median == 2 and a.fastest == 1 and a.spread == 3.5

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convneur_mm import config
+from convneur_mm.apis.convnext import convert
 from convneur_mm.engine.files.checkpoint import read_checkpoint
 from convneur_mm.models import ConvNeur
 
@@ -127,7 +128,7 @@ def test_features_and_logits_are_those_of_the_source(tool, arch, version):
     results = {}
     for layout, saved in layouts.items():
         before = {name: value.clone() for name, value in saved.items()} if arch == 'm1' else {}
-        done = tool.convert(saved)
+        done = convert(saved)
         assert (done.arch, done.layout, done.version) == (arch, layout, 'ConvNeXt-V2' if version == 2 else 'ConvNeXt')
         assert all(torch.equal(saved[name], value) for name, value in before.items())
         results[layout] = done.weights
@@ -147,7 +148,7 @@ def test_features_are_those_of_mmpretrain(tool, version, options):
         expected = mmpretrain_weights(timm_model('m1', version).state_dict())
         assert {name: value.shape for name, value in source.state_dict().items()} == {
             name: value.shape for name, value in expected.items()}
-    weights = tool.convert(source.state_dict()).weights
+    weights = convert(source.state_dict()).weights
     norms = [i for i in range(4) if f'backbone.norm{i}.weight' in source.state_dict()]
     assert [i for i in range(4) if f'backbone.norm{i}.weight' in weights] == norms
     model = ConvNeur('m1', out_indices=norms, gap_before_final_norm=source.backbone.gap_before_final_norm).eval()
@@ -162,7 +163,7 @@ def test_each_weight_is_reported_once(tool, version):
     source = timm_model('m1', version).state_dict()
     for saved in (source, authors_weights(source), mmpretrain_weights(source)):
         saved['ema.step'] = torch.zeros(1)
-        done = tool.convert(saved)
+        done = convert(saved)
         assert sorted([*done.taken, *done.renamed, *done.folded, *done.left_out]) == sorted(saved)
         assert len(done.weights) == len(done.taken) + len(done.renamed) + len(done.new)
         assert done.left_out == ['ema.step']
@@ -181,10 +182,10 @@ def test_new_weights_are_those_of_the_initialisation(tool):
     """The same in each run, without a step of the caller's generator, at the scales that training starts from."""
     source = timm_model('m1').state_dict()
     state = torch.get_rng_state()
-    first = tool.convert(source)
+    first = convert(source)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1)  # so that the second starts from another state of the generator
-    second = tool.convert(source)
+    second = convert(source)
     model = ConvNeur('m1', out_indices=3)
     model.init_weights()
     for name in first.new:
@@ -200,7 +201,7 @@ def test_new_weights_are_those_of_the_initialisation(tool):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_results_are_float32(tool, dtype):
     source = {name: value.to(dtype) for name, value in timm_model('m1', 1).state_dict().items()}
-    found = tool.convert(source).weights
+    found = convert(source).weights
     assert {value.dtype for value in found.values()} == {torch.float32}
     name = 'stages.2.blocks.3.'
     product = source[f'{name}gamma'].float() * source[f'{name}mlp.fc2.bias'].float()
@@ -208,7 +209,7 @@ def test_results_are_float32(tool, dtype):
 
 
 def test_images_of_other_channels(tool):
-    found = tool.convert(timm_model('m1', in_chans=5).state_dict()).weights
+    found = convert(timm_model('m1', in_chans=5).state_dict()).weights
     ConvNeur('m1', in_channels=5, out_indices=3).load_state_dict(
         {name[9:]: value for name, value in found.items() if name.startswith('backbone.')})
 
@@ -218,7 +219,7 @@ def test_images_of_other_channels(tool):
     lambda: {name: value for name, value in timm_model('m1').state_dict().items() if name != 'head.norm.weight'},
 ], ids=['hidden layer', 'no final norm'])
 def test_other_heads_are_left_out(tool, build):
-    done = tool.convert(build())
+    done = convert(build())
     assert not [name for name in done.weights if name.startswith('head.')]
     assert {'head.fc.weight', 'head.fc.bias'} <= set(done.left_out)
 
@@ -226,7 +227,7 @@ def test_other_heads_are_left_out(tool, build):
 def test_encoders_without_a_head_get_a_new_norm(tool):
     """As timm's of masked autoencoders."""
     source = {name: value for name, value in timm_model('m1').state_dict().items() if not name.startswith('head.')}
-    done = tool.convert(source)
+    done = convert(source)
     new = [name for name in done.new if '.global_branch.' not in name]
     assert new == ['backbone.norm3.weight', 'backbone.norm3.bias']
     assert torch.equal(done.weights['backbone.norm3.weight'], torch.ones(320))

@@ -5,6 +5,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from convneur_mm.analysis import flops
+from convneur_mm.analysis.paper import COSTS
+
 SHAPES = 'cascade_rcnn_convneur_m1_shapes'
 
 
@@ -79,8 +82,8 @@ def test_a_segmentors_auxiliary_head_is_left_out_and_named(tool, tmp_path, capsy
 
 def test_every_paper_figure_belongs_to_a_config(tool):
     root = tool.config_root()
-    assert len(tool.PAPER) == 27
-    assert all((root / f'{name}.py').is_file() for name in tool.PAPER)
+    assert len(COSTS) == 27
+    assert all((root / f'{name}.py').is_file() for name in COSTS)
 
 
 @pytest.mark.parametrize(('args', 'message'), [
@@ -103,16 +106,13 @@ def test_a_config_without_a_model_is_refused(tool, tmp_path):
         tool.main([str(path)])
 
 
-def test_a_model_without_heads_is_refused(script):
-    flops = script('_flops')
+def test_a_model_without_heads_is_refused():
     with pytest.raises(ValueError, match='expected a classifier, detector or segmentor.*got Linear'):
         flops.count_parts(torch.nn.Linear(2, 2), torch.zeros(1, 2))
 
 
-def test_one_stage_and_standard_roi_heads(script):
+def test_one_stage_and_standard_roi_heads():
     """Single heads, where a cascade has lists of them."""
-    flops = script('_flops')
-
     class Head(torch.nn.Conv2d):
 
         def forward(self, rois):

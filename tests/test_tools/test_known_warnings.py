@@ -7,10 +7,10 @@ TOOLS = Path(__file__).parents[2] / 'tools'
 
 def test_known_warnings_alone_are_hidden(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
-    import _known_warnings
+    import _environment
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        _known_warnings.hide()
+        _environment.hide_warnings()
         warnings.warn('torch.meshgrid: in an upcoming release, it will be required to pass the indexing argument.',
                       stacklevel=1)
         warnings.warn('Setting OMP_NUM_THREADS environment variable for each process to be 1', stacklevel=1)

@@ -4,6 +4,8 @@ import sys
 import pytest
 from mmengine.config import Config
 
+from convneur_mm.engine.files.errors import one_line_errors
+
 NAME = 'convneur_m1_shapes'
 
 
@@ -62,8 +64,8 @@ def test_a_broken_config_is_named(tool, tmp_path):
 
 def test_a_missing_config_ends_the_process_with_one_line(tool, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['print_config.py', 'no_such_config'])
-    with pytest.raises(SystemExit) as ended:
-        tool.run(tool.main)
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        tool.main()
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and not out
     assert err.startswith("error: no config 'no_such_config'") and err.count('\n') == 1

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tiny_models import CLASSES, CONFIGS
 from training import train_tiny
 
+from convneur_mm.analysis import model_card
 from convneur_mm.apis import init_model
 from convneur_mm.engine import safe_loading
 from convneur_mm.engine.files.checkpoint import checkpoint_weights, load_pretrained
@@ -57,7 +58,7 @@ def published(tool, trained, tmp_path_factory) -> dict[str, dict[str, Path]]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         # At full size a memory has hundreds of chunks, which take ten seconds to count.
-        patch.setattr('_model_card.SHAPES', dict.fromkeys(('mmdet', 'mmseg', 'mmpretrain'), (64, 96)))
+        patch.setattr(model_card, 'SHAPES', dict.fromkeys(('mmdet', 'mmseg', 'mmpretrain'), (64, 96)))
         for task, (config, checkpoint) in trained.items():
             folder = tmp_path_factory.mktemp('published')
             tool.main([str(config), str(checkpoint), '--out-dir', str(folder), '--name', 'mine', '--safetensors'])
@@ -68,7 +69,7 @@ def published(tool, trained, tmp_path_factory) -> dict[str, dict[str, Path]]:
 @pytest.fixture
 def publish(tool, trained, tmp_path, capsys, monkeypatch):
     """Publishes a task's checkpoint, or another one with its config, and returns its files by suffix and the output."""
-    monkeypatch.setattr('_model_card.cost', lambda model: {})
+    monkeypatch.setattr(model_card, 'cost', lambda model: {})
 
     def publish(task, *args, checkpoint=None, config=None, out='published'):
         capsys.readouterr()
@@ -271,7 +272,7 @@ class TestCard:
     def test_a_model_that_cannot_be_counted_says_so(self, tool):
         model = torch.nn.Linear(10, 100)
         model.cfg = Config(dict(default_scope='mmseg'))
-        found = sys.modules['_model_card'].cost(model)
+        found = model_card.cost(model)
         assert found['parameters'] == '0.00 M'
         assert found['FLOPs'].startswith('not counted: expected a classifier, detector or segmentor')
 

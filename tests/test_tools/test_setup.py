@@ -36,7 +36,8 @@ def checkout(tmp_path):
     checkout = tmp_path / 'a checkout'
     for name in ('tools', 'requirements', 'convneur_mm/ops/neural_memory/csrc'):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT / 'setup.py', checkout)
+    for name in ('setup.py', 'pyproject.toml'):
+        shutil.copy(ROOT / name, checkout)
     (checkout / 'version').write_text('3.11\n')
     (checkout / 'on_pip').touch()
     python = checkout / 'python'

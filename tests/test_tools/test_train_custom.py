@@ -14,6 +14,8 @@ from mmengine.runner import Runner
 from warm_python import warm_python
 
 from convneur_mm.engine import launch
+from convneur_mm.engine.checks.class_checks import check_classes
+from convneur_mm.engine.checks.file_checks import check_data_files
 from convneur_mm.models import ConvNeur
 
 pytestmark = pytest.mark.needs('mmdet', 'mmseg', 'mmpretrain')
@@ -51,8 +53,8 @@ def trained(tmp_path):
                       for key, value in (('num_workers', 0), ('persistent_workers', False))}
         cfg = launch.read_config('out/out.py', in_process)
         launch.without_sync_bn(cfg.model)
-        launch.check_data_files(cfg, ('train', 'val', 'test'))
-        launch.check_classes(cfg, ('train', 'val', 'test'))
+        check_data_files(cfg, ('train', 'val', 'test'))
+        check_classes(cfg, ('train', 'val', 'test'))
         cfg.update(work_dir=str(tmp_path / 'run'), log_level='ERROR')
         runner = Runner.from_cfg(cfg)
         runner.train()

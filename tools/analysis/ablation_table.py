@@ -9,62 +9,27 @@ Accuracies are read from the logs of the configs' work dirs; no weights are open
 """
 import argparse
 import json
-import os.path as osp
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
 import torch
-from _benchmark import format_table, write_json
-from _flops import count_flops, count_parameters
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from convneur_mm import config
+from convneur_mm.analysis.bench import format_table, write_json
+from convneur_mm.analysis.flops import count_flops, count_parameters
+from convneur_mm.analysis.paper import ABLATION, SELF_ATTENTION
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branches.self_attention import MultiHeadAttention
 
 IMAGE = (1, 3, 224, 224)
 TOP1 = 'accuracy/top1'
-DEFAULT = 'convneur_m3_300e_in1k'
-SELF_ATTENTION = 'ablation/convneur_m3_branch_self_attention_300e_in1k'
-
-
-class Row(NamedTuple):
-    """Row of Table 5: what is varied, the variant, our config of it, and the paper's G FLOPs and top-1 accuracy."""
-
-    experiment: str
-    variant: str
-    config: str
-    paper_gflops: float
-    paper_top1: float
-
-
-TABLE = (
-    Row('global memory', 'local only', 'ablation/convneur_m3_placement_none_300e_in1k', 1.4, 78.2),
-    Row('global memory', 'per stage (default)', DEFAULT, 1.8, 80.0),
-    Row('global memory', 'per block', 'ablation/convneur_m3_placement_block_300e_in1k', 2.3, 80.4),
-    Row('branch', 'CBAM', 'ablation/convneur_m3_branch_cbam_300e_in1k', 1.5, 78.4),
-    Row('branch', 'non-local', 'ablation/convneur_m3_branch_non_local_300e_in1k', 3.0, 79.1),
-    Row('branch', 'self-attention', SELF_ATTENTION, 1.8, 79.8),
-    Row('branch', 'IR-RWKV', 'ablation/convneur_m3_branch_rwkv_300e_in1k', 2.0, 77.6),
-    Row('branch', 'Titans', 'ablation/convneur_m3_branch_titans_300e_in1k', 3.1, 79.6),
-    Row('branch', 'neural memory (default)', DEFAULT, 1.8, 80.0),
-    Row('fusion', 'addition', 'ablation/convneur_m3_fusion_add_300e_in1k', 1.8, 79.6),
-    Row('fusion', 'concatenation', 'ablation/convneur_m3_fusion_concat_300e_in1k', 1.9, 79.5),
-    Row('fusion', 'gate (default)', DEFAULT, 1.8, 80.0),
-    Row('memory channels', '64', 'ablation/convneur_m3_mem_channels_64_300e_in1k', 1.5, 78.6),
-    Row('memory channels', '128 (default)', DEFAULT, 1.8, 80.0),
-    Row('memory channels', '256', 'ablation/convneur_m3_mem_channels_256_300e_in1k', 2.7, 80.3),
-)
-
 NOTES = """\
 FLOPs: multiply-accumulates of all convolutions and matrix products at 224 x 224, the memory's inner loop included.
 paper: the paper's own figures, no runs of ours. difference: our FLOPs less the paper's.
@@ -133,13 +98,13 @@ def best_top1(work_dir: Path) -> tuple[float, int] | None:
 def measure(work_dirs: Path) -> list[dict]:
     """Return the table's rows: the paper's figures, ours, and the accuracies found below ``work_dirs``."""
     counts = {}
-    for name in dict.fromkeys(row.config for row in TABLE):
+    for name in dict.fromkeys(row.config for row in ABLATION):
         model, image = build(name), torch.empty(IMAGE, device='meta')
         counts[name] = dict(
             params_m=count_parameters(model) / 1e6, gflops=count_flops(model, image) / 1e9,
             attention_products_gflops=attention_products(model, image) / 1e9 if name == SELF_ATTENTION else 0.0)
     rows = []
-    for row in TABLE:
+    for row in ABLATION:
         count = counts[row.config]
         best = best_top1(work_dirs / Path(row.config).name)
         rows.append(dict(

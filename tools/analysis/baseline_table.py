@@ -7,77 +7,28 @@ r"""Print the cost of ConvNeur and of the other backbones in the paper's Tables 
 Everything is counted on tensors without data, so no weights are read and no GPU is needed.
 """
 import argparse
-import os.path as osp
+import runpy
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
 import torch
-from _benchmark import format_table, write_json
-from _flops import count_flops, count_parameters
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convneur_mm import config
+from convneur_mm.analysis.bench import format_table, write_json
+from convneur_mm.analysis.flops import build_on_meta, count_flops, count_parameters
+from convneur_mm.analysis.paper import DENSE, RESULTS, DenseRow
 from convneur_mm.engine.files.errors import one_line_errors
 
 # A landscape image at 1333 x 800, padded to a multiple of 32, and Table 4's size.
 DETECTION_IMAGE, SEGMENTATION_IMAGE = (1, 3, 800, 1344), (1, 3, 512, 2048)
 
-
-class Row(NamedTuple):
-    """Row: head, backbone, our config of it, and the paper's G FLOPs and results (see ``RESULTS``), if given."""
-
-    head: str
-    backbone: str
-    config: str
-    paper_gflops: int | None = None
-    paper_results: tuple[float, ...] = ()
-
-
-def _detector(backbone: str, name: str, *paper_results: float) -> Row:
-    return Row('Cascade Mask R-CNN', backbone, name.format('cascade_rcnn', '1x_coco'), None, paper_results)
-
-
-def _segmentor(head: str, backbone: str, name: str, paper_gflops: int | None = None, *paper_results: float) -> Row:
-    prefix = {'Semantic FPN': 'semantic_fpn', 'UperNet': 'upernet'}[head]
-    return Row(head, backbone, name.format(prefix, '80k_ade20k'), paper_gflops, paper_results)
-
-
-RESULTS = {'Cascade Mask R-CNN': ('box AP', 'mask AP'), 'Semantic FPN': ('mIoU', ), 'UperNet': ('mIoU', )}
-TABLE = (
-    _detector('ConvNeur-m1', '{}_convneur_m1_{}'),
-    _detector('ConvNeur-m2', '{}_convneur_m2_{}', 41.2, 36.4),
-    _detector('ConvNeur-m3', '{}_convneur_m3_{}', 42.4, 39.0),
-    _detector('ConvNeur-m4', '{}_convneur_m4_{}'),
-    _detector('ResNet-50', 'baselines/{}_resnet50_{}', 38.0, 34.4),
-    _detector('PVT-T', 'baselines/{}_pvt_t_{}', 36.7, 35.1),
-    _detector('PVTv2-B0', 'baselines/{}_pvtv2_b0_{}', 38.2, 36.2),
-    _detector('ResNet-101', 'baselines/{}_resnet101_{}', 40.4, 36.4),
-    _detector('ResNeXt-101-32x4d', 'baselines/{}_resnext101_32x4d_{}', 41.9, 37.5),
-    _detector('PVT-S', 'baselines/{}_pvt_s_{}', 40.4, 37.8),
-    _detector('PVTv2-B1', 'baselines/{}_pvtv2_b1_{}', 41.8, 38.8),
-    _segmentor('Semantic FPN', 'ConvNeur-m1', '{}_convneur_m1_{}'),
-    _segmentor('Semantic FPN', 'ConvNeur-m2', '{}_convneur_m2_{}', 106, 39.17),
-    _segmentor('Semantic FPN', 'ConvNeur-m3', '{}_convneur_m3_{}', 123, 41.42),
-    _segmentor('Semantic FPN', 'ConvNeur-m4', '{}_convneur_m4_{}'),
-    _segmentor('Semantic FPN', 'ResNet-50', 'baselines/{}_resnet50_{}', 183, 36.59),
-    _segmentor('Semantic FPN', 'PVT-T', 'baselines/{}_pvt_t_{}', 158, 36.57),
-    _segmentor('UperNet', 'ConvNeur-m1', '{}_convneur_m1_{}'),
-    _segmentor('UperNet', 'ConvNeur-m2', '{}_convneur_m2_{}'),
-    _segmentor('UperNet', 'ConvNeur-m3', '{}_convneur_m3_{}'),
-    _segmentor('UperNet', 'ConvNeur-m4', '{}_convneur_m4_{}', 908, 45.72),
-    _segmentor('UperNet', 'ResNet-50', 'baselines/{}_resnet50_{}', 953, 42.10),
-    _segmentor('UperNet', 'DeiT-S', 'baselines/{}_deit_s_{}', 1217, 43.92),
-    _segmentor('UperNet', 'Swin-T', 'baselines/{}_swin_t_{}', 945, 44.51),
-)
 
 NOTES = """\
 paper: the paper's own figures, no runs of ours. Of its rows BiViT, FLatten-PVT-T and FLatten-Swin-T are missing here:
@@ -94,13 +45,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', metavar='FILE', help='write the table to FILE')
     return parser.parse_args(argv)
-
-
-def build(name: str) -> nn.Module:
-    """Build a shipped config's model on the meta device, in evaluation mode, without loading weights."""
-    cfg = Config.fromfile(config(name))
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return MODELS.build(cfg.model).eval().to('meta')
 
 
 class _Heads(nn.Module):
@@ -169,9 +113,9 @@ class _Run(nn.Module):
         self.norms = counter.total
 
 
-def measure_row(row: Row) -> dict:
+def measure_row(row: DenseRow) -> dict:
     """Count M parameters and G multiply-accumulates of the row's config, beside the paper's figures."""
-    model = build(row.config)
+    model = build_on_meta(Config.fromfile(config(row.config)))
     image = torch.empty(SEGMENTATION_IMAGE if hasattr(model, 'decode_head') else DETECTION_IMAGE, device='meta')
     backbone, heads = _Run(model.backbone), _Run(_Heads(model))
     of_backbone = count_flops(backbone, image)
@@ -215,9 +159,9 @@ def report(rows: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     rows = []
-    for number, row in enumerate(TABLE, 1):
+    for number, row in enumerate(DENSE, 1):
         if sys.stderr.isatty():
-            print(f'\r\033[K{number}/{len(TABLE)} {row.config}', end='', file=sys.stderr, flush=True)
+            print(f'\r\033[K{number}/{len(DENSE)} {row.config}', end='', file=sys.stderr, flush=True)
         rows.append(measure_row(row))
     if sys.stderr.isatty():
         print('\r\033[K', end='', file=sys.stderr)

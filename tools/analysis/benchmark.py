@@ -1,110 +1,66 @@
 #!/usr/bin/env python
-r"""Measure time and memory of ConvNeur and other backbones on a CPU: alone, in a detector and in a segmentor.
+r"""Measure time and memory of ConvNeur beside other backbones, alone or in a model, or of its memories within it.
 
-    # everything, into work_dirs/benchmark/; if interrupted, the same command continues
+    # ConvNeur and its peers at 8 x 224 x 224
     tools/analysis/benchmark.py
-    # a choice
-    tools/analysis/benchmark.py --tasks detector --models ConvNeur-m3 ResNet-50 --modes inference
-    # print the tables of what has been measured so far, as Markdown
-    tools/analysis/benchmark.py --table
+    # selected models at a detector's size; -local is the same backbone without its memories
+    tools/analysis/benchmark.py ConvNeur-m3 ConvNeur-m3-local convnextv2_pico --shape 1,800,1344 --chunk-size 4096
+    # in Cascade Mask R-CNN, or in Semantic FPN
+    tools/analysis/benchmark.py ConvNeur-m3 ResNet-50 --task detector
+    # the share of the memories in the backbone's time, at the paper's two settings
+    tools/analysis/benchmark.py ConvNeur-m3 --split
 
-Each table cell is a JSON file, and each of its rounds is measured in a separate process. Between its calls a process
-times a yardstick, the same for all, and a cell's time is a multiple of the yardstick's. A machine that is temporarily
-slower, as shared ones are, slows both.
+Every backbone maps images to the feature maps of its last four stages. A backbone alone may also have a name of timm's.
 """
 import argparse
-import itertools
-import json
-import math
-import operator
-import os
-import os.path as osp
-import statistics
-import subprocess
+import copy
+import runpy
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-import _benchmark as bench
-import _benchmark_cases as cases
 import torch
-from _flops import Count, count_flops, count_parameters, count_parts
+from torch import Tensor, nn
 
+from convneur_mm.analysis import bench, cases
+from convneur_mm.analysis.bench import MODES, MissingPeer, Progress
+from convneur_mm.analysis.flops import add_up, count_flops, count_parameters, count_parts
 from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.models.global_branch import GlobalBranch
+from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES
 
-COUNT, ENGINES = 'count', ('eager', 'compiled')
-WARMUP = 2  # the optimizer's state exists from the second training step on
-# Estimated seconds of a round on two cores, until one of the same kind has been measured.
-FIRST_GUESS = {'backbone': 15, 'detector': 60, 'segmentor': 30}
-COUNT_GUESS, COMPILED_GUESS = 10, 45
-
-NOTES = """\
-params: of everything that works at inference, frozen parameters included, buffers not. GMAC: multiply-accumulates of
-  one image, convolutions and matrix products alone, the memory's inner loop and attention included; in the detector
-  {proposals} proposals go through each box head and {detections} boxes through each mask head, in the time too.
-training: forward pass, loss, backward pass and a step of AdamW, float32, nothing frozen; the detector has {objects}
-  objects in the image. The backbone alone has random gradients at its four outputs instead of a loss.
-ms: of the whole batch, the median over {rounds} of the median of up to {calls} calls each, every call as a multiple of
-  the yardstick before and after it, times {yardstick:.0f} ms, the median of the yardstick over all processes; the
-  yardstick is {yardstick_name}. compiled: torch.compile, once it has compiled.
-MiB: largest resident set of the process above that after its imports, eager: weights, activations, gradients,
-  optimizer, libraries' scratch space, and what malloc keeps."""
-
-
-class Cell(NamedTuple):
-    """What is measured at once, and its file. ``engine`` is '' for the count."""
-
-    task: str
-    model: str
-    mode: str
-    engine: str
-
-    @property
-    def label(self) -> str:
-        return ', '.join(filter(None, self))
-
-    def path(self, out: Path) -> Path:
-        return out / self.task / f'{"-".join(filter(None, self[1:]))}.json'
-
-
-# ---- command line
+OURS = tuple(name for name in cases.BACKBONES if name.startswith('ConvNeur'))
+# (shape, chunk size, inner step) for classification and COCO.
+SPLIT_SETTINGS = (((8, 224, 224), 196, 1.0), ((1, 800, 1344), 4096, 1e-3))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tasks', nargs='+', choices=list(cases.TASKS), default=list(cases.TASKS), metavar='TASK',
-                        help=f'tasks to measure, from: {", ".join(cases.TASKS)} (default: all)')
-    parser.add_argument('--models', nargs='+', choices=list(cases.BACKBONES), default=list(cases.BACKBONES),
-                        metavar='MODEL', help=f'models to measure, from: {", ".join(cases.BACKBONES)} (default: all)')
-    parser.add_argument('--modes', nargs='+', choices=cases.MODES, default=list(cases.MODES), metavar='MODE',
-                        help=f'modes to measure, from: {", ".join(cases.MODES)} (default: both)')
-    parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True,
-                        help='also measure backbones alone with torch.compile (default: yes)')
-    parser.add_argument('--rounds', type=int, default=3, metavar='N',
-                        help='number of processes per cell (default: %(default)s)')
-    parser.add_argument('--calls', type=int, default=5, metavar='N',
-                        help='timed calls per process, after two untimed ones (default: %(default)s)')
-    parser.add_argument('--seconds', type=float, default=15, metavar='S',
-                        help='start no further call in a process after this time; the first is always timed '
-                        '(default: %(default)s)')
-    parser.add_argument('--shape', metavar='B,H,W', help='batch size, height and width for all tasks (default: '
-                        + ', '.join(f'{name} {",".join(map(str, task.shape))}' for name, task in cases.TASKS.items())
+    parser.add_argument('models', nargs='*', metavar='MODEL',
+                        help=f'models: {", ".join(cases.BACKBONES)}, or timm names (default: all of these; ConvNeur-m3 '
+                        'for --split)')
+    parser.add_argument('--task', choices=list(cases.TASKS), default='backbone', help='measure backbones alone or in '
+                        'this model (default: %(default)s)')
+    parser.add_argument('--split', action='store_true',
+                        help="measure the share of the four memories in each model's time; without --shape at "
+                        + ' and '.join(f'{"x".join(map(str, shape))} with chunks of {chunk} and inner step {step:g}'
+                                       for shape, chunk, step in SPLIT_SETTINGS))
+    parser.add_argument('--shape', metavar='B,H,W', help='batch size, height and width (default: '
+                        + '; '.join(f'{name} {",".join(map(str, task.shape))}' for name, task in cases.TASKS.items())
                         + ')')
-    parser.add_argument('--threads', type=int, metavar='N', help="number of CPU threads (default: torch's)")
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
-                        help='output folder of the JSON files (default: %(default)s)')
-    parser.add_argument('--table', action='store_true',
-                        help='print the tables of the results in --out, without measuring')
-    parser.add_argument('--measure', nargs=4, metavar=('TASK', 'MODEL', 'MODE', 'ENGINE'),
-                        help='measure one round of one cell in this process and print it as JSON')
-    return parser.parse_args(argv)
+    parser.add_argument('--chunk-size', type=int, metavar='L', help="tokens per chunk (default: the task's)")
+    parser.add_argument('--inner-step', type=float, help="factor of the generated step (default: the task's)")
+    parser.add_argument('--rule', choices=UPDATE_RULES, default='sequential', help='update rule (default: %(default)s)')
+    parser.add_argument('--backend', choices=['auto', *BACKENDS], default='auto',
+                        help="implementation of the memory (default: %(default)s)")
+    bench.add_common_arguments(parser, repeats=10)
+    args = parser.parse_args(argv)
+    if not args.models:
+        args.models = ['ConvNeur-m3'] if args.split else list(cases.BACKBONES)
+    return args
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -122,330 +78,229 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return batch, height, width
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise a ValueError for the first option outside its range."""
-    for name, least in (('rounds', 1), ('calls', 1), ('seconds', 0), ('threads', 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f'--{name} must be at least {least}, got {value}')
-    if args.shape:
-        parse_shape(args.shape)
-    if args.table and not args.out.is_dir():
-        raise ValueError(f'--out must be the folder of an earlier run for --table, got {str(args.out)!r}')
+# ---- models
 
 
-def shape_of(args: argparse.Namespace, task: str) -> tuple[int, int, int]:
-    return parse_shape(args.shape) if args.shape else cases.TASKS[task].shape
+def count_macs(module: nn.Module, x: Tensor) -> int:
+    """Count the multiply-accumulates of one forward pass at inference; of a detector or segmentor, of all its parts."""
+    module = copy.deepcopy(module).to('meta')
+    module.eval()  # some of mmpretrain's return None
+    image = torch.empty_like(x, device='meta', dtype=next(module.parameters()).dtype)
+    if hasattr(module, 'backbone'):
+        return int(add_up(count_parts(module, image)).macs)
+    return int(count_flops(module, image))
 
 
-# ---- one cell, in a process of its own
-
-
-def resident_bytes(field: str) -> int:
-    """Return 'VmRSS', the resident set of this process, or 'VmHWM', its largest so far.
-
-    Unlike ``getrusage``, this does not include the parent process.
-
-    Raises:
-        ValueError: If the system does not report it.
-    """
-    status = Path('/proc/self/status')
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith(f'{field}:'):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f'peak memory is read from {field} in {status}, which this system has not')
-
-
-def measure(cell: Cell, shape: tuple[int, int, int], calls: int, seconds: float) -> dict:
-    """Measure one round of a cell.
-
-    Returns:
-        dict: ``times_s`` (list[float]) of the calls; ``yardstick_s`` (list[float]), the yardstick's mean time around
-            each; ``peak_memory_bytes`` (int) of an eager cell, else None.
-    """
-    cases.import_packages(cell.task)
-    torch.manual_seed(0)
-    baseline = resident_bytes('VmRSS')
-    call = cases.make_call(cell.task, cases.build(*cell[:3]), cell.mode, shape, compiled=cell.engine == 'compiled')
-    for _ in range(WARMUP):
-        call()
-    # The compiler also runs in this process and takes more memory than the model. Read the peak before the yardstick.
-    peak = resident_bytes('VmHWM') - baseline if cell.engine == 'eager' else None
-    device = torch.device('cpu')
-    yardstick = cases.make_yardstick()
-    yardstick()
-    times, around = [], [bench.timed(yardstick, device)]
-    started = time.monotonic()
-    while not times or (len(times) < calls and time.monotonic() - started < seconds):
-        times.append(bench.timed(call, device))
-        around.append(bench.timed(yardstick, device))
-    yardsticks = [statistics.mean(pair) for pair in zip(around, around[1:])]
-    return dict(times_s=times, yardstick_s=yardsticks, peak_memory_bytes=peak)
-
-
-def count(cell: Cell, shape: tuple[int, int, int]) -> dict:
-    """Count parameters and one image's multiply-accumulates, for the model as measured in each mode."""
-    counts = {}
-    for mode in cases.MODES:
-        model = cases.build(cell.task, cell.model, mode).to('meta')
-        model.eval()
-        image = torch.empty(1, 3, *shape[1:], device='meta')
-        parts = ({'backbone': Count(count_parameters(model), count_flops(model, image))}
-                 if cell.task == 'backbone' else count_parts(model, image))
-        counts[mode] = dict(parameters=sum(part.parameters for part in parts.values()),
-                            macs=sum(part.macs for part in parts.values()))
-    return counts
-
-
-def measure_here(args: argparse.Namespace) -> dict:
-    """Measure the cell of ``--measure``.
-
-    Raises:
-        ValueError: If the cell does not exist.
-    """
-    cell = Cell(*args.measure)
-    allowed = cases.TASKS, cases.BACKBONES, (*cases.MODES, COUNT), (*ENGINES, '')
-    for name, value, values in zip(Cell._fields, cell, allowed):
-        if value not in values:
-            raise ValueError(f'--measure: {name} must be one of {", ".join(map(repr, values))}, got {value!r}')
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    shape = shape_of(args, cell.task)
-    if cell.mode == COUNT:
-        return count(cell, shape)
-    return measure(cell, shape, args.calls, args.seconds)
-
-
-# ---- all cells
-
-
-def read_cell(path: Path) -> dict:
-    """Read the file of a cell; return an empty dict if there is none.
-
-    Raises:
-        ValueError: If it is not JSON.
-    """
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path}: expected JSON, got {error}; remove the file to measure it again') from None
-
-
-def write_cell(path: Path, content: dict) -> None:
-    """Replace the file in one step, so that an interruption leaves the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part')
-    bench.write_json(part, content)
-    part.replace(path)
+# ---- runs
 
 
 class Run:
-    """All requested cells and their results."""
+    """One run of the benchmark: its options, and the models it left out."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        self.machine = bench.describe_machine(torch.device('cpu'))
-        self.progress = bench.Progress()
-        self.failed: set[Cell] = set()
-        self.contents = {cell: self.read(cell) for task in args.tasks for cell in self.cells(task)}
+        self.device = bench.set_up(args)
+        self.dtype = bench.DTYPES[args.dtype]
+        self.modes = MODES[:1] if args.forward_only else MODES
+        self.shape = parse_shape(args.shape) if args.shape else cases.TASKS[args.task].shape
+        self.memory_cfg = dict(update_rule=args.rule, backend=args.backend)
+        for name in ('chunk_size', 'inner_step'):
+            if getattr(args, name) is not None:
+                self.memory_cfg[name] = getattr(args, name)
+        self.progress = Progress()
+        self.skipped: list[dict] = []
+        self.machine = bench.describe_machine(self.device)
 
-    def cells(self, task: str) -> Iterator[Cell]:
-        """Yield a task's cells in the order in which they are measured."""
+    def skip(self, name: str, reason: str, **where) -> None:
+        self.skipped.append(dict(name=name, reason=reason, **where))
+        self.progress.note(f'left out {name}{"".join(f", {value}" for value in where.values())}: {reason}')
+
+    def images(self, shape: tuple[int, int, int]) -> Tensor:
+        batch, height, width = shape
+        return torch.randn(batch, 3, height, width, device=self.device, dtype=bench.weight_dtype(self.dtype))
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        return bench.prepare(module, self.device, self.dtype, self.args.compile)
+
+    def measure(self, modules: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, label: str,
+                optional: Sequence[str] = ()) -> dict[str, bench.Measurement]:
+        """Measure all modules side by side, each on its own input."""
         args = self.args
-        for model in args.models:
-            yield Cell(task, model, COUNT, '')
-        engines = ENGINES if args.compile and cases.TASKS[task].compiled else ENGINES[:1]
-        for mode, engine, model in itertools.product(args.modes, engines, args.models):
-            yield Cell(task, model, mode, engine)
+        calls = {name: cases.make_call(args.task, module, inputs[name], mode, self.dtype)
+                 for name, module in modules.items()}
+        results, failures = bench.measure(
+            calls, self.device, repeats=args.repeats, warmup=args.warmup, budget=args.budget, memory=args.memory,
+            label=label, optional=optional, progress=self.progress)
+        for name, reason in failures.items():
+            self.skip(name, reason, mode=mode)
+        return results
 
-    def read(self, cell: Cell) -> dict:
-        """Read a cell's file and check it against this run.
-
-        Raises:
-            ValueError: If it was measured on another machine or at another size.
-        """
-        path, here = cell.path(self.args.out), dict(shape=list(shape_of(self.args, cell.task)), machine=self.machine)
-        content = read_cell(path) or {**cell._asdict(), **here, 'rounds': []}
-        for key, value in here.items():
-            if content.get(key) != value and not self.args.table:
-                raise ValueError(f'{path} was measured with {key} {content.get(key)}, this run has {value}: choose '
-                                 'another --out, or remove the file')
-        return content
-
-    def missing(self) -> list[Cell]:
-        """Return what is left to measure: a cell for each missing round, task by task and round by round."""
-        left = []
-        for task in self.args.tasks:
-            of_task = [cell for cell in self.contents if cell.task == task]
-            for done in range(self.args.rounds):
-                left += [cell for cell in of_task if len(self.contents[cell]['rounds']) <= done
-                         and (cell.mode != COUNT or not done)]
-        return left
-
-    def estimate(self, left: Sequence[Cell]) -> float:
-        """Estimate the seconds that ``left`` will take, from earlier rounds of the cell or else of its kind."""
-        def kind(cell: Cell) -> tuple[str, str, str]:
-            return cell.task, cell.mode, cell.engine
-
-        of_kind: dict[tuple[str, str, str], list[float]] = {}
-        for cell, content in self.contents.items():
-            of_kind.setdefault(kind(cell), []).extend(one['wall_s'] for one in content['rounds'])
-
-        def seconds(cell: Cell) -> float:
-            own = [one['wall_s'] for one in self.contents[cell]['rounds']]
-            if own or of_kind[kind(cell)]:
-                return statistics.mean(own or of_kind[kind(cell)])
-            if cell.mode == COUNT:
-                return COUNT_GUESS
-            return COMPILED_GUESS if cell.engine == 'compiled' else FIRST_GUESS[cell.task]
-
-        return sum(seconds(cell) for cell in left)
-
-    def run(self) -> None:
-        """Measure everything that is missing; failures are noted and skipped."""
-        left = self.missing()
-        self.progress.note(f'{len(left)} processes to run, about {duration(self.estimate(left))}')
-        for i, cell in enumerate(left):
-            if cell in self.failed:
+    def compare(self) -> list[dict]:
+        """Compare whole models."""
+        args, shape = self.args, self.shape
+        bench.check_baseline(args.baseline, args.models)
+        if args.compile and args.task != 'backbone':
+            raise ValueError(f'--compile is for backbones alone, got --task {args.task}')
+        images = self.images(shape)
+        size = ' x '.join(map(str, shape))
+        rows, all_results = [], {}
+        for mode in self.modes:
+            modules, about = {}, {}
+            for name in args.models:
+                self.progress(f'building {name}')
+                try:
+                    module = cases.build(args.task, name, shape, self.memory_cfg, merged=mode == 'forward')
+                except MissingPeer as missing:
+                    self.skip(name, str(missing))
+                    continue
+                about[name] = dict(parameters=count_parameters(module), macs=count_macs(module, images))
+                modules[name] = self.prepare(module)
+            results = all_results[mode] = self.measure(
+                modules, dict.fromkeys(modules, images), mode, mode,
+                [name for name in modules if not name.startswith('ConvNeur')])
+            if not results:
                 continue
-            rest = [other for other in left[i:] if other not in self.failed]
-            self.progress(f'{i + 1}/{len(left)} {cell.label}; {duration(self.estimate(rest))} left')
-            self.run_cell(cell)
-        self.progress.clear()
+            baseline = args.baseline if args.baseline in results else next(iter(results))
+            of_mode = bench.result_rows(results, baseline, mode=mode, shape=shape)
+            for row in of_mode:
+                row.update(about[row['name']], images_per_s=shape[0] / row['median_s'])
+            rows += of_mode
+            print(f'\n{cases.TASKS[args.task].title}, {mode}, {size}; {len(of_mode[0]["times_s"])} rounds')
+            print(bench.format_table(
+                ('', 'params M', 'GMAC', 'images/s', 'median ms', 'min ms', 'spread', f'time / {baseline}', 'peak MiB'),
+                [(row['name'], f'{row["parameters"] / 1e6:.1f}', f'{row["macs"] / shape[0] / 1e9:.2f}',
+                  f'{row["images_per_s"]:.4g}', *bench.time_cells(row)) for row in of_mode]))
+        if args.plot and rows:
+            bench.plot_bars(args.plot, all_results, size)
+        return rows
 
-    def run_cell(self, cell: Cell) -> None:
-        """Measure one round of a cell in a new process, and add it to the cell's file."""
-        args, content = self.args, self.contents[cell]
-        command = [sys.executable, osp.realpath(__file__), '--measure', *cell, '--calls', str(args.calls),
-                   '--seconds', str(args.seconds)]
-        for option in ('threads', 'shape'):
-            if getattr(args, option):
-                command += [f'--{option}', str(getattr(args, option))]
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True,
-                              env=dict(os.environ, PYTHONWARNINGS='ignore'))
-        content.pop('error', None)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            content['error'] = lines[-1] if lines else f'exit code {done.returncode}'
-            self.failed.add(cell)
-            self.progress.note(f'{cell.label} failed: {content["error"]}')
-        else:
-            content['rounds'].append(dict(json.loads(done.stdout.splitlines()[-1]),
-                                          wall_s=time.monotonic() - started))
-        write_cell(cell.path(args.out), content)
+    def split(self) -> list[dict]:
+        """Measure the memories' share of each of our models, at one setting or at the two usual ones."""
+        args = self.args
+        bench.check_baseline(args.baseline, ['backbone'])
+        unknown = [name for name in args.models if name not in OURS]
+        if unknown or args.task != 'backbone':
+            raise ValueError(f'--split is for {", ".join(OURS)} alone, got {unknown or args.task}')
+        settings = SPLIT_SETTINGS if args.shape is None else (
+            (self.shape, args.chunk_size or 196, 1.0 if args.inner_step is None else args.inner_step),)
+        rows = []
+        for name in args.models:
+            for shape, chunk_size, inner_step in settings:
+                rows += self.split_one(name, shape, {**self.memory_cfg, 'chunk_size': chunk_size,
+                                                     'inner_step': inner_step})
+        if args.plot:
+            plot_split(args.plot, rows)
+        return rows
 
-    # ---- the tables
+    def split_one(self, name: str, shape: tuple[int, int, int], memory_cfg: dict) -> list[dict]:
+        """Measure one model at one setting: the whole, without branches, and each branch and memory alone.
 
-    def report(self) -> str:
-        """Format a table for each task, the machine, and notes."""
-        parts = []
-        for task in self.args.tasks:
-            batch, height, width = shape_of(self.args, task)
-            compiled = any(cell.engine == 'compiled' for cell in self.contents if cell.task == task)
-            header = [f'{cases.TASKS[task].title}, {batch} x {height} x {width}', 'params (M)', 'GMAC']
-            for mode in self.args.modes:
-                header += [f'{mode} ms'] + ['compiled'] * compiled
-            header += [f'{mode} MiB' for mode in self.args.modes]
-            parts.append(bench.format_table(header, [self.table_row(task, model, compiled)
-                                                     for model in self.args.models]))
-        measured = [content for content in self.contents.values() if content['rounds'] and content['mode'] != COUNT]
-        machines = [', '.join(f'{name} {value}' for name, value in machine.items()) for machine in
-                    {json.dumps(content['machine']): content['machine'] for content in measured}.values()]
-        rounds = sorted({len(content['rounds']) for content in measured}) or [0]
-        calls = max((len(one['times_s']) for content in measured for one in content['rounds']), default=0)
-        notes = NOTES.format(
-            yardstick=self.yardstick() * 1000, yardstick_name=cases.YARDSTICK, proposals=1000, detections=100,
-            objects=cases.OBJECTS, calls=calls,
-            rounds=f'{rounds[0]} rounds' if len(rounds) == 1 else f'{rounds[0]} to {rounds[-1]} rounds')
-        return '\n\n'.join([*parts, '\n'.join([notes, *self.remarks(), *machines])])
+        The parts run standalone on their recorded inputs, in the same rounds as the whole. The difference to the
+        backbone without branches measures the same share in another way, gate included.
+        """
+        images = self.images(shape)
+        model = cases.build('backbone', name, shape, memory_cfg)
+        parts = {}
+        for i, branch in enumerate(m for m in model.modules() if isinstance(m, GlobalBranch)):
+            parts |= {f'branch {i + 1}': branch, f'memory {i + 1}': branch.memory}
+        local = cases.build('backbone', f'{name}-local', shape, {})
+        model, local = (m.to(self.device, bench.weight_dtype(self.dtype)) for m in (model, local))
+        inputs = record_inputs(model, parts, images, self.dtype)
+        modules = {'backbone': model, 'backbone without branches': local, **parts}
+        inputs |= {'backbone': images, 'backbone without branches': images}
+        macs = {part: count_macs(module, inputs[part]) for part, module in modules.items()}
+        modules = {part: self.prepare(module) for part, module in modules.items()}
 
-    def table_row(self, task: str, model: str, compiled: bool) -> list[str]:
-        counted = self.contents[Cell(task, model, COUNT, '')]
-        cells = [f'{number:.{digits}f}' for number, digits in
-                 ((counted['rounds'][0]['inference']['parameters'] / 1e6, 1),
-                  (counted['rounds'][0]['inference']['macs'] / 1e9, 2 if task == 'backbone' else 0))
-                 ] if counted['rounds'] else [self.gap(counted)] * 2
-        for mode in self.args.modes:
-            for engine in ENGINES[:1 + compiled]:
-                content = self.contents[Cell(task, model, mode, engine)]
-                cells.append(bench.milliseconds(relative_time(content) * self.yardstick())
-                             if content['rounds'] else self.gap(content))
-        for mode in self.args.modes:
-            content = self.contents[Cell(task, model, mode, 'eager')]
-            peaks = [one['peak_memory_bytes'] for one in content['rounds']]
-            cells.append(f'{statistics.median(peaks) / 2**20:.0f}' if peaks else self.gap(content))
-        return [model, *cells]
-
-    def yardstick(self) -> float:
-        """Return the yardstick's seconds, the median over all processes."""
-        return statistics.median([seconds for cell, content in self.contents.items() if cell.mode != COUNT
-                                  for one in content['rounds'] for seconds in one['yardstick_s']] or [math.nan])
-
-    @staticmethod
-    def gap(content: dict) -> str:
-        """Return the text for a missing number."""
-        return 'failed' if 'error' in content else '-'
-
-    def remarks(self) -> list[str]:
-        """Return notes on OverLoCK's counts as trained, the spread of the rounds, and failures."""
-        lines = []
-        for cell, content in self.contents.items():
-            if cell.mode == COUNT and content['rounds']:
-                merged, trained = (content['rounds'][0][mode] for mode in cases.MODES)
-                if merged != trained:
-                    lines.append(f'{cell.model}, {cell.task}: merged at inference; as trained '
-                                 f'{trained["parameters"] / 1e6:.1f} M, {trained["macs"] / 1e9:.2f} GMAC')
-        spreads = [spread(content) for cell, content in self.contents.items()
-                   if cell.mode != COUNT and len(content['rounds']) > 1]
-        if spreads:
-            lines.append('rounds of a cell, (slowest - fastest) / median: '
-                         f'{statistics.median(spreads):.0%} in the median cell, {max(spreads):.0%} in the worst')
-        lines += [f'failed: {cell.label}: {content["error"]}' for cell, content in self.contents.items()
-                  if 'error' in content]
-        return lines
+        label = f'{name}, {"x".join(map(str, shape))}, chunks of {memory_cfg["chunk_size"]}'
+        rows: list[dict] = []
+        for mode in self.modes:
+            results = self.measure(modules, inputs, mode, f'{label}, {mode}')
+            if len(results) < len(modules):
+                self.skip(name, 'not all parts ran, see above', shape=shape, mode=mode)
+                continue
+            for kind in ('branch', 'memory'):
+                results[KINDS[kind]] = sum_of([m for part, m in results.items() if part.startswith(f'{kind} ')])
+                macs[KINDS[kind]] = sum(count for part, count in macs.items() if part.startswith(f'{kind} '))
+            for row in bench.result_rows(results, 'backbone', mode=mode, shape=shape, model=name, **memory_cfg):
+                rows.append({**row, 'macs': macs[row['name']], 'mac_share': macs[row['name']] / macs['backbone']})
+        print(f'\n{label}, inner step {memory_cfg["inner_step"]:g}: times and shares of the whole backbone')
+        by_part: dict[str, dict[str, dict]] = {}
+        for row in rows:
+            by_part.setdefault(row['name'], {})[row['mode']] = row
+        print(bench.format_table(
+            ('', 'GMAC', 'share', *(cell for mode in self.modes for cell in (f'{mode} ms', 'share', 'peak MiB'))),
+            [(part, f'{macs[part] / 1e9:.3f}', f'{macs[part] / macs["backbone"]:.1%}',
+              *(cell for mode in self.modes for cell in split_cells(of_part.get(mode))))
+             for part, of_part in by_part.items()]))
+        return rows
 
 
-def round_medians(content: dict) -> list[float]:
-    """Return each round's median call time, as a multiple of the yardstick's."""
-    return [statistics.median(map(operator.truediv, one['times_s'], one['yardstick_s'])) for one in content['rounds']]
+KINDS = {'branch': 'all branches', 'memory': 'all memories'}
 
 
-def relative_time(content: dict) -> float:
-    return statistics.median(round_medians(content))
+def split_cells(row: dict | None) -> tuple[str, str, str]:
+    if row is None:
+        return '', '', ''
+    return bench.milliseconds(row['median_s']), f'{row["ratio"]:.1%}', bench.mebibytes(row['peak_memory_bytes'])
 
 
-def spread(content: dict) -> float:
-    medians = round_medians(content)
-    return (max(medians) - min(medians)) / statistics.median(medians)
+def record_inputs(model: nn.Module, parts: dict[str, nn.Module], images: Tensor, dtype: torch.dtype
+                  ) -> dict[str, Tensor]:
+    """Return the input of each part in one forward pass of the model."""
+    inputs: dict[str, Tensor] = {}
+
+    def recorder(part: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[part] = args[0].detach()
+        return hook
+
+    hooks = [module.register_forward_pre_hook(recorder(part)) for part, module in parts.items()]
+    bench.forward(model, [images], dtype)()
+    for hook in hooks:
+        hook.remove()
+    return inputs
 
 
-def duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{minutes} min'
+def sum_of(parts: Sequence[bench.Measurement]) -> bench.Measurement:
+    """Add the parts' times, round by round; the sum has no peak memory."""
+    return bench.Measurement([sum(times) for times in zip(*(part.times for part in parts))])
+
+
+def plot_split(path: str, rows: Sequence[dict]) -> None:
+    """Plot shares of time and of multiply-accumulates, a plot for each model and setting."""
+    settings = list(dict.fromkeys((row['model'], row['shape'], row['chunk_size']) for row in rows))
+    figure, axes = bench.new_figure(len(settings))
+    for axis, setting in zip([axes] if len(settings) == 1 else axes, settings):
+        of_setting = [row for row in rows if (row['model'], row['shape'], row['chunk_size']) == setting
+                      and not row['name'].startswith('backbone')]
+        names = list(dict.fromkeys(row['name'] for row in of_setting))
+        modes = list(dict.fromkeys(row['mode'] for row in of_setting))
+        height = 0.8 / (len(modes) + 1)
+        for j, mode in enumerate([*modes, 'multiply-accumulates']):
+            shares = [next(row['ratio'] if mode in modes else row['mac_share'] for row in of_setting
+                           if row['name'] == name and (mode not in modes or row['mode'] == mode)) for name in names]
+            axis.barh([i + j * height for i in range(len(names))], [100 * share for share in shares], height,
+                      label=mode)
+        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
+        axis.invert_yaxis()
+        axis.set(xlabel='share of the backbone (%)',
+                 title=f'{setting[0]}, {"x".join(map(str, setting[1]))}, chunks of {setting[2]}')
+        axis.grid(axis='x', alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
-        check_args(args)
-        if args.measure:
-            print(json.dumps(measure_here(args)))
-            return
         run = Run(args)
-        try:
-            if not args.table:
-                run.run()
-        except KeyboardInterrupt:
-            sys.exit('\ninterrupted; the same command goes on where this one stopped')
-        print(run.report())
-    if run.failed:
-        sys.exit(f'error: {len(run.failed)} cells failed, see above')
+        bench.print_machine(run.machine)
+        rows = run.split() if args.split else run.compare()
+    if not rows:
+        sys.exit('error: nothing could be measured, see above')
+    if args.json:
+        bench.write_json(args.json, dict(benchmark=args.task, settings=vars(args), machine=run.machine, results=rows,
+                                         skipped=run.skipped))
 
 
 if __name__ == '__main__':

@@ -17,21 +17,20 @@ are skipped with a line that says how to install them.
 import argparse
 import importlib
 import math
-import os.path as osp
+import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-import _benchmark as bench
 import torch
 import torch.nn.functional as F
-from _benchmark import MODES, Measurement, MissingPeer
 from torch import Tensor, nn
 
+from convneur_mm.analysis import bench
+from convneur_mm.analysis.bench import MODES, Measurement, MissingPeer
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import BACKENDS, UPDATE_RULES, written_tokens

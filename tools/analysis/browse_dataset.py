@@ -7,25 +7,23 @@ r"""Draw the training images of a config with their labels, as the training pipe
 The pictures are PNGs named by position and source file; nothing is shown on a screen.
 """
 import argparse
-import os.path as osp
-import sys
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
 import numpy as np
-from _benchmark import Progress
-from _config import add_config_arguments, load_config, run
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
 from mmengine.runner import set_random_seed
 
+from convneur_mm.analysis.bench import Progress
 from convneur_mm.engine.checks.file_checks import check_data_files
+from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.engine.launch import add_config_arguments, config_of
 
 VISUALIZER_TYPES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
 Sample = dict[str, object]
@@ -104,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.number < 0:
         raise ValueError(f'--number must be at least 0, got {args.number}')
-    cfg = load_config(args)
+    cfg = config_of(args)
     if cfg.get('default_scope') not in VISUALIZER_TYPES:
         raise ValueError(f'{args.config}: default_scope must be one of {", ".join(VISUALIZER_TYPES)}, got '
                          f'{cfg.get("default_scope")!r}')
@@ -128,4 +126,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

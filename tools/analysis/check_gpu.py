@@ -11,20 +11,19 @@ reference, captures forward and backward in a CUDA graph, and times both. The la
 is 1 if a set of operators is wrong.
 """
 import argparse
-import os.path as osp
+import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-import _benchmark as bench
 import torch
-from torch import Tensor
 
+from convneur_mm.analysis import bench
+from convneur_mm.analysis.agreement import TOLERANCE, largest_error, results
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models import NeuralMemory
 from convneur_mm.ops.neural_memory import triton
@@ -37,8 +36,6 @@ TASKS = {
     'UperNet, 512 x 512': dict(batch=4, tokens=128 * 128, chunk_size=196, inner_step=1.0),
 }
 BACKENDS = ('torch', 'triton')
-# Relative error of float32 against float64; rounding grows with the number of dependent chunks.
-TOLERANCE = 1e-3
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,19 +45,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         'chunks of N / 3 tokens, instead of the sizes of the tasks')
     parser.add_argument('--repeats', type=int, default=20, metavar='N', help='timed rounds (default: %(default)s)')
     return parser.parse_args(argv)
-
-
-def results(layer: NeuralMemory, x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Return the output, and the gradients of tokens and parameters."""
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    return [y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])]
-
-
-def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest of the tensors' relative errors; infinite if one is NaN."""
-    errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, expected)]
-    return max(error if error == error else float('inf') for error in errors)
 
 
 def captured(call: Callable[[], object]) -> str:

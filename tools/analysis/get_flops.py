@@ -11,75 +11,27 @@ classifier, and merged, without it.
 """
 import argparse
 import copy
-import os.path as osp
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-import ablation_table
-import baseline_table
 import torch
-from _benchmark import format_table, write_json
-from _config import add_config_arguments, load_config, run
-from _flops import Count, count_flops, count_parameters, count_parts
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from convneur_mm.engine.launch import find_config
+from convneur_mm.analysis.bench import format_table, write_json
+from convneur_mm.analysis.flops import SHAPES, add_up, build_on_meta, count_flops, count_parameters, count_parts
+from convneur_mm.analysis.paper import COSTS, Cost
+from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.engine.launch import add_config_arguments, config_of, find_config
 from convneur_mm.models import ConvNeur, NeuralMemory, OverLoCK
 from convneur_mm.paths import config_root
 
-SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1344), mmseg=(512, 2048))
 PARTS = {'backbone': 'backbone', 'neck': 'neck', 'RPN': 'region proposal network', 'box heads': 'box heads',
          'mask heads': 'mask heads', 'head': 'head'}
-
-
-class Paper(NamedTuple):
-    """A paper's figures for a config: M parameters, G FLOPs, and any difference between its count and ours."""
-
-    params_m: float | None
-    gflops: float
-    note: str = ''
-
-
-class Classifier(NamedTuple):
-    """Row of the paper's Table 2: M parameters, G FLOPs, top-1 accuracy on ImageNet-1K."""
-
-    params_m: float
-    gflops: float
-    top1: float
-
-
-# The paper's figures by arch, not our runs.
-IMAGENET = dict(m1=Classifier(4.3, 0.71, 75.4), m2=Classifier(6.1, 1.01, 77.6), m3=Classifier(10.6, 1.77, 80.0),
-                m4=Classifier(18.1, 3.06, 81.5))
-
-
-def _paper_figures() -> dict[str, Paper]:
-    """Return the papers' figures by name of the shipped config, at its size in ``SHAPES``."""
-    # Figures of Tables 4 and 5 are in the tools for these tables.
-    figures = {f'convneur_{arch}_300e_in1k': Paper(row.params_m, row.gflops) for arch, row in IMAGENET.items()}
-    merged = 'OverLoCK\'s paper, merged, without the sums of ContMix'
-    figures |= {f'overlock/overlock_{arch}_300e_in1k': Paper(params, gflops, merged) for arch, params, gflops in
-                (('xt', 16, 2.6), ('t', 33, 5.5), ('s', 56, 9.7), ('b', 95, 16.7))}
-    for row in ablation_table.TABLE:
-        note = 'without the products with the attention matrix' if row.config == ablation_table.SELF_ATTENTION else ''
-        figures.setdefault(row.config, Paper(None, row.paper_gflops, note))
-    for row in baseline_table.TABLE:
-        if row.paper_gflops is not None:
-            note = '' if 'convneur' in row.config else 'norms, pooling and upsampling included'
-            figures[row.config] = Paper(None, row.paper_gflops, note)
-    return figures
-
-
-PAPER = _paper_figures()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,14 +41,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         '(default: 224 224 for a classifier, 800 1344 for a detector, 512 2048 for a segmentor)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all counts to FILE')
     return parser.parse_args(argv)
-
-
-def build(cfg: Config) -> nn.Module:
-    """Build the config's model on the meta device, in evaluation mode, without loading weights."""
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-    model.eval()
-    return model.to('meta')
 
 
 class StageCount(NamedTuple):
@@ -147,17 +91,13 @@ def count_stages(backbone: ConvNeur, image: Tensor) -> list[StageCount]:
     return counts
 
 
-def add_up(parts: dict[str, Count]) -> Count:
-    return Count(sum(part.parameters for part in parts.values()), sum(part.macs for part in parts.values()))
-
-
-def paper_figures(args: argparse.Namespace, shape: Sequence[int], scope: str) -> Paper | None:
+def paper_figures(args: argparse.Namespace, shape: Sequence[int], scope: str) -> Cost | None:
     """Return the paper's figures if it has them for this config, unchanged, at this size."""
     path = Path(find_config(args.config)).resolve()
     root = config_root().resolve()
     if args.cfg_options or tuple(shape) != SHAPES[scope] or root not in path.parents:
         return None
-    return PAPER.get(path.relative_to(root).with_suffix('').as_posix())
+    return COSTS.get(path.relative_to(root).with_suffix('').as_posix())
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -166,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict:
     Raises:
         ValueError: If the model cannot be counted, or not at this size.
     """
-    cfg = load_config(args)
+    cfg = config_of(args)
     scope = cfg.get('default_scope')
     if scope not in SHAPES or not cfg.get('model'):
         raise ValueError(f'{args.config}: expected a model and a default_scope out of {", ".join(SHAPES)}, got '
@@ -174,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict:
     shape = tuple(args.shape or SHAPES[scope])
     if min(shape) < 32:
         raise ValueError(f'--shape must be at least 32 32, got {shape[0]} {shape[1]}')
-    model, image = build(cfg), torch.empty(1, 3, *shape, device='meta')
+    model, image = build_on_meta(cfg), torch.empty(1, 3, *shape, device='meta')
     try:
         parts = count_parts(model, image)
     except (RuntimeError, AssertionError, IndexError) as error:
@@ -247,4 +187,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

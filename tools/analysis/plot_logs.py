@@ -12,18 +12,15 @@ import argparse
 import fnmatch
 import json
 import math
-import os.path as osp
-import sys
+import runpy
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-from _config import run
+from convneur_mm.engine.files.errors import one_line_errors
 
 DEFAULT_KEYS = ('loss', '*/*', 'lr')  # metrics are named evaluator/metric, or like mIoU
 METRIC_KEYS = ('mIoU', 'mAcc', 'aAcc')
@@ -198,4 +195,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

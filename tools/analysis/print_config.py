@@ -6,18 +6,17 @@ r"""Print a config as tools/train.py would run it: bases joined, overrides and s
         --cfg-options model.backbone.arch=m4
 """
 import argparse
-import os.path as osp
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-from _config import add_config_arguments, load_config, run
 from mmengine.config import Config
+
+from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.engine.launch import add_config_arguments, config_of
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +50,7 @@ def part(cfg: Config, key: str) -> object:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    cfg = load_config(args)
+    cfg = config_of(args)
     if args.key:
         cfg = Config({args.key.replace('.', '_'): part(cfg, args.key)})
     if args.out is None:
@@ -63,4 +62,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

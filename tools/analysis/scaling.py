@@ -13,8 +13,7 @@ processes working and nothing sent; the all-reduce alone; and both together in D
 needs the same cores as the backward pass, so the prediction is the sum of the first two.
 """
 import argparse
-import os.path as osp
-import sys
+import runpy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,20 +21,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
 import torch
 import torch.distributed as dist
-from _benchmark import format_table, milliseconds, write_json
-from _config import add_config_arguments, load_config, run
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from convneur_mm.engine.launch import without_sync_bn
+from convneur_mm.analysis.bench import format_table, milliseconds, write_json
+from convneur_mm.engine.files.errors import one_line_errors
+from convneur_mm.engine.launch import add_config_arguments, config_of, without_sync_bn
 
 # Bucket sizes of DistributedDataParallel, in bytes: the first bucket to become ready, and the others.
 BUCKETS = (2 ** 20, 25 * 2 ** 20)
@@ -76,7 +73,7 @@ def build(args: argparse.Namespace) -> nn.Module:
     Raises:
         ValueError: If the config has no model.
     """
-    cfg = load_config(args)
+    cfg = config_of(args)
     if not cfg.get('model'):
         raise ValueError(f'{args.config}: expected a model, got none')
     without_sync_bn(cfg.model)
@@ -246,4 +243,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    with one_line_errors():
+        main()

@@ -10,16 +10,12 @@ write, step, momentum and decay. docs/gate.md explains them.
 import argparse
 import os
 import os.path as osp
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
-    from _known_warnings import hide
-    hide()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
 import numpy as np
 

@@ -21,19 +21,14 @@ import importlib.util
 import json
 import math
 import os
-import os.path as osp
 import re
-import sys
+import runpy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
-    sys.path.append(osp.dirname(osp.dirname(osp.realpath(__file__))))  # tools/
-    from _environment import prepare
-    prepare()
-    from _known_warnings import hide
-    hide()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
 import torch
 import torch.nn.functional as F

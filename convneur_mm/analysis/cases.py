@@ -1,4 +1,4 @@
-"""Models measured by tools/analysis/benchmark.py: backbones alone, in a detector and in a segmentor.
+"""Models for benchmarks: backbones by themselves, and the same in a detector and in a segmentor.
 
 The detector and the segmentor are those of the shipped ConvNeur configs; only the backbone and the matching input
 channels are exchanged. Weights are random and nothing is frozen.
@@ -16,35 +16,28 @@ from mmengine.registry import MODELS as REGISTRY
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from convneur_mm import config
-from convneur_mm.models import ConvNeur, OverLoCK
-from convneur_mm.stack import require
+from .. import config
+from ..models import ConvNeur, OverLoCK
+from ..stack import require
+from . import bench
+from .bench import INSTALL, MissingPeer
 
 OBJECTS = 128  # as many as a mask head trains on in an image, so that random proposals do not matter
 
 
 class Task(NamedTuple):
-    """Model in which a backbone is measured.
-
-    Attributes:
-        title (str): Title in the table.
-        shape (tuple[int, int, int]): Images, height and width.
-        config (str): The shipped config of the model, '' for none.
-        compiled (bool): Whether it is also measured with ``torch.compile``.
-    """
+    """Model in which a backbone is measured: title, shape of the images, and the shipped config, '' for none."""
 
     title: str
     shape: tuple[int, int, int]
     config: str = ''
-    compiled: bool = False
 
 
 TASKS = {
-    'backbone': Task('Backbone alone', (8, 224, 224), compiled=True),
+    'backbone': Task('backbone alone', (8, 224, 224)),
     'detector': Task('Cascade Mask R-CNN', (1, 800, 1344), 'cascade_rcnn_convneur_m1_1x_coco'),
     'segmentor': Task('Semantic FPN', (1, 512, 2048), 'semantic_fpn_convneur_m1_80k_ade20k'),
 }
-MODES = ('inference', 'training')
 
 
 class Backbone(NamedTuple):
@@ -82,102 +75,100 @@ BACKBONES = {
 }
 
 
-YARDSTICK = 'the inference of ResNet-50 for 4 x 224 x 224'
-
-
-def make_yardstick() -> Callable[[], None]:
-    """Make a call of a few tenths of a second whose time measures the machine's current speed."""
-    return make_call('backbone', build('backbone', 'ResNet-50', 'inference'), 'inference', (4, 224, 224))
-
-
-def import_packages(task: str) -> None:
-    """Import what :func:`build` needs, which takes as much memory as a small model."""
-    for name in ('mmdet.models', 'mmpretrain.models', *['mmseg.models'] * (task == 'segmentor')):
-        require(name)
-
-
-def build(task: str, model: str, mode: str) -> nn.Module:
-    """Build the model on the CPU, in the measured mode; for inference OverLoCK is merged.
+def build(task: str, name: str, shape: tuple[int, int, int], memory_cfg: dict[str, object],
+          merged: bool = False) -> nn.Module:
+    """Build a model on the CPU, with random weights.
 
     Args:
-        task (str): A key of ``TASKS``.
-        model (str): A key of ``BACKBONES``.
-        mode (str): One of ``MODES``.
+        task (str): A key of :data:`TASKS`.
+        name (str): A key of :data:`BACKBONES`, with '-local' for a ConvNeur without its memories; for the backbone
+            alone also a name of timm's.
+        shape (tuple[int, int, int]): Images, height and width; timm's Swin depends on it.
+        memory_cfg (dict): Settings of ConvNeur's memories that replace the task's.
+        merged (bool): Whether OverLoCK's parallel convolutions are merged, as for inference. Defaults to False.
+
+    Raises:
+        MissingPeer: If timm is needed and not installed.
+        ValueError: If the name is unknown.
     """
-    import_packages(task)
-    backbone = BACKBONES[model]
-    if not TASKS[task].config:
-        module = whole = REGISTRY.build(backbone.settings)
-    else:
+    known, local = name.removesuffix('-local'), name.endswith('-local')
+    if known not in BACKBONES:
+        if task != 'backbone':
+            raise ValueError(f'unknown model {name!r}: expected one of {", ".join(BACKBONES)}')
+        return _from_timm(name, shape)
+    backbone = BACKBONES[known]
+    settings, frame = dict(backbone.settings), None
+    # mmdet and mmpretrain register the other backbones.
+    for package in ['mmdet.models', 'mmpretrain.models'] if settings['type'] not in ('ConvNeur', 'OverLoCK') else []:
+        require(package)
+    if TASKS[task].config:
         cfg = Config.fromfile(config(TASKS[task].config))
-        settings, frame = dict(backbone.settings), cfg.model
-        if settings['type'] == 'ConvNeur':  # use the task's memory settings
-            settings = dict(frame.backbone, **settings)
-            del settings['init_cfg']
-        frame.backbone = settings
-        frame.neck.in_channels = list(backbone.channels)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            # SyncBN needs GPUs.
-            whole = revert_sync_batchnorm(REGISTRY.build(frame))
-        module = whole.backbone
-    # Hide the logs of each parameter's initialisation and of missing pretrained weights.
-    MMLogger.get_current_instance().setLevel('ERROR')
-    whole.init_weights()
-    if mode == 'inference' and isinstance(module, OverLoCK):
-        module.switch_to_deploy()
-    whole.train(mode == 'training')  # mmpretrain's backbones return None
-    return whole
+        require(f'{cfg.default_scope}.models')
+        frame = cfg.model
+    if settings['type'] == 'ConvNeur':
+        memory = dict(frame.backbone.get('memory_cfg') or {}) if frame else {}
+        settings |= dict(memory_cfg={**memory, **memory_cfg}, placement='none' if local else 'stage')
+        if local:
+            del settings['memory_cfg']
+    MMLogger.get_current_instance().setLevel('ERROR')  # hides a line for each parameter's initialisation
+    if frame is None:
+        return _initialised(REGISTRY.build(settings), merged)
+    frame.backbone = settings
+    frame.neck.in_channels = list(backbone.channels)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        # SyncBN needs GPUs.
+        return _initialised(revert_sync_batchnorm(REGISTRY.build(frame)), merged)
 
 
-def make_call(task: str, model: nn.Module, mode: str, shape: tuple[int, int, int],
-              compiled: bool = False) -> Callable[[], None]:
-    """Make a call of one inference or one training step on random images, for a model from :func:`build`.
+def _initialised(model: nn.Module, merged: bool) -> nn.Module:
+    model.init_weights()
+    backbone = getattr(model, 'backbone', model)
+    if merged and isinstance(backbone, OverLoCK):
+        backbone.switch_to_deploy()
+    return model
 
-    A training step is a forward pass, the loss, a backward pass and a step of AdamW. A backbone alone has no loss, so
-    random gradients go into its outputs.
+
+def _from_timm(name: str, shape: tuple[int, int, int]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingPeer(f'timm is not installed ({error}); {INSTALL}') from error
+    if not timm.is_model(name):
+        raise ValueError(f'unknown model {name!r}: expected one of {", ".join(BACKBONES)}, or a name of timm')
+    # Swin's windows and masks depend on the image size.
+    extra = dict(img_size=shape[1:]) if name.startswith('swin') else {}
+    return timm.create_model(name, pretrained=False, features_only=True, out_indices=(-4, -3, -2, -1), **extra)
+
+
+def make_call(task: str, model: nn.Module, images: Tensor, mode: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Make a call of one forward, or forward and backward, pass of a model from :func:`build`.
+
+    A detector's or segmentor's forward pass is its prediction from random images, its backward pass that of its loss
+    on random targets. A backbone has no loss, so random gradients go into its outputs.
     """
-    batch, height, width = shape
-    images = torch.randn(batch, 3, height, width)
-    if mode == 'training':
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    module = torch.compile(model) if compiled else model
     if task == 'backbone':
-        loss = _Cotangents(module, images) if mode == 'training' else None
-        infer = lambda: module(images)  # noqa: E731
-    elif task == 'detector':
+        return bench.make_calls(model, [images], mode, dtype)
+    train = mode != 'forward'
+    batch, _, height, width = images.shape
+    if task == 'detector':
         samples = _detection_samples(batch, height, width, model.roi_head.bbox_head[-1].num_classes)
-        loss = lambda: _sum_losses(model, images, samples)  # noqa: E731
         infer = _DetectorInference(model, images, samples)
     else:
         samples = _segmentation_samples(batch, height, width, model.decode_head.num_classes)
-        loss = lambda: _sum_losses(model, images, samples)  # noqa: E731
         # Passing samples would keep the last call's scores, half a gigabyte, during the next call.
         infer = lambda: model.predict(images)  # noqa: E731
 
-    def inference() -> None:
-        with torch.no_grad():
-            infer()
+    def call() -> None:
+        model.train(train)
+        with torch.set_grad_enabled(train), bench.autocast(images.device, dtype):
+            if not train:
+                infer()
+                return
+            loss = _sum_losses(model, images, samples)
+        loss.backward()
+        model.zero_grad()
 
-    def training() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    return inference if mode == 'inference' else training
-
-
-class _Cotangents:
-    """Sum of a backbone's outputs times random numbers, which become the outputs' gradients."""
-
-    def __init__(self, module: nn.Module, images: Tensor) -> None:
-        self.module, self.images = module, images
-        self.cotangents: list[Tensor] = []
-
-    def __call__(self) -> Tensor:
-        outputs = self.module(self.images)
-        if not self.cotangents:
-            self.cotangents = [torch.randn_like(output) for output in outputs]
-        return sum((output * cotangent).sum() for output, cotangent in zip(outputs, self.cotangents))
+    return call
 
 
 def _sum_losses(model: nn.Module, images: Tensor, samples: Sequence) -> Tensor:

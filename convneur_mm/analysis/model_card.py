@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from _flops import count_parameters, count_parts
-from get_flops import SHAPES, add_up
 from mmengine.model import BaseModel
 
-from convneur_mm import __version__
-from convneur_mm.stack import installed_versions
+from .. import __version__
+from ..stack import installed_versions
+from .flops import SHAPES, add_up, count_parameters, count_parts
 
 
 def cost(model: BaseModel) -> dict[str, str]:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 Output = TypeVar('Output')
+# Height and width at which a model is counted, by its package.
+SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1344), mmseg=(512, 2048))
 
 
 class Count(NamedTuple):
@@ -97,14 +101,22 @@ def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
     return counts
 
 
+def add_up(parts: dict[str, Count]) -> Count:
+    """Return the sum of the counts of :func:`count_parts`."""
+    return Count(sum(part.parameters for part in parts.values()), sum(part.macs for part in parts.values()))
+
+
+def build_on_meta(cfg: Config) -> nn.Module:
+    """Build a config's model on the meta device, in evaluation mode, without loading weights."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model).eval().to('meta')
+
+
 def _as_list(modules: nn.Module) -> list[nn.Module]:
     """Return the stages of a cascade, or the single module, as a list."""
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
-def _attention_flops(query: Tensor | torch.Size, key: Tensor | torch.Size, *args: object, **kwargs: object) -> int:
-    """Count the FLOPs of q kᵀ and of its product with v, which the operator takes to be as wide as q.
-
-    PyTorch passes shapes; before 2.2 it passed the tensors.
-    """
-    return 4 * math.prod(getattr(query, 'shape', query)) * getattr(key, 'shape', key)[-2]
+def _attention_flops(query: torch.Size, key: torch.Size, *args: object, **kwargs: object) -> int:
+    """Count the FLOPs of q kᵀ and of its product with v, which the operator takes to be as wide as q."""
+    return 4 * math.prod(query) * key[-2]

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convneur_mm.ops.neural_memory.cpu import kernels as cpu_kernels
+from ..ops.neural_memory.cpu import kernels as cpu_kernels
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')}
 HALF = torch.bfloat16, torch.float16

@@ -1,0 +1,1 @@
+"""Counting and timing of models, tables of both, and the paper's figures."""
