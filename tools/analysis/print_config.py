@@ -34,7 +34,7 @@ def part(cfg: Config, key: str) -> object:
     Raises:
         ValueError: If the key does not exist; names its longest existing part and what that holds.
     """
-    value, found = cfg._cfg_dict, ''
+    value, found = cfg.to_dict(), ''
     for name in key.split('.'):
         if isinstance(value, dict) and name in value:
             value = value[name]

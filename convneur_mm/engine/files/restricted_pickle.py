@@ -291,7 +291,7 @@ class Unpickler(pickle._Unpickler):
         if self.record_size is not None:
             _, kind, key, _, length = reference
             dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-            if length * torch._utils._element_size(dtype) > self.record_size(key):
+            if length * dtype.itemsize > self.record_size(key):
                 raise pickle.UnpicklingError(f'the storage {key} is longer than its record')
         self.append(self.persistent_load(reference))
 

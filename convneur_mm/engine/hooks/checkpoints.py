@@ -12,7 +12,7 @@ from mmengine.fileio import BaseStorageBackend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, TestLoop
+from mmengine.runner import Runner
 from torch.optim import Optimizer
 
 from ..files.checkpoint import (
@@ -26,7 +26,7 @@ from ..files.checkpoint import (
 from ..files.errors import LaunchError
 from ..files.weights_file import CheckpointError
 from ..files.whole_files import remove_parts, write_files_whole, write_whole
-from ..runner.model_wrappers import own_weights
+from ..runner.model_wrappers import is_resumed, is_test, own_weights, started_from
 
 # Checkpoint of a run that SIGTERM ended, in its work dir.
 INTERRUPTED = 'interrupted.pth'
@@ -50,8 +50,8 @@ class CheckpointKeysHook(Hook):
         Raises:
             CheckpointError: If they are not the model's, or the training state is missing where it is needed.
         """
-        name = runner._load_from or 'the checkpoint'
-        if runner._resume and not (isinstance(checkpoint.get('message_hub'), dict)
+        name = started_from(runner) or 'the checkpoint'
+        if is_resumed(runner) and not (isinstance(checkpoint.get('message_hub'), dict)
                                    and {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys()):
             raise CheckpointError(f'{name} cannot be resumed from, as it holds weights but no state of training; name '
                                   'it as load_from instead')
@@ -63,15 +63,15 @@ class CheckpointKeysHook(Hook):
             checkpoint['state_dict'] = weights = renamed
         check_some_match(own, weights, name)
         differences = compare_weights(own, weights)
-        if not (runner._resume or _tests(runner)):
+        if not (is_resumed(runner) or is_test(runner)):
             check_backbone_shapes(differences, name)
             return
-        if not runner._resume:
+        if not is_resumed(runner):
             # This head supervises a segmentor's training, and has no part in predictions.
             differences = differences.without('auxiliary_head.')
         trained, used = _trained_classes(checkpoint), _used_classes(runner)
         check_all_match(own, differences, name, (len(trained), len(used)) if trained and used else None)
-        if runner._resume and isinstance(runner.optim_wrapper, OptimWrapper):
+        if is_resumed(runner) and isinstance(runner.optim_wrapper, OptimWrapper):
             _check_optimizer(runner.optim_wrapper.optimizer, checkpoint.get('optimizer'), name)
 
 
@@ -180,12 +180,12 @@ class ClassNamesHook(Hook):
         Raises:
             LaunchError: If there are more or fewer classes, or the same ones in another order.
         """
-        if not (runner._resume or _tests(runner)):
+        if not (is_resumed(runner) or is_test(runner)):
             return
         trained, used = _trained_classes(checkpoint), _used_classes(runner)
         if trained is None or used is None or list(trained) == list(used):
             return
-        split = 'test' if _tests(runner) else 'train'
+        split = 'test' if is_test(runner) else 'train'
         if len(trained) != len(used) or set(trained) == set(used):
             advice = 'Test on the classes it was trained for; for figures of each class add --cfg-options ' \
                      'test_evaluator.classwise=True to a detector\'s test, while a segmentor\'s log lists them anyway'
@@ -197,16 +197,12 @@ class ClassNamesHook(Hook):
         runner.logger.warning(f'the checkpoint calls its classes {_some(trained)}, the {split} data set {_some(used)}')
 
 
-def _tests(runner: Runner) -> bool:
-    return isinstance(runner._test_loop, TestLoop)
-
-
 def _trained_classes(checkpoint: dict) -> Sequence[str] | None:
     return ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
 
 
 def _used_classes(runner: Runner) -> Sequence[str] | None:
-    loop = runner.test_loop if _tests(runner) else runner.train_loop
+    loop = runner.test_loop if is_test(runner) else runner.train_loop
     return (getattr(loop.dataloader.dataset, 'metainfo', None) or {}).get('classes')
 
 

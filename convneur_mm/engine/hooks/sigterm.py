@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from ..files.whole_files import write_files_whole
 from ..runner.interrupts import Interrupted, signals
 from ..runner.loops import ResumableEpochBasedTrainLoop, ResumableIterBasedTrainLoop
+from ..runner.model_wrappers import is_resumed
 from .checkpoints import INTERRUPTED, record_checkpoint
 
 
@@ -41,7 +42,7 @@ class SaveAtSigtermHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Resume a training that ended within an epoch at that place."""
-        if not (runner._resume and isinstance(runner.train_loop, ResumableEpochBasedTrainLoop)):
+        if not (is_resumed(runner) and isinstance(runner.train_loop, ResumableEpochBasedTrainLoop)):
             return
         done, length = checkpoint['meta'].get('epoch_progress', (0, len(runner.train_dataloader)))
         if length == len(runner.train_dataloader):

@@ -12,7 +12,7 @@ import torchvision
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
+from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -23,7 +23,7 @@ from ...ops.neural_memory.op import resolve_backend
 from ...ops.neural_memory.operators import implementation
 from ...stack import uses_compiled_mmcv
 from ..files.checkpoint import checkpoint_weights, compare_weights
-from ..runner.model_wrappers import own_weights, unwrapped
+from ..runner.model_wrappers import is_resumed, own_weights, started_from, unwrapped
 from ..runner.optim import BFloat16OptimWrapper
 from ..runner.quiet_console import ON_CONSOLE, end_of_start
 
@@ -248,8 +248,8 @@ def memory_path(memory: NeuralMemory) -> str:
 
 def _weights(runner: Runner, model: nn.Module, loaded: str | None) -> list[tuple[str, str]]:
     if loaded:
-        source = _short(runner._load_from or find_latest_checkpoint(runner.work_dir) or 'a checkpoint')
-        if not runner._resume:
+        source = _short(started_from(runner) or find_latest_checkpoint(runner.work_dir) or 'a checkpoint')
+        if not is_resumed(runner):
             return [('weights', f'from {source}: {loaded}')]
         return [('weights', f'resumed from {source} at epoch {runner.epoch}, iteration {runner.iter}: {loaded}')]
     pretrained = []
@@ -267,7 +267,7 @@ def _data(runner: Runner, mode: str) -> str:
         loaders = {'test': runner.test_dataloader}
     else:
         loaders = {'train': runner.train_dataloader}
-        if isinstance(runner._val_loop, BaseLoop):
+        if runner.val_loop is not None:
             loaders['val'] = runner.val_dataloader
     sizes, classes = [], {}
     for split, loader in loaders.items():
@@ -296,7 +296,7 @@ def _batches(runner: Runner, mode: str, loader: DataLoader) -> str:
     by_iter = isinstance(loop, IterBasedTrainLoop)
     text += f'; {loop.max_iters} iterations' if by_iter else (
         f'; {_count(loop.max_epochs, "epoch")} of {_count(len(loader), "step")}')
-    if isinstance(runner._val_loop, BaseLoop):
+    if runner.val_loop is not None:
         text += f'; validation every {_interval(loop.val_interval, not by_iter)}'
     return text
 

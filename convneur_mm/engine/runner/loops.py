@@ -128,7 +128,8 @@ def seeded_loader(runner: Runner, dataloader: dict) -> DataLoader:
         config['batch_sampler'] = dict(type=SeededBatchSampler, drop_last=config.pop('drop_last', False))
     else:
         config['batch_sampler'] = dict(type=SeededBatchSampler, batch_sampler=inner)
-    return runner.build_dataloader(config, runner.seed, runner._randomness_cfg.get('diff_rank_seed', False))
+    diff_rank_seed = (runner.cfg.get('randomness') or {}).get('diff_rank_seed', False)
+    return runner.build_dataloader(config, runner.seed, diff_rank_seed)
 
 
 class _Resumable:
