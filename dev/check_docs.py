@@ -70,7 +70,6 @@ NOT_RUN = {
     'dev/run_mutations.py': 'takes hours',
     'tools/demo.py': 'serves until it is stopped; tests/test_tools/test_demo.py opens the page',
     'experiments/small_ablation.py': 'takes hours, or reads what took hours',
-    'experiments/hidden_object.py': 'takes hours, or reads what took hours',
     'tools/analysis/check_gpu.py': 'needs a GPU; tests/test_tools/test_check_gpu.py runs it in the interpreter',
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }

@@ -26,6 +26,7 @@ MAX_GRAD_NORM = 1.0
 LEGEND_COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0), (0.7, 0.7, 0.1))
 CELL = 4  # pixels, as the patch of the backbone's stem
 PIXEL_MEAN, PIXEL_STD = 0.25, 0.4
+CLOSED = 0.5  # grey of a closed box
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,118 @@ def shapes_pictures(split: str, number: int, size: int) -> tuple[Tensor, Tensor]
 
 def _normalised(images: Tensor) -> Tensor:
     return (images / 255 - 0.5) / 0.25
+
+
+# ---- hidden object
+
+
+@dataclass(frozen=True)
+class HiddenObject(Task):
+    """Clips of boxes with marks, which move at random: open at first, each with a colour, and then closed and grey.
+
+    A model names the colour of each box in every frame, and is measured in the last frames. Only a state that it
+    carries from frame to frame can tell it the colour of a closed box.
+
+    Attributes:
+        shown: Frames with open boxes, at the start of a clip.
+        hidden: Frames after them, with closed boxes; the last ``hidden`` are measured.
+        side: Side of a frame, in boxes.
+        box: Side of a box, in patches, which are all the same: a mark above a colour.
+        boxes: Boxes in a clip, each with its own mark.
+        marks: Marks to choose from, the same in all clips.
+        noise: Standard deviation of the pixel noise.
+        channels: Channels of the backbone, which has one block.
+        mem_channels: Channels of its memory.
+        long: Closed frames of the longer clips.
+    """
+
+    iterations: int = 500
+    batch: int = 16
+    lr: float = 2e-3
+    chunk_size: int = 64
+    solved: float = 0.9
+    chance: float = 1 / len(LEGEND_COLOURS)
+    seeds: int = 5
+    cost: float = 1.0
+    shown: int = 3
+    hidden: int = 3
+    side: int = 4
+    box: int = 2
+    boxes: int = 4
+    marks: int = 6
+    noise: float = 0.05
+    channels: int = 48
+    mem_channels: int = 64
+    long: int = 30
+
+    def build(self, carry: bool) -> nn.Module:
+        arch = dict(depths=[1], channels=[self.channels], mem_channels=self.mem_channels)
+        return _HiddenObjectModel(self.backbone(arch, out_indices=(0, )), carry)
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        clips, labels = self.clips(batch, g, self.hidden)
+        return (clips, ), labels
+
+    def clips(self, batch: int, g: torch.Generator, hidden: int) -> tuple[Tensor, Tensor]:
+        """Draw clips (B, T, 3, H, W), T = shown + ``hidden`` frames, and all boxes' colours, (B, T, H/4, W/4)."""
+        frames, places = self.shown + hidden, self.side**2
+        # Half of each mark's pixels are lit, and the marks are the same in all clips.
+        half = CELL // 2 * CELL
+        marks = torch.rand(self.marks, half, generator=torch.Generator().manual_seed(0)).argsort(-1) < half // 2
+        marks = marks.float().view(self.marks, 1, CELL // 2, CELL).expand(-1, 3, -1, -1)
+        chosen = torch.rand(batch, self.marks, generator=g).argsort(-1)[:, :self.boxes]
+        colours = torch.randint(len(LEGEND_COLOURS), (batch, self.boxes), generator=g)
+        taken = torch.rand(batch, frames, places, generator=g).argsort(-1)[..., :self.boxes]  # (B, T, boxes)
+
+        inside = torch.tensor(LEGEND_COLOURS)[colours][:, None].repeat(1, frames, 1, 1)  # (B, T, boxes, 3)
+        inside[:, self.shown:] = CLOSED
+        inside = inside[..., None, None].expand(-1, -1, -1, -1, CELL // 2, CELL)
+        patches = torch.cat((marks[chosen][:, None].expand_as(inside), inside), -2)  # (B, T, boxes, 3, 4, 4)
+
+        clip, frame = torch.arange(batch)[:, None, None], torch.arange(frames)[:, None]
+        size = self.side * self.box * CELL
+        pixels = torch.zeros(batch, frames, places, 3, self.box * CELL, self.box * CELL)
+        pixels[clip, frame, taken] = patches.repeat(1, 1, 1, 1, self.box, self.box)
+        pixels = pixels.unflatten(2, (self.side, self.side)).permute(0, 1, 4, 2, 5, 3, 6)
+        pixels = pixels.reshape(batch, frames, 3, size, size)
+        pixels = pixels + self.noise * torch.randn(pixels.shape, generator=g)
+        labels = torch.full((batch, frames, places), IGNORED)
+        labels[clip, frame, taken] = colours[:, None].expand_as(taken)
+        labels = labels.unflatten(2, (self.side, self.side))
+        labels = labels.repeat_interleave(self.box, 2).repeat_interleave(self.box, 3)
+        return (pixels - PIXEL_MEAN) / PIXEL_STD, labels
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        """Measure accuracy on clips as in training, on longer ones, without any states, and on open boxes."""
+        def measured(number: int, hidden: int, carry: bool, frames: slice) -> float:
+            clips, labels = self.clips(number, g, hidden)
+            model.carry = carry
+            return accuracy(predict(model, (clips, ))[:, frames], labels[:, frames])
+
+        last, carry = slice(-self.hidden, None), model.carry
+        return dict(accuracy=measured(128, self.hidden, carry, last),
+                    hidden_for_30_frames=measured(32, self.long, carry, last),
+                    state_thrown_away=measured(128, self.hidden, False, last),
+                    open_boxes=measured(128, self.hidden, carry, slice(self.shown)))
+
+
+class _HiddenObjectModel(nn.Module):
+
+    def __init__(self, backbone: ConvNeur, carry: bool) -> None:
+        super().__init__()
+        self.backbone, self.carry = backbone, carry
+        self.head = nn.Conv2d(backbone.channels[-1], len(LEGEND_COLOURS), 1)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Map (B, T, 3, H, W) to logits (B, colours, T, H/4, W/4)."""
+        if not self.carry:
+            features, = self.backbone(clips.flatten(0, 1))
+            return self.head(features).unflatten(0, clips.shape[:2]).transpose(1, 2)
+        logits, states = [], None
+        for frame in clips.unbind(1):
+            (features, ), states = self.backbone(frame, states=states, return_states=True)
+            logits.append(self.head(features))
+        return torch.stack(logits, 2)
 
 
 # ---- training

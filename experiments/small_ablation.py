@@ -7,10 +7,13 @@ r"""Measure what each part of ConvNeur contributes, on generated tasks that trai
     experiments/small_ablation.py --tasks legend --variants none --budget-factor 3
     # only read the runs' files
     experiments/small_ablation.py --table --plot ablation.png
+    # what a memory gains that is carried from frame to frame of a clip
+    experiments/small_ablation.py --tasks "hidden object"
 
 Tasks: recall (key and value, the global branch alone), legend (a pattern's meaning is given elsewhere in the picture,
-outside the local branch's view), shapes (one generated shape, told by its outline). Every run writes its own JSON file;
-a run whose file exists is not repeated.
+outside the local branch's view), shapes (one generated shape, told by its outline), and, if asked for, hidden object
+(clips whose first frames show what later ones hide). Every run writes its own JSON file; a run whose file exists is not
+repeated.
 """
 import argparse
 import json
@@ -31,13 +34,14 @@ if __name__ == '__main__':
 
 import mmengine
 import torch
-from _small_tasks import Legend, Recall, Shapes, Task, train
+from _small_tasks import HiddenObject, Legend, Recall, Shapes, Task, train
 from mmengine.logging import MMLogger
 
 from convneur_mm.analysis import bench
 from convneur_mm.engine.files.errors import one_line_errors
 
-TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes()}
+TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes(), 'hidden object': HiddenObject()}
+DEFAULT_TASKS = ('recall', 'legend', 'shapes')
 # Options of the backbone, and the side of the tiles if the memory takes the tokens in tiles and not row by row.
 VARIANTS: dict[str, dict] = {
     'none': dict(placement='none'),
@@ -58,12 +62,19 @@ VARIANTS: dict[str, dict] = {
     'final, add': dict(fusion='add', memory_cfg=dict(retrieve='final')),
     'final, concat': dict(fusion='concat', memory_cfg=dict(retrieve='final')),
 }
+# Options of the model of hidden objects, whose backbone is always the same.
+STATES: dict[str, dict] = {'without state': dict(carry=False), 'carried state': dict(carry=True)}
 
 RESULT_KEYS = ('task', 'variant', 'budget_factor', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
 # Task fields that change neither a training nor its figures. Iterations are in a run's settings, with the budget.
 REPORT_FIELDS = ('iterations', 'solved', 'chance', 'seeds', 'cost')
 # Task → (variant, budget factor) → results of its seeds.
 Results = dict[str, dict[tuple[str, float], list[dict]]]
+
+
+def variants_of(task: str) -> dict[str, dict]:
+    """Return the options of each variant of a task."""
+    return STATES if task == 'hidden object' else VARIANTS
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class Run:
     def settings(self) -> dict:
         """Return what the result depends on besides the seed, in JSON's types."""
         task = {name: value for name, value in asdict(TASKS[self.task]).items() if name not in REPORT_FIELDS}
-        return json.loads(json.dumps(dict(task=task, options=VARIANTS[self.variant], iterations=self.iterations)))
+        options = variants_of(self.task)[self.variant]
+        return json.loads(json.dumps(dict(task=task, options=options, iterations=self.iterations)))
 
     def path(self, folder: Path) -> Path:
         name = f'{self.task}-{self.variant}-x{self.budget_factor:g}-seed{self.seed}'
@@ -95,10 +107,11 @@ class Run:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), metavar='TASK',
-                        help=f'tasks to train, from: {", ".join(TASKS)} (default: all)')
-    parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS), metavar='VARIANT',
-                        help='variants, from: ' + ', '.join(repr(name) for name in VARIANTS) + ' (default: all)')
+    parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(DEFAULT_TASKS), metavar='TASK',
+                        help=f'tasks to train, from: {", ".join(TASKS)} (default: {", ".join(DEFAULT_TASKS)})')
+    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, *STATES], default=[*VARIANTS, *STATES],
+                        metavar='VARIANT', help='variants, from: ' + ', '.join(map(repr, VARIANTS)) + '; of hidden '
+                        'objects ' + ', '.join(map(repr, STATES)) + ' (default: all)')
     parser.add_argument('--seeds', type=int, metavar='N', help='train with seeds 0 to N - 1 (default: by task, '
                         + ', '.join(f'{name} {task.seeds}' for name, task in TASKS.items()) + ')')
     parser.add_argument('--budget-factor', type=float, default=1.0, metavar='X',
@@ -125,7 +138,7 @@ def wanted_runs(args: argparse.Namespace) -> list[Run]:
     """List the requested runs, sorted by seed, so that a stopped ablation has an even table."""
     seeds = {name: args.seeds or TASKS[name].seeds for name in args.tasks}
     return [Run(task, variant, args.budget_factor, seed) for seed in range(max(seeds.values()))
-            for task in args.tasks if seed < seeds[task] for variant in args.variants]
+            for task in args.tasks if seed < seeds[task] for variant in args.variants if variant in variants_of(task)]
 
 
 def execute(run: Run, task: Task, settings: dict) -> dict:

@@ -1,5 +1,4 @@
-"""experiments/hidden_object.py: nothing in a closed frame tells a colour, and stopped trainings go on."""
-import json
+"""The task of hidden objects in experiments/_small_tasks.py: nothing in a closed frame tells a colour."""
 from dataclasses import replace
 
 import pytest
@@ -7,15 +6,8 @@ import torch
 
 
 @pytest.fixture
-def tool(script, monkeypatch):
-    """The tool, its task made small: two iterations on little clips."""
-    hidden_object = script('hidden_object')
-    monkeypatch.setattr(hidden_object, 'TASK', replace(
-        hidden_object.TASK, iterations=2, batch=2, side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8))
-    monkeypatch.setattr(hidden_object, 'LONG', 4)
-    threads = torch.get_num_threads()
-    yield hidden_object
-    torch.set_num_threads(threads)
+def tool(script):
+    return script('_small_tasks')
 
 
 def generator() -> torch.Generator:
@@ -49,7 +41,8 @@ def test_labels_are_the_colours_of_the_open_frames(tool):
 
 def test_only_a_carried_state_sees_earlier_frames(tool):
     torch.manual_seed(0)
-    model = tool.TASK.build(carry=True).double().eval()
+    task = replace(tool.HiddenObject(), side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8)
+    model = task.build(carry=True).double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -60,40 +53,3 @@ def test_only_a_carried_state_sees_earlier_frames(tool):
         assert [gradient[:, t].abs().max() > 0 for t in range(3)] == [carry, True, False]
         one_by_one = torch.stack([model(clips[:, t:t + 1])[:, :, 0] for t in range(3)], 2)
         assert torch.allclose(model(clips), one_by_one, atol=1e-10) == (not carry)
-
-
-def test_stopped_trainings_go_on_and_are_reported(tool, tmp_path, capsys, monkeypatch):
-    tool.main(['--seeds', '1', '--out-dir', str(tmp_path)])
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ['carried-state-seed0.json', 'without-state-seed0.json']
-    result = json.loads((tmp_path / files[0]).read_text())
-    assert result['settings']['iterations'] == 2 and set(result['figures']) == {
-        'accuracy', 'hidden_for_30_frames', 'state_thrown_away', 'open_boxes'}
-    (tmp_path / files[0]).unlink()
-    executed, execute = [], tool.execute
-    monkeypatch.setattr(tool, 'execute', lambda *run: executed.append(run) or execute(*run))
-    tool.main(['--seeds', '1', '--out-dir', str(tmp_path)])
-    assert executed == [('carried state', 0)]
-    again = json.loads((tmp_path / files[0]).read_text())
-    assert again['figures'] == result['figures']
-
-    capsys.readouterr()
-    tool.main(['--table', '--plot', str(tmp_path / 'plot.png'), '--out-dir', str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == '2 iterations, chance 0.25, solved from 0.90 on'
-    assert [line.split('|')[1].strip() for line in lines[-2:]] == list(tool.VARIANTS)
-    assert f'{again["figures"]["accuracy"]:.2f}' in lines[-1]
-    assert (tmp_path / 'plot.png').stat().st_size > 0
-
-
-@pytest.mark.parametrize('content, message', [
-    ('{}', 'is not the result of a run'), (None, 'was made with other settings than these')])
-def test_results_that_do_not_fit_are_refused(content, message, tool, tmp_path, refused):
-    with refused("holds no results of 'without state'"):
-        tool.main(['--table', '--out-dir', str(tmp_path)])
-    path = tmp_path / 'without-state-seed0.json'
-    if content is None:
-        content = json.dumps(dict.fromkeys(tool.RESULT_KEYS))
-    path.write_text(content)
-    with refused(message):
-        tool.main(['--out-dir', str(tmp_path)])
