@@ -35,7 +35,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
-from .checks.file_checks import data_sets
+from .checks.file_checks import data_sets, walk
 from .files.errors import LaunchError
 
 Settings = Mapping[str, object]
@@ -273,14 +273,7 @@ def _pipeline_places(pipeline: object, name: str) -> Iterator[_Place]:
 
 
 def _dicts(node: object, name: str) -> Iterator[tuple[dict, str]]:
-    """Yield all dicts of a part of the config with their full names."""
-    if isinstance(node, dict):
-        yield node, name
-        for key, value in node.items():
-            yield from _dicts(value, f'{name}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for i, value in enumerate(node):
-            yield from _dicts(value, f'{name}[{i}]')
+    return ((value, key) for key, value in walk(node, name) if isinstance(value, dict))
 
 
 INIT_CFG = 'model.backbone.init_cfg'

@@ -21,7 +21,7 @@ from convneur_mm.datasets.shapes_formats import ADE20K_SPLITS, mask_to_segmentat
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_shapes.py'
 MAKERS = {'coco': make_shapes_coco, 'ade20k': make_shapes_ade20k, 'imagenet': make_shapes_imagenet}
-SIZES = {'train': 40, 'val': 20}
+SIZES = {'train': 18, 'val': 9}
 SEED = 3
 
 every_form = pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)

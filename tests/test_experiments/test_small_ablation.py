@@ -19,6 +19,8 @@ def ablation(script, monkeypatch):
         recall=dict(iterations=2, batch=2, side=4, channels=16, chunk_size=4),
         legend=dict(iterations=2, batch=2, channels=16, mem_channels=16),
         shapes=dict(iterations=2, batch=2, num_train=4, num_val=6, depths=(1, 1), channels=(8, 16), mem_channels=16))
+    shrunk['hidden object'] = dict(iterations=2, batch=2, side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8,
+                                   long=4)
     assert set(shrunk) == set(small_ablation.TASKS)
     for name, fields in shrunk.items():
         monkeypatch.setitem(small_ablation.TASKS, name, replace(small_ablation.TASKS[name], **fields))
@@ -150,8 +152,8 @@ def test_train_repeats(tasks):
 
 def test_every_variant_builds(ablation):
     """On every task, with the options that its name says."""
-    for name, options in ablation.VARIANTS.items():
-        for task in ablation.TASKS.values():
+    for key, task in ablation.TASKS.items():
+        for name, options in ablation.variants_of(key).items():
             inputs, labels = task.draw(2, generator())
             logits = task.build(**options)(*inputs)
             assert logits.shape[2:] == labels.shape[1:] and len(logits) == 2, name
@@ -203,12 +205,20 @@ def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):
     assert len(executed) == len(set(executed)) == 12
     assert all(path.read_text() == text for path, text in before.items())
     out = capsys.readouterr().out
-    for task in ablation.TASKS:
+    for task in ablation.DEFAULT_TASKS:
         assert f'\n{task}: 2 iterations' in out
     result = json.loads((tmp_path / 'runs' / 'legend-final-x1-seed1.json').read_text())
     assert result['settings']['options'] == dict(memory_cfg=dict(retrieve='final'))
     assert result['settings']['iterations'] == 2 and result['seed'] == 1
     assert set(result['figures']) == {'accuracy', 'legend_at_top', 'legend_at_bottom'}
+
+
+def test_a_carried_state_is_measured(ablation, tmp_path):
+    ablation.main(['--tasks', 'hidden object', '--seeds', '1', '--out-dir', str(tmp_path)])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ['hidden-object-carried-state-x1-seed0.json', 'hidden-object-without-state-x1-seed0.json']
+    assert set(json.loads((tmp_path / files[0]).read_text())['figures']) == {
+        'accuracy', 'hidden_for_30_frames', 'state_thrown_away', 'open_boxes'}
 
 
 def test_other_process_equals_this_one(ablation, tmp_path):

@@ -44,7 +44,7 @@ def recall_accuracy(**memory_cfg) -> float:
 
 
 @pytest.mark.parametrize('options', [
-    pytest.param({}, id='default'), pytest.param(dict(retrieve='final'), id='final'),
+    pytest.param({}, id='default'), pytest.param(dict(retrieve='final'), id='final', marks=pytest.mark.slow),
     pytest.param(dict(update_rule='parallel'), id='parallel', marks=pytest.mark.slow)])
 def test_recall(options):
     assert recall_accuracy(**options) >= 0.99

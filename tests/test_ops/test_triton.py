@@ -29,13 +29,16 @@ def python(*args, **env: str) -> str:
 
 @needs_triton
 @pytest.mark.timeout(1200)  # the interpreter takes minutes, several times that with coverage
-@pytest.mark.parametrize('device', ['interpreter', *(['cuda'] if torch.cuda.is_available() else [])])
-def test_equals_reference(device, tmp_path):
+@pytest.mark.parametrize('device, chosen', [
+    ('interpreter', 'test_equals_reference or test_operators or test_half_precision or test_widths'),
+    pytest.param('interpreter', '', marks=pytest.mark.slow),
+    *([('cuda', '')] if torch.cuda.is_available() else [])])
+def test_equals_reference(device, chosen, tmp_path):
     environment = dict(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='01'[device == 'interpreter'])
     if device == 'interpreter':
         environment['CUDA_VISIBLE_DEVICES'] = ''
-    python('-m', 'pytest', '-q', '--import-mode=importlib', '-p', 'no:cacheprovider', FOLDER / 'check_triton.py',
-           **environment)
+    python('-m', 'pytest', '-q', '--import-mode=importlib', '-p', 'no:cacheprovider', '-k', chosen,
+           FOLDER / 'check_triton.py', **environment)
 
 
 @pytest.fixture(scope='module')

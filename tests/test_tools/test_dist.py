@@ -133,16 +133,6 @@ def test_two_processes_test_as_one(trained):
         assert [cv2.imread(str(path)).shape for path in pictures] == [(64, 128, 3)] * 5
 
 
-def test_fewer_classes_than_the_checkpoint_has_are_refused(trained):
-    """mmdet would take the head's first labels for the two, whatever they are, and fail on the others."""
-    folder, size, _ = trained
-    done = run(warm_python(), ROOT / 'tools' / 'test.py', 'child.py', 'work/epoch_1.pth', '--work-dir', 'subset',
-               '--cfg-options', *size, "test_dataloader.dataset.metainfo.classes=('square','ring')", cwd=folder)
-    assert done.returncode != 0
-    assert 'model.roi_head.mask_head.num_classes=6, but test_dataloader.dataset.metainfo.classes has 2 ' in done.stdout
-    assert 'classwise=True' in done.stdout
-
-
 def start_nodes(folders, *args):
     """A launch in each of the folders, as if each were a machine, of one process; returns (exit code, output) of each.
     """

@@ -369,6 +369,7 @@ def test_slurm_port(slurm):
 # ---- all together
 
 
+@pytest.mark.slow
 def test_a_copy_trains_whatever_is_active(foreign, tmp_path):
     """A checkout that is installed nowhere, in a folder with blanks, from / and with other Pythons active."""
     root = tmp_path / 'check out'

@@ -77,7 +77,7 @@ def shorten(path: Path, count: int, has_masks: bool) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize('has_masks', [True, False])
+@pytest.mark.parametrize('has_masks', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_detection(tool, write, trained, root, monkeypatch, has_masks):
     monkeypatch.setitem(tool.LIMITS, 'det', (96, 96))
     for split, count in (('train', 8), ('val', 1)):

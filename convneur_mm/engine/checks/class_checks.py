@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import mmap
 import os.path as osp
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file, list_from_file
 from mmengine.registry import DATASETS
 
-from ..files.errors import LaunchError
-from .file_checks import data_sets, evaluators, local_path
+from ..files.errors import LaunchError, some
+from .file_checks import data_sets, evaluators, local_path, walk
 
 # Keys of the heads of mmdet, mmseg and mmpretrain whose ``num_classes`` is that of the data. A proposal head has one
 # class, and a detector's semantic head has its own classes.
@@ -108,7 +109,7 @@ def _classes_of(dataset: dict, kind: type | None, key: str) -> DataClasses | Non
     if classes and classes.is_set and own and _defined_in(kind, 'get_label_map', 'mmseg.datasets.basesegdataset'):
         others = [name for name in classes.names if name not in own]
         if others:
-            raise LaunchError(f'{classes.key}: {kind.__name__} has {_some(own)}, and not {_some(others)}; for label '
+            raise LaunchError(f'{classes.key}: {kind.__name__} has ({some(own)}), and not ({some(others)}); for label '
                               'maps of other classes set type=\'BaseSegDataset\' in the data set')
     return classes
 
@@ -138,14 +139,14 @@ def _classes_of_folders(dataset: dict, classes: DataClasses | None, key: str) ->
     if classes is None:
         return DataClasses(f'{key}.classes', names, False)
     if len(names) != len(classes.names):
-        raise LaunchError(f'{classes}, whereas {folder} has {len(names)} class folders {_some(names)}: '
+        raise LaunchError(f'{classes}, whereas {folder} has {len(names)} class folders ({some(names)}): '
                           f'{_differences(classes.names, names)}; set {key}.classes={_literal(names)}, or mend the '
                           'folders')
     moved = [name for label, name in enumerate(names)
              if name in classes.names and classes.names[label] != name]
     if moved:
         raise LaunchError(f'mmpretrain numbers the classes in the order of the sorted folders of {folder}, '
-                          f'{_some(names)}, whereas {classes.key} has them as {_some(classes.names)}, so that names '
+                          f'({some(names)}), whereas {classes.key} has them as ({some(classes.names)}), so that names '
                           f'would be swapped: set {key}.classes={_literal(names)}')
     return classes
 
@@ -162,12 +163,12 @@ def _check_categories(classes: DataClasses, path: str, where: str = '') -> None:
                           'their own: give them other names, or make one of them')
     missing = [name for name in classes.names if name not in categories]
     if missing:
-        raise LaunchError(f'{where}{classes}, but {path} has no category {_some(missing)}; it has '
-                          f'{_some(categories)}: set metainfo.classes of all data sets to those that are to be found, '
+        raise LaunchError(f'{where}{classes}, but {path} has no category ({some(missing)}); it has '
+                          f'({some(categories)}): set metainfo.classes of all data sets to those that are to be found, '
                           f'such as {_literal(categories)}, and num_classes of all heads to their number')
-    raise LaunchError(f'{where}mmdet numbers the classes in the order of {path}, {_some(found)}, whereas {classes.key} '
-                      f'has them as {_some(classes.names)}, so that names would be swapped: set metainfo.classes='
-                      f'{_literal(found)} in all data sets')
+    raise LaunchError(f'{where}mmdet numbers the classes in the order of {path}, ({some(found)}), whereas '
+                      f'{classes.key} has them as ({some(classes.names)}), so that names would be '
+                      f'swapped: set metainfo.classes={_literal(found)} in all data sets')
 
 
 def coco_categories(path: str) -> tuple[str, ...]:
@@ -245,7 +246,7 @@ def _check_equal(first: DataClasses, other: DataClasses) -> None:
 def _check_heads(cfg: Config, classes: DataClasses, splits: tuple[str, ...]) -> None:
     """Check that each head and mmpretrain's preprocessor have as many classes as the data."""
     number = len(classes.names)
-    counts = {f'{key}.num_classes': head['num_classes'] for key, head in _heads(cfg['model'], 'model')
+    counts = {f'{key}.num_classes': head['num_classes'] for key, head in _heads(cfg['model']).items()
               if isinstance(head.get('num_classes'), int) and not _is_binary(head, number)}
     for key, preprocessor in (('data_preprocessor', cfg.get('data_preprocessor')),
                               ('model.data_preprocessor', cfg['model'].get('data_preprocessor'))):
@@ -261,15 +262,14 @@ def _check_heads(cfg: Config, classes: DataClasses, splits: tuple[str, ...]) -> 
     raise LaunchError(f'{", ".join(f"{key}={count}" for key, count in wrong.items())}, but {classes}: {advice}')
 
 
-def _heads(cfg: dict, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield (config key, config) of each head whose number of classes is that of the data."""
-    for name, value in cfg.items():
-        if name in HEADS:
-            heads = [(f'{key}.{name}', value)] if isinstance(value, dict) else [
-                (f'{key}.{name}[{i}]', head) for i, head in enumerate(value or ())]
-            yield from ((where, head) for where, head in heads if isinstance(head, dict))
-        elif isinstance(value, dict):
-            yield from _heads(value, f'{key}.{name}')
+def _heads(model: dict) -> dict[str, dict]:
+    """Return the heads whose number of classes is that of the data, by config key; heads within heads are their own."""
+    heads: dict[str, dict] = {}
+    for key, value in walk(model, 'model'):
+        name = re.sub(r'\[\d+]$', '', key).rpartition('.')[2]
+        if name in HEADS and isinstance(value, dict) and not any(key.startswith(f'{head}.') for head in heads):
+            heads[key] = value
+    return heads
 
 
 def _is_binary(head: dict, number: int) -> bool:
@@ -278,19 +278,14 @@ def _is_binary(head: dict, number: int) -> bool:
 
 
 def _differences(first: Sequence[str], other: Sequence[str]) -> str:
-    parts = [f'{name} {_some(names)}' for name, names in (
+    parts = [f'{name} ({some(names)})' for name, names in (
         ('only the former has', [name for name in first if name not in other]),
         ('only the latter has', [name for name in other if name not in first])) if names]
     return ', '.join(parts) or 'a name is there twice'
 
 
 def _count(names: Sequence[str]) -> str:
-    return f'{len(names)} class{"es" * (len(names) != 1)} {_some(names)}'
-
-
-def _some(names: Sequence[str], count: int = 6) -> str:
-    shown = ', '.join(map(str, names[:count]))
-    return f'({shown}, … {len(names)} in all)' if len(names) > count else f'({shown})'
+    return f'{len(names)} class{"es" * (len(names) != 1)} ({some(names)})'
 
 
 def _literal(names: Sequence[str], count: int = 12) -> str:

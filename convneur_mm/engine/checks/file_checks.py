@@ -37,6 +37,14 @@ def check_data_files(cfg: Config, splits: tuple[str, ...]) -> None:
                 raise LaunchError(f'{key}: {path} does not exist (looked for from {os.getcwd()}); set it to {where}')
 
 
+def walk(node: object, key: str) -> Iterator[tuple[str, object]]:
+    """Yield (config key, value) of a part of a config and of everything within it, from the outside in."""
+    yield key, node
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for name, value in inner:
+        yield from walk(value, f'{key}.{name}' if isinstance(node, dict) else f'{key}[{name}]')
+
+
 def data_sets(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
     """Yield (config key, config) of each data set of a split, inside any wrappers."""
     loader = cfg.get(f'{split}_dataloader')
@@ -106,20 +114,8 @@ def check_no_pickled_data(cfg: Config, splits: tuple[str, ...]) -> None:
         LaunchError: Names the key and the file of the first data that would be unpickled.
     """
     for split in splits:
-        for key, value in _leaves(cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'):
+        for key, value in walk(cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'):
             if isinstance(value, str) and value.endswith(('.pkl', '.pickle')):
                 raise LaunchError(f'{key}: {value} was not loaded, because unpickling can run any code; {ALLOW}')
             if key.endswith('.decode_backend') and value == 'pickle':
                 raise LaunchError(f'{key}: the data were not loaded, because unpickling can run any code; {ALLOW}')
-
-
-def _leaves(cfg: object, key: str) -> Iterator[tuple[str, object]]:
-    """Yield (config key, value) of all values within dicts and lists."""
-    if isinstance(cfg, dict):
-        for name, value in cfg.items():
-            yield from _leaves(value, f'{key}.{name}')
-    elif isinstance(cfg, (list, tuple)):
-        for i, value in enumerate(cfg):
-            yield from _leaves(value, f'{key}[{i}]')
-    else:
-        yield key, cfg

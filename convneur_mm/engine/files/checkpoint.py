@@ -18,6 +18,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
+from .errors import some
 from .safe_files import pickle_is_allowed, safe_loading
 from .weights_file import (
     CheckpointError,
@@ -25,7 +26,6 @@ from .weights_file import (
     check_structure,
     load_file,
     one_line,
-    printable,
     weights_of,
 )
 
@@ -174,8 +174,8 @@ def check_some_match(expected: Iterable[str], found: Iterable[str], filename: st
     """Raise a CheckpointError if the checkpoint has none of the model's weights."""
     expected, found = list(expected), list(found)
     if not set(expected) & set(found):
-        raise CheckpointError(f'{filename} holds none of the model\'s weights: the model has {_some(expected)}, '
-                              f'the checkpoint {_some(found)}{_convnext_remedy(found, filename)}')
+        raise CheckpointError(f'{filename} holds none of the model\'s weights: the model has {some(expected, 4)}, '
+                              f'the checkpoint {some(found, 4)}{_convnext_remedy(found, filename)}')
 
 
 def check_all_match(own: Collection[str], differences: Differences, filename: str, classes: tuple[int, int] | None
@@ -233,7 +233,7 @@ def check_backbone_shapes(differences: Differences, filename: str) -> None:
     wrong = [_shapes(name, *shapes) for name, shapes in differences.other_shape.items() if _module(name) == 'backbone']
     if wrong:
         raise CheckpointError(f'{filename} is of another backbone, and MMEngine would leave random what does not fit: '
-                              f'{_some(wrong, 1)}. Another arch?')
+                              f'{some(wrong, 1)}. Another arch?')
 
 
 def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None, allow_pickle: bool = False) -> None:
@@ -264,7 +264,7 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     check_some_match(own, candidates or weights, filename)
     reshaped = compare_weights(own, candidates).other_shape
     if reshaped:
-        wrong = _some([f'{name} {there} (expected {here})' for name, (there, here) in reshaped.items()])
+        wrong = some([f'{name} {there} (expected {here})' for name, (there, here) in reshaped.items()], 4)
         if all(_without_ones(there) == _without_ones(here) for there, here in reshaped.values()):
             raise CheckpointError(f'{filename} holds 1 x 1 convolutions where the model has linear layers, or the '
                                   'reverse: save it again with each of these weights reshaped, '
@@ -276,10 +276,10 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     if missing:
         if _has_memory(own) and not _has_memory(candidates):  # mmpretrain's ConvNeXt-V2 uses our names
             remedy = f'. If these are weights of ConvNeXt-V2, convert them by {_conversion(filename)}'
-        logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: {_some(missing)}'
-                       f'{remedy}')
+        logger.warning(f'{filename} lacks {len(missing)} backbone weights, which stay as initialised: '
+                       f'{some(missing, 4)}{remedy}')
     if unexpected:
-        logger.info(f'{len(unexpected)} weights of {filename} are not used: {_some(unexpected)}')
+        logger.info(f'{len(unexpected)} weights of {filename} are not used: {some(unexpected, 4)}')
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -299,8 +299,3 @@ def _convnext_remedy(names: Iterable[str], filename: str) -> str:
 
 def _conversion(filename: str) -> str:
     return shlex.join([CONVERTER, filename, 'NEW.pth'])
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    shown = printable(', '.join(names[:count]))
-    return f'{shown}, … ({len(names)} in all)' if len(names) > count else shown or 'nothing'

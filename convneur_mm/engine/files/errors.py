@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...stack import StackError
@@ -11,6 +11,17 @@ from ...stack import StackError
 
 class LaunchError(ValueError):
     """User input cannot work; the message is one line that names the input, the reason and the remedy."""
+
+
+def printable(text: str) -> str:
+    """Return text without line breaks and the control characters that a terminal would obey."""
+    return ''.join(character if character.isprintable() else '?' for character in ' '.join(text.split()))
+
+
+def some(names: Sequence[object], count: int = 6) -> str:
+    """Return the first ``count`` names for a message, and the number of all if there are more; 'nothing' for none."""
+    shown = printable(', '.join(map(str, names[:count])))
+    return f'{shown}, … {len(names)} in all' if len(names) > count else shown or 'nothing'
 
 
 def shows_tracebacks() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.serialization import load as torch_load
 
 from . import restricted_pickle
+from .errors import printable
 
 ALLOW = 'if you trust its source, allow it: --allow-pickle on the command line, allow_pickle=True in Python'
 
@@ -121,8 +122,3 @@ def _load_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
 def one_line(error: Exception) -> str:
     text = printable(str(error)) or type(error).__name__
     return text if len(text) <= 200 else f'{text[:200]} …'
-
-
-def printable(text: str) -> str:
-    """Return text without line breaks and the control characters that a terminal would obey."""
-    return ''.join(character if character.isprintable() else '?' for character in ' '.join(text.split()))

@@ -23,7 +23,7 @@ from ..files.checkpoint import (
     checkpoint_weights,
     compare_weights,
 )
-from ..files.errors import LaunchError
+from ..files.errors import LaunchError, some
 from ..files.weights_file import CheckpointError
 from ..files.whole_files import remove_parts, write_files_whole, write_whole
 from ..runner.model_wrappers import is_resumed, is_test, own_weights, started_from
@@ -192,9 +192,10 @@ class ClassNamesHook(Hook):
             if split == 'train':
                 advice = 'Resume with the classes it was trained for, or name it as load_from instead'
             raise LaunchError(
-                f'the checkpoint tells {_some(trained)} apart, but {split}_dataloader.dataset has the classes '
-                f'{_some(used)}: its predictions would count for the wrong ones. {advice}')
-        runner.logger.warning(f'the checkpoint calls its classes {_some(trained)}, the {split} data set {_some(used)}')
+                f'the checkpoint tells ({some(trained)}) apart, but {split}_dataloader.dataset has the classes '
+                f'({some(used)}): its predictions would count for the wrong ones. {advice}')
+        runner.logger.warning(f'the checkpoint calls its classes ({some(trained)}), the {split} data set '
+                              f'({some(used)})')
 
 
 def _trained_classes(checkpoint: dict) -> Sequence[str] | None:
@@ -204,8 +205,3 @@ def _trained_classes(checkpoint: dict) -> Sequence[str] | None:
 def _used_classes(runner: Runner) -> Sequence[str] | None:
     loop = runner.test_loop if is_test(runner) else runner.train_loop
     return (getattr(loop.dataloader.dataset, 'metainfo', None) or {}).get('classes')
-
-
-def _some(names: Sequence[str], count: int = 8) -> str:
-    shown = ', '.join(map(str, names[:count]))
-    return f'({shown}, … {len(names)} in all)' if len(names) > count else f'({shown})'

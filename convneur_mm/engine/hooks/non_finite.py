@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..files.errors import LaunchError
+from ..files.errors import LaunchError, some
 from ..runner.model_wrappers import own_weights
 
 # Key of their number in the message hub, and so in checkpoints.
@@ -71,8 +71,8 @@ class NonFiniteLossHook(Hook):
             return
         if broken:
             parts = [name for name, value in outputs.items() if name != 'loss' and not _is_finite(value)]
-            what = f'loss is {loss}{f" ({_some(parts)})" if parts else ""} at iteration {runner.iter + 1} in ' \
-                   f'process {runner.rank}, images {_some(_images(data_batch))}'
+            what = f'loss is {loss}{f" ({some(parts)})" if parts else ""} at iteration {runner.iter + 1} in ' \
+                   f'process {runner.rank}, images {some(_images(data_batch) or ["unknown"])}'
         else:
             what = f'the loss of another process is not finite at iteration {runner.iter + 1}'
         if not self.max_skips:
@@ -98,7 +98,7 @@ class NonFiniteLossHook(Hook):
                   and name in weights and not torch.isfinite(weights[name]).all()]
         if broken:
             raise LaunchError(f'after iteration {checkpoint["meta"]["iter"]} these weights are not finite, and were '
-                              f'not saved: {_some(broken)}; go on from the checkpoint before, with a lower '
+                              f'not saved: {some(broken)}; go on from the checkpoint before, with a lower '
                               'optim_wrapper.optimizer.lr or with optim_wrapper.clip_grad')
 
 
@@ -110,7 +110,3 @@ def _images(batch: object) -> list[str]:
     """Return the image paths of a batch, or 'without a path' for a sample without."""
     samples = batch.get('data_samples') if isinstance(batch, dict) else None
     return [str(getattr(sample, 'img_path', 'without a path')) for sample in samples or ()]
-
-
-def _some(names: list[str], count: int = 8) -> str:
-    return f'{", ".join(names[:count])}{f", … {len(names)} in all" if len(names) > count else ""}' or 'unknown'

@@ -9,6 +9,7 @@ from mmengine.config import Config
 
 from ...paths import config_root
 from ...stack import StackError, check_cuda_operators, require
+from ..checks.file_checks import walk
 from ..files.checkpoint import fetch_checkpoint, is_mmengine_name, read_checkpoint
 from ..files.errors import LaunchError
 from ..files.weights_file import CheckpointError, CheckpointNotFoundError
@@ -117,10 +118,7 @@ def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str
 
 def without_sync_bn(cfg: dict | list) -> bool:
     """Replace SyncBN, which needs a GPU, by BN in place, and return whether there was any."""
-    found = isinstance(cfg, dict) and cfg.get('type') == 'SyncBN'
-    if found:
-        cfg['type'] = 'BN'
-    for value in cfg.values() if isinstance(cfg, dict) else cfg:
-        if isinstance(value, (dict, list)):
-            found = without_sync_bn(value) or found
-    return found
+    found = [node for _, node in walk(cfg, 'model') if isinstance(node, dict) and node.get('type') == 'SyncBN']
+    for node in found:
+        node['type'] = 'BN'
+    return bool(found)
