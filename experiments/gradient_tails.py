@@ -4,13 +4,13 @@
     experiments/gradient_tails.py
     experiments/gradient_tails.py --settings 196/1 num_chunks=16 --rules sequential,previous --samples 100
 
-A sample is a picture of generated shapes of 448 x 588, newly drawn weights, and the gradient of a per-pixel cross-
-entropy behind a random linear head. The model is stage 1 of ConvNeur-m1, with 16,464 tokens: 84 chunks of 196. All
+A sample is a picture of generated shapes, newly drawn weights, and the gradient of a per-pixel cross- entropy behind a
+random linear head. The model is stage 1 of ConvNeur-m1; at 448 x 588 it has 16,464 tokens, 84 chunks of 196. All
 settings see the same samples. The first columns are norms of the gradient of all the memory's weights: the median over
-samples, the 99 % quantile, the largest over the median, and the kurtosis, 3 for a normal distribution. The next
-columns are the largest over the median for some of its weights, for the rest of the backbone, and for the tokens, that
-is the gradient at the memory's input, with a norm for each chunk of each sample. Of these norms, the share above x
-falls as x^-index: for an index below 2 the variance, and below 1 the mean, grows without bound with more samples.
+samples, the 99 % quantile, the largest over the median, and the kurtosis, 3 for a normal distribution. The next columns
+are the largest over the median for some of its weights, for the rest of the backbone, and for the tokens, that is the
+gradient at the memory's input, with a norm for each chunk of each sample. Of these norms, the share above x falls as
+x^-index: for an index below 2 the variance, and below 1 the mean, grows without bound with more samples.
 """
 import argparse
 import functools
@@ -38,7 +38,7 @@ from convneur_mm.models import ConvNeur
 from convneur_mm.ops.neural_memory import RETRIEVALS, UPDATE_RULES
 
 ARCH = dict(depths=[1], channels=[40], mem_channels=80)
-HEIGHT, WIDTH = 448, 588
+SHAPE = 448, 588
 RULES = {f'{rule},{retrieve}': dict(update_rule=rule, retrieve=retrieve)
          for rule in UPDATE_RULES for retrieve in RETRIEVALS}
 
@@ -61,6 +61,9 @@ SETTINGS = {
     'max_write_norm=0.1': Setting(dict(chunk_size=196, inner_step=1.0, max_write_norm=0.1)),
     'decay bias -2': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=-2.0),
     'decay bias 0': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=0.0),
+    'normalised': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=0.25)),
+    'normalised, 0.5': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=0.5)),
+    'normalised, 1': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=1.0)),
 }
 # Parameters of the memory, by prefixes of their names.
 MEMORY_GROUPS = {'M_0': ('w1', 'w2'), 'generators': ('generators.', ), 'key, value': ('key.', 'value.'),
@@ -84,6 +87,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                             metavar=name.upper()[:-1], help=f'{name} to run, from: {"; ".join(known)} (default: all)')
     parser.add_argument('--samples', type=int, default=30, metavar='N',
                         help='samples of each case (default: %(default)s)')
+    parser.add_argument('--shape', type=int, nargs=2, default=SHAPE, metavar=('H', 'W'),
+                        help='height and width of the pictures (default: %(default)s)')
     parser.add_argument('--threads', type=int, metavar='N', help="number of CPU threads (default: torch's)")
     args = parser.parse_args(argv)
     for name, least in (('samples', 2), ('threads', 1)):
@@ -94,15 +99,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @functools.lru_cache(maxsize=64)  # all settings see the same samples
-def sample(seed: int) -> tuple[Tensor, Tensor]:
+def sample(seed: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Return a picture (1, 3, H, W), normalised by its mean and deviation, and the tokens' classes, (1, H/4, W/4)."""
-    scene = scene_at(seed, 'train', 0, max(HEIGHT, WIDTH))
+    scene = scene_at(seed, 'train', 0, max(height, width))
     labels = np.zeros(scene.image.shape[:2], np.int64)
     for instance in scene.instances:
         labels[instance.mask] = instance.label + 1
-    image = torch.from_numpy(scene.image[:HEIGHT, :WIDTH].copy()).permute(2, 0, 1).float()
+    image = torch.from_numpy(scene.image[:height, :width].copy()).permute(2, 0, 1).float()
     image = (image - image.mean()) / image.std()
-    return image[None], torch.from_numpy(labels[2:HEIGHT:4, 2:WIDTH:4].copy())[None]
+    return image[None], torch.from_numpy(labels[2:height:4, 2:width:4].copy())[None]
 
 
 def build(setting: Setting, rule: str, seed: int) -> tuple[ConvNeur, nn.Conv2d]:
@@ -117,9 +122,9 @@ def build(setting: Setting, rule: str, seed: int) -> tuple[ConvNeur, nn.Conv2d]:
     return backbone, head
 
 
-def add_norms(norms: Norms, setting: Setting, rule: str, seed: int) -> None:
+def add_norms(norms: Norms, setting: Setting, rule: str, seed: int, shape: Sequence[int] = SHAPE) -> None:
     """Add the norms of one sample."""
-    image, labels = sample(seed)
+    image, labels = sample(seed, *shape)
     backbone, head = build(setting, rule, seed)
     memory = backbone.stages[0][0].global_branch.memory
     tokens: list[Tensor] = []
@@ -177,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for rule in args.rules:
             norms = Norms()
             for seed in range(args.samples):
-                add_norms(norms, SETTINGS[name], rule, seed)
+                add_norms(norms, SETTINGS[name], rule, seed, args.shape)
             rows.append(row(name, rule, norms))
             print(*rows[-1], file=sys.stderr, flush=True)
     header = ('setting', 'rule', 'median', '99 %', 'max / median', 'kurtosis', *MEMORY_GROUPS, REST, 'tokens',

@@ -66,10 +66,10 @@ def trace(memory: NeuralMemory, x: Tensor, state: MemoryState | None = None, ret
         *written, _ = write_all(qkv, *start, UpdateGenerators(*generators), options,
                                 implementation(resolve_backend(memory.backend), start[1]))
         errors, outputs = (torch.stack([chunk[i].view(len(x), -1) for chunk in written]) if written else
-                           w1.new_empty(0, len(x), factor * memory.channels) for i, factor in ((3, 1), (5, 3)))
+                           w1.new_empty(0, len(x), factor * memory.channels) for i, factor in ((3, 1), (6, 3)))
         step, eta, alpha = outputs.sigmoid().chunk(3, dim=-1)
         norms = [torch.linalg.vector_norm(bounded(
             options.inner_step * coefficients(output, memory.head_dim)[0] * gradient, options.max_write_norm),
-            dim=(-2, -1)).view(len(x), -1) for _, _, gradient, _, _, output in written]
+            dim=(-2, -1)).view(len(x), -1) for _, _, gradient, *_, output in written]
     return ChunkTrace(options.chunk_size, x.size(1), errors, options.inner_step * step, eta, alpha,
                       torch.stack(norms) if norms else w1.new_empty(0, len(x), memory.num_heads))

@@ -34,6 +34,22 @@ def test_options_are_those_of_the_plain_form(name):
     plain.assert_close(layer(tokens)[0], plain.neural_memory(tokens[0], weights, **options), 'the tokens')
 
 
+def test_a_normalised_step():
+    """Equals the reference, at sizes that are segments too, and begins with a larger step."""
+    layer = make_layer(chunk_size=9, step_normalization=0.25).double()
+    x = torch.randn(2, 9000, 32, dtype=torch.float64)
+    with torch.no_grad():
+        found = layer(x), layer(x[:, :40])
+        layer.backend = 'reference'
+        assert all((y - layer(x[:, :y.size(1)])).norm() <= 1e-12 * y.norm() for y in found)
+        layer.step_normalization = 0.0
+        assert (layer(x[:, :40]) - found[1]).norm() > 1e-3 * found[1].norm()
+    step, _, _ = NeuralMemory(32, step_normalization=0.25).generators[2].bias.chunk(3)
+    assert (step == 0).all()
+    with pytest.raises(ValueError, match='step_normalization must be a finite number of at least 0, got -1'):
+        NeuralMemory(32, step_normalization=-1)
+
+
 @pytest.mark.parametrize('tokens, chunk_size', [(50, 13), (52, 13), (3, 1)])
 def test_chunks_by_their_number(tokens, chunk_size):
     x = torch.randn(2, tokens, 32)

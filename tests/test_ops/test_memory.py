@@ -92,7 +92,7 @@ def test_the_backward_is_the_derivative(name):
 
 @pytest.mark.usefixtures('nan_in_new_tensors')
 @pytest.mark.parametrize('options', [
-    MemoryOptions(20), MemoryOptions(40),
+    MemoryOptions(20), MemoryOptions(40), MemoryOptions(20, step_normalization=0.25),
     MemoryOptions(20, update_rule='parallel', retrieve='final', return_state=True)], ids=str)
 def test_operator_of_the_loop(options):
     w1, w2, *generators = weights()

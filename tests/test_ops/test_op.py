@@ -20,6 +20,7 @@ from convneur_mm.ops.neural_memory import (
 from convneur_mm.ops.neural_memory.memory import begin, write_all
 from convneur_mm.ops.neural_memory.op import resolve_backend
 from convneur_mm.ops.neural_memory.operators import implementation
+from convneur_mm.ops.neural_memory.reference import curvature, read
 from convneur_mm.ops.neural_memory.types import MIN_WRITE_NORM
 
 pytestmark = pytest.mark.usefixtures('both_codes')
@@ -28,7 +29,7 @@ RULES = ('sequential', 'parallel')
 RETRIEVALS = ('previous', 'final')
 # Of each option, for every implementation.
 CHANGES = (dict(chunk_size=12), dict(inner_step=0.9), dict(max_write_norm=0.9), dict(update_rule='parallel'),
-           dict(retrieve='final'), dict(qk_norm_eps=2.0))
+           dict(retrieve='final'), dict(qk_norm_eps=2.0), dict(step_normalization=0.25))
 VECTORS = Path(__file__).parents[1] / 'data' / 'neural_memory.npz'
 
 
@@ -177,7 +178,8 @@ def test_gradcheck(rule, retrieve):
     assert write_norms(inputs, 2).min() > 1
 
     def outputs(*tensors):
-        y, state = call(tensors, chunk_size=2, update_rule=rule, retrieve=retrieve, return_state=True)
+        y, state = call(tensors, chunk_size=2, update_rule=rule, retrieve=retrieve, return_state=True,
+                        step_normalization=0.25 if retrieve == 'final' else 0.0)
         return y, *state
 
     few = [x.detach().requires_grad_(i == 1) for i, x in enumerate(inputs)]  # keys, whose gradient goes all ways
@@ -185,9 +187,26 @@ def test_gradcheck(rule, retrieve):
     assert torch.autograd.gradcheck(outputs, inputs, fast_mode=True)
 
 
-def test_gradgradcheck():
+@pytest.mark.parametrize('normalization', [0.0, 0.25])
+def test_gradgradcheck(normalization):
     inputs = make_inputs(batch=1, heads=1, tokens=5)
-    assert torch.autograd.gradgradcheck(lambda *x: call(x, chunk_size=2)[0], inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: call(x, chunk_size=2, step_normalization=normalization)[0], inputs, fast_mode=True)
+
+
+def test_the_curvature_is_a_bound():
+    """The largest eigenvalue of Eq. 3's Gauss-Newton matrix is below it, and not far below where tokens agree."""
+    _, k, _, w1, w2, *_ = [x.detach() for x in make_inputs(batch=2, heads=3, tokens=6, d=5, e=4)]
+    for keys in k, k[:, :, :1].expand_as(k):
+        bounds = curvature(keys, w1.expand(2, -1, -1, -1), w2.expand(2, -1, -1, -1))[..., 0, 0]
+        for image, head in product(range(2), range(3)):
+            jacobians = torch.autograd.functional.jacobian(
+                lambda a, b: read(keys[image, head], a, b).flatten(), (w1[head], w2[head]))  # noqa: B023
+            jacobian = torch.cat([x.flatten(1) for x in jacobians], dim=1)
+            largest = torch.linalg.matrix_norm(jacobian, 2).square() * 2 / k.size(-1)
+            assert largest <= bounds[image, head] * (1 + 1e-12)
+            if keys is not k:
+                assert bounds[image, head] <= 6 * largest
 
 
 @pytest.mark.parametrize('rule', RULES)

@@ -19,6 +19,8 @@ CPU_TOKENS, CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**12, 2**19
 
 # Initial output biases of the update generators: a small step, a momentum of one half, almost no decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
+# A normalised step cannot be too large for the loss, so it may begin larger.
+NORMALIZED_STEP_BIAS = 0.0
 
 
 class NeuralMemory(BaseModule):
@@ -41,6 +43,9 @@ class NeuralMemory(BaseModule):
         backend (str): Implementation, see :func:`convneur_mm.ops.neural_memory.neural_memory`. Defaults to 'auto'.
         num_chunks (int | None): Chunks per image; it replaces ``chunk_size`` by L = ⌈N / num_chunks⌉ for an image of N
             tokens, so that one setting serves all image sizes. Defaults to None.
+        step_normalization (float): If above 0, the step is normalised by the curvature of the loss, which keeps the
+            memory stable over any number of chunks, see :class:`MemoryOptions`; the generators' initial step is then
+            larger. 0.25 is a good value. Defaults to 0.0, the paper's step.
         init_cfg (dict | list[dict] | None): MMEngine initialisation after the layer's own. Defaults to None.
 
     Raises:
@@ -59,10 +64,12 @@ class NeuralMemory(BaseModule):
         max_write_norm: float = 1.0,
         backend: str = 'auto',
         num_chunks: int | None = None,
+        step_normalization: float = 0.0,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        MemoryOptions(chunk_size, inner_step, max_write_norm, update_rule, retrieve).check()
+        MemoryOptions(chunk_size, inner_step, max_write_norm, update_rule, retrieve,
+                      step_normalization=step_normalization).check()
         check_backend(backend)
         for name, value in (('channels', channels), ('head_dim', head_dim), ('hidden_dim', hidden_dim),
                             ('num_chunks', 1 if num_chunks is None else num_chunks)):
@@ -81,6 +88,7 @@ class NeuralMemory(BaseModule):
         self.retrieve = retrieve
         self.max_write_norm = max_write_norm
         self.backend = backend
+        self.step_normalization = step_normalization
 
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.query = nn.Linear(channels, channels, bias=False)
@@ -102,7 +110,7 @@ class NeuralMemory(BaseModule):
             nn.init.normal_(w, std=w.size(1) ** -0.5)
         nn.init.zeros_(self.generators[0].bias)
         step, momentum, decay = self.generators[2].bias.data.chunk(3)
-        step.fill_(STEP_BIAS)
+        step.fill_(NORMALIZED_STEP_BIAS if self.step_normalization else STEP_BIAS)
         momentum.fill_(MOMENTUM_BIAS)
         decay.fill_(DECAY_BIAS)
 
@@ -121,7 +129,7 @@ class NeuralMemory(BaseModule):
     def options(self, num_tokens: int, return_state: bool = False) -> MemoryOptions:
         """Return the memory's options for an image of ``num_tokens`` tokens."""
         return MemoryOptions(self.tokens_per_chunk(num_tokens), self.inner_step, self.max_write_norm, self.update_rule,
-                             self.retrieve, return_state, NORMALIZE_EPS)
+                             self.retrieve, return_state, NORMALIZE_EPS, self.step_normalization)
 
     def forward(self, x: Tensor, state: MemoryState | None = None, return_state: bool = False,
                 output: Callable[[Tensor], Tensor] | None = None) -> Tensor | tuple[Tensor, MemoryState]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
 from . import pytorch
-from .rule import step
+from .rule import normalized, step
 from .types import MemoryOptions, UpdateGenerators, no_autocast, pack
 
 
@@ -26,13 +26,18 @@ def neural_memory_exported(qkv: Tensor, w1: Tensor, w2: Tensor, generators: Upda
         q, k, v = (pytorch.to_chunks(z, shape, length) for z in qkv.unbind(1))  # (T, n, d, L)
         q, k = (pytorch.unit_length(z, eps) for z in (q, k))
         lengths = pytorch.chunk_lengths(qkv[:, 0], shape, length)
-        parallel = options.update_rule == 'parallel'
+        parallel, scale = options.update_rule == 'parallel', options.curvature_scale
+
+        def surprise(k: Tensor, v: Tensor, memory: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+            gradient, errors, curvature = pytorch.surprise_chunks(k, v, memory, lengths, scale > 0)
+            return normalized(gradient, curvature, scale) if scale else gradient, errors
+
         if parallel:  # all gradients at once
-            gradients, errors, _ = pytorch.surprise_chunks(k, v, shape, lengths, False)
+            gradients, errors = surprise(k, v, shape, lengths)
 
         def body(state: tuple[Tensor, Tensor], chunk: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], Tensor]:
             memory, momentum = state
-            gradient, errors = chunk if parallel else pytorch.surprise_chunks(*chunk[:2], memory, chunk[2], False)[:2]
+            gradient, errors = chunk if parallel else surprise(*chunk[:2], memory, chunk[2])
             after = step(gradient, errors, memory, momentum, *generators, options.inner_step, options.max_write_norm)
             return after[:2], memory.clone()
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .operators import implementation
 from .reference import neural_memory_reference
+from .rule import normalized, normalized_backward
 from .types import MemoryOptions, MemoryState, UpdateGenerators, no_autocast, pack, unpack
 
 # Names of a call's tensors, in the order in which all functions here take them. Queries, keys and values are columns of
@@ -62,23 +63,43 @@ def write_all(qkv: Tensor, initial: Tensor, memory: Tensor, momentum: Tensor, ge
 
     Returns:
         list[tuple[Tensor, ...]]: For each of T written chunks: memory and momentum before it, (1, n, 2e, d), its
-        gradient of Eq. 3, of the same shape, its errors, (1, n, d), the generators' hidden units, (B, 4Cm), and their
-        outputs, (B, 3Cm). The last item is the pair of memory and momentum after the last chunk.
+        gradient of Eq. 3, normalised if asked for, of the same shape, its errors, (1, n, d), its curvature, (1, n), or
+        (1, 0) if steps are not normalised, the generators' hidden units, (B, 4Cm), and their outputs, (B, 3Cm). The
+        last item is the pair of memory and momentum after the last chunk.
     """
     rule, found = (*generators, options.inner_step, options.max_write_norm), []
     memory, momentum = memory[None], momentum[None]
     keys, values = _written(qkv, options)
     if options.update_rule == 'parallel' and keys:
-        surprises = zip(*(x.split(1) for x in operators.surprise(*_points(qkv, initial, options), False)[:2]))
+        surprises = zip(*(x.split(1) for x in _surprise(operators, options, *_points(qkv, initial, options))))
     for k, v in zip(keys, values):
         if options.update_rule == 'sequential':
-            gradient, errors, _ = operators.surprise(k, v, memory, k.size(3), options.qk_norm_eps, False)
+            gradient, errors, curvature = _surprise(operators, options, k, v, memory, k.size(3), options.qk_norm_eps)
         else:
-            gradient, errors = next(surprises)
-        before = memory, momentum, gradient, errors
+            gradient, errors, curvature = next(surprises)
+        before = memory, momentum, gradient, errors, curvature
         memory, momentum, *generated = operators.step(gradient, errors, memory, momentum, *rule)
         found.append((*before, *generated))
     return [*found, (memory, momentum)]
+
+
+def _surprise(operators: Any, options: MemoryOptions, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of Eq. 3, normalised if asked for, errors, and curvatures (T, n), or (T, 0) without."""
+    scale = options.curvature_scale
+    gradient, errors, curvature = operators.surprise(*args, scale > 0)
+    if not scale:
+        return gradient, errors, errors.new_empty(len(errors), 0)
+    return normalized(gradient, curvature, scale), errors, curvature
+
+
+def _surprise_backward(operators: Any, options: MemoryOptions, grad: Tensor, grad_errors: Tensor, gradient: Tensor,
+                       curvature: Tensor, *args: Any) -> Tensor:
+    """Return the gradient of the memories of :func:`_surprise`; fill those of the tokens, the last arguments."""
+    scale, grad_curvature = options.curvature_scale, grad.new_empty(0)
+    if scale:
+        grad, grad_curvature = normalized_backward(grad, gradient, curvature, scale)
+    *points, grad_k, grad_v = args
+    return operators.surprise_backward(grad, grad_errors, grad_curvature, *points, scale > 0, grad_k, grad_v)
 
 
 def _written(qkv: Tensor, options: MemoryOptions) -> list[tuple[Tensor, ...]]:
@@ -115,15 +136,18 @@ def _forward(tensors: Sequence[Tensor], keep: bool, backend: str, options: Memor
     if keep and found:
         kept = [memories, *map(torch.cat, [*zip(*found)][1:])]
     elif keep:
-        kept = [memories, *(memories.new_empty(shape) for shape in _kept_shapes(0, qkv, memory[0], generators)[1:])]
+        shapes = _kept_shapes(0, qkv, memory[0], generators, options)
+        kept = [memories, *map(memories.new_empty, shapes[1:])]
     return [y, memory[0].clone(), momentum[0].clone(), *kept]
 
 
-def _kept_shapes(chunks: int, qkv: Tensor, memory: Tensor, generators: Sequence[Tensor]) -> list[tuple[int, ...]]:
+def _kept_shapes(chunks: int, qkv: Tensor, memory: Tensor, generators: Sequence[Tensor],
+                 options: MemoryOptions) -> list[tuple[int, ...]]:
     """Return the shapes of the saved tensors of ``chunks`` chunks: the results of :func:`write_all`, concatenated.
     """
     rows, batch = memory.shape, qkv.size(0)
     return [(chunks + 1, *rows), (chunks, *rows), (chunks, *rows), (chunks, rows[0], rows[2]),
+            (chunks, rows[0] if options.curvature_scale else 0),
             (chunks * batch, generators[1].size(0)), (chunks * batch, generators[3].size(0))]
 
 
@@ -131,14 +155,14 @@ def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence
               options: MemoryOptions) -> list[Tensor]:
     """Compute the gradients of all tensors."""
     qkv, initial, _, _, *generators = tensors
-    memories, momenta, gradients, errors, hidden, outputs = kept
+    memories, momenta, gradients, errors, curvatures, hidden, outputs = kept
     operators = implementation(backend, memories)
     options = options._replace(chunk_size=min(options.chunk_size, qkv.size(-1)))
     grad_y, (grad_memory, grad_momentum) = grads[0], (x[None] for x in grads[1:])
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_qkv[:, 1:, ..., options.written_tokens(qkv.size(-1)):].zero_()
     sequential, eps = options.update_rule == 'sequential', options.qk_norm_eps
-    rule, none = (generators[0], generators[2], options.inner_step, options.max_write_norm), errors.new_empty(0)
+    rule = generators[0], generators[2], options.inner_step, options.max_write_norm
     with no_autocast(qkv):
         grad_reads = operators.read_backward(grad_y, qkv[:, 0], _readable(memories, qkv.size(-1), options),
                                              options.chunk_size, eps, grad_qkv[:, 0]).split(1)
@@ -155,8 +179,9 @@ def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence
                 grad_memory, grad_momentum, *chunks[t], *rule)
             if sequential:
                 k, v, grad_k, grad_v = tokens[t]
-                grad_memory = grad_memory + operators.surprise_backward(
-                    *of_surprise, none, k, v, memories[t:t + 1], k.size(3), eps, False, grad_k, grad_v)
+                grad_memory = grad_memory + _surprise_backward(
+                    operators, options, *of_surprise, chunks[t][0], curvatures[t:t + 1], k, v, memories[t:t + 1],
+                    k.size(3), eps, grad_k, grad_v)
             if grad_reads:
                 grad_memory = grad_memory + grad_reads[t]
             found.append((*of_surprise, grad_hidden, grad_output))
@@ -168,9 +193,10 @@ def _backward(tensors: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence
                             grad_outputs.mT @ F.gelu(hidden), grad_outputs.sum(0))
             if not sequential:
                 length = options.written_tokens(qkv.size(-1))
-                grad_initial = operators.surprise_backward(
-                    grad_gradients, grad_errors, none, *_points(qkv, initial, options), False,
-                    *(z[..., :length] for z in grad_qkv[:, 1:].unbind(1))).sum(0).view(-1, *initial.shape).sum(0)
+                grad_points = _surprise_backward(
+                    operators, options, grad_gradients, grad_errors, gradients, curvatures,
+                    *_points(qkv, initial, options), *(z[..., :length] for z in grad_qkv[:, 1:].unbind(1)))
+                grad_initial = grad_points.sum(0).view(-1, *initial.shape).sum(0)
     return [grad_qkv, grad_initial, grad_memory[0], grad_momentum[0].clone(), *grad_weights]
 
 
@@ -188,7 +214,7 @@ def _memory_backward(tensors: Sequence[Tensor], kept: Tensor, grads: Sequence[Te
                      *options: Any) -> list[Tensor]:
     qkv, _, memory, _, *generators = tensors
     options = MemoryOptions(*options)
-    shapes = _kept_shapes(options.num_written(qkv.size(-1)), qkv, memory, generators)
+    shapes = _kept_shapes(options.num_written(qkv.size(-1)), qkv, memory, generators, options)
     parts = [x.view(shape) for x, shape in zip(kept.split([math.prod(shape) for shape in shapes]), shapes)]
     return _backward(tensors, parts, grads, backend, options)
 
@@ -207,7 +233,8 @@ memory_backward_operator = torch.library.custom_op(
 @memory_operator.register_fake
 def _(*args):
     (qkv, _, memory, momentum, *generators), (keep, _, *options) = args[:len(TENSORS)], args[len(TENSORS):]
-    shapes = _kept_shapes(MemoryOptions(*options).num_written(qkv.size(-1)), qkv, memory, generators)
+    options = MemoryOptions(*options)
+    shapes = _kept_shapes(options.num_written(qkv.size(-1)), qkv, memory, generators, options)
     batch, _, heads, d, length = qkv.shape
     return [qkv.new_empty(batch, heads, d, length), *(x.new_empty(x.shape) for x in (memory, momentum)),
             *([memory.new_empty(sum(math.prod(shape) for shape in shapes))] if keep else ())]

@@ -32,6 +32,7 @@ def neural_memory(
 
     - retrieve ``y_t = M_{t-1}(q_t)`` (Eq. 2)
     - surprise ``L_t = Σ_i mean_d (M(k_i) − v_i)²`` (Eq. 3)
+    - with ``step_normalization`` a, divide ``∇L_t`` by ``1 + a · inner_step · κ_t``, κ_t a bound of its curvature
     - write ``u_t = θ_t ⊙ ∇L_t``, bounded per head: ``u_t / sqrt(1 + ‖u_t‖² / max_write_norm²)``
     - ``P_t = η_t ⊙ P_{t-1} − u_t``, ``M_t = (1 − α_t) ⊙ M_{t-1} + P_t`` (Eq. 4)
 

@@ -30,6 +30,18 @@ def bound(relative: Tensor) -> Tensor:
     return (1 + relative).rsqrt()
 
 
+def curvature(k: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """Return a bound of the curvature of Eq. 3 at M for each head, (B, h, 1, 1).
+
+    The Gauss-Newton matrix of a token's error has at most the eigenvalue 2/d · (‖a‖² + Σ_j slope_j² ‖W2_j‖² ‖k‖²), with
+    a = GELU(k·W1) and its derivative ``slope``; a chunk's loss is the sum over its tokens.
+    """
+    hidden = k @ w1
+    slope = 0.5 * (1 + torch.erf(hidden / 2**0.5)) + hidden * torch.exp(-hidden.square() / 2) / (2 * torch.pi)**0.5
+    of_w1 = slope.square() * w2.square().sum(-1)[..., None, :] * k.square().sum(-1, keepdim=True)
+    return 2 / k.size(-1) * (F.gelu(hidden).square() + of_w1).sum((-2, -1), keepdim=True)
+
+
 def neural_memory_reference(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, generators: UpdateGenerators,
                             state: MemoryState | None,
                             options: MemoryOptions) -> tuple[Tensor, MemoryState | None]:
@@ -72,8 +84,11 @@ def _read_and_write(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor, gen
             error = read(k_t, a1, a2) - v_t
             loss = error.square().mean(dim=-1).sum()  # Eq. 3; heads have separate weights, so one sum suffices
             g1, g2 = torch.autograd.grad(loss, (a1, a2), create_graph=learn)
+            if options.step_normalization:
+                divisor = 1 + options.step_normalization * options.inner_step * curvature(k_t, a1, a2)
+                g1, g2 = g1 / divisor, g2 / divisor
         if not learn:
-            error = error.detach()
+            error, g1, g2 = (x.detach() for x in (error, g1, g2))
 
         step, momentum, decay = update_coefficients(error.square().mean(dim=2), generators, options.inner_step)
         u1, u2 = step[..., :, None] * g1, step[..., None, :] * g2

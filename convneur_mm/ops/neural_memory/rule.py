@@ -38,6 +38,17 @@ def coefficients(outputs: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.flatten(-4, -3) for x in (theta, eta, alpha))
 
 
+def normalized(gradient: Tensor, curvature: Tensor, scale: float) -> Tensor:
+    """Return the gradient of Eq. 3, (…, n, 2e, d), over 1 + ``scale`` times the head's ``curvature``, (…, n)."""
+    return gradient / (1 + scale * curvature)[..., None, None]
+
+
+def normalized_backward(grad: Tensor, result: Tensor, curvature: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both tensors of :func:`normalized`, from its ``result`` and the gradient of that."""
+    factor = 1 / (1 + scale * curvature)
+    return factor[..., None, None] * grad, -scale * factor * (grad * result).sum((-2, -1))
+
+
 def bounded(step: Tensor, max_norm: float) -> Tensor:
     """Return writes with bounded norms: u / sqrt(1 + ‖u‖² / max_norm²) for each head's ``step`` u."""
     return step * (1 + step.square().sum((-2, -1), keepdim=True) / max_norm**2).rsqrt()

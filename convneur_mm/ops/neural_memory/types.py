@@ -34,6 +34,10 @@ class MemoryOptions(NamedTuple):
         return_state (bool): Whether the memory after the last chunk is returned. Defaults to False.
         qk_norm_eps (float): If above 0, queries and keys are divided by their norms over d, or by this value where it
             is larger. Defaults to 0.0, which leaves them unchanged.
+        step_normalization (float): If above 0, a chunk's gradient of Eq. 3 is divided by
+            ``1 + step_normalization · inner_step · κ``, where κ bounds the curvature of the loss along a head's memory
+            (:mod:`.operators`). As in normalised LMS, the step then shrinks where the loss is steep, and a write cannot
+            overshoot by more than a factor of ``1 / step_normalization``. Defaults to 0.0, the paper's step.
     """
 
     chunk_size: int = 196
@@ -43,6 +47,7 @@ class MemoryOptions(NamedTuple):
     retrieve: str = 'previous'
     return_state: bool = False
     qk_norm_eps: float = 0.0
+    step_normalization: float = 0.0
 
     def check(self) -> MemoryOptions:
         """Check the options and return them.
@@ -59,8 +64,10 @@ class MemoryOptions(NamedTuple):
         if not (isinstance(self.max_write_norm, (int, float)) and MIN_WRITE_NORM <= self.max_write_norm < math.inf):
             raise ValueError(f'max_write_norm must be a finite number of at least {MIN_WRITE_NORM}, got '
                              f'{self.max_write_norm!r}')
-        if not (isinstance(self.qk_norm_eps, (int, float)) and 0 <= self.qk_norm_eps < math.inf):
-            raise ValueError(f'qk_norm_eps must be a finite number of at least 0, got {self.qk_norm_eps!r}')
+        for name in ('qk_norm_eps', 'step_normalization'):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f'{name} must be a finite number of at least 0, got {value!r}')
         check_choice('update_rule', self.update_rule, UPDATE_RULES)
         check_choice('retrieve', self.retrieve, RETRIEVALS)
         return self
@@ -68,6 +75,11 @@ class MemoryOptions(NamedTuple):
     def written_tokens(self, num_tokens: int) -> int:
         """Return the number of leading tokens that are written, see :func:`written_tokens`."""
         return written_tokens(num_tokens, self.chunk_size, self.retrieve, self.return_state)
+
+    @property
+    def curvature_scale(self) -> float:
+        """Return the factor of the curvature in a normalised step; 0 if steps are not normalised."""
+        return self.step_normalization * self.inner_step
 
     def num_written(self, num_tokens: int) -> int:
         """Return the number of chunks that are written, T; the number of tokens may be symbolic."""
