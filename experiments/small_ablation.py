@@ -49,6 +49,8 @@ VARIANTS: dict[str, dict] = {
     'previous, parallel': dict(memory_cfg=dict(update_rule='parallel')),
     'final': dict(memory_cfg=dict(retrieve='final')),
     'final, parallel': dict(memory_cfg=dict(retrieve='final', update_rule='parallel')),
+    'previous, normalised': dict(memory_cfg=dict(step_normalization=0.25)),
+    'final, normalised': dict(memory_cfg=dict(retrieve='final', step_normalization=0.25)),
     'previous, tiles': dict(tile=8, memory_cfg=dict(chunk_size=64)),
     'final, tiles': dict(tile=8, memory_cfg=dict(chunk_size=64, retrieve='final')),
     'final, 1 chunk': dict(memory_cfg=dict(retrieve='final', num_chunks=1)),

@@ -9,6 +9,7 @@ def tool(script):
     return script('precision')
 
 
+@pytest.mark.slow
 def test_table(tool, capsys, monkeypatch):
     """Of short trainings: the losses of bfloat16 are close to those of float32, and not the same."""
     kept, train, tasks = {}, tool.losses_of, ['detection', 'classification']

@@ -74,6 +74,7 @@ def python(*args: str, capability: str = '') -> str:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_older_processors():
     """The kernels are those of the instructions that PyTorch may use, of which the processor may have fewer."""
     code = f"""if True:

@@ -265,7 +265,6 @@ def test_a_compiled_mmcv_keeps_its_own_operators(tmp_path):
 def test_packages_imported_too_early_are_named():
     done = run('import mmcv.cnn\nprint("now", file=sys.stderr)\nimport convneur_mm')
     assert 'mmcv.cnn was imported before convneur_mm' in done.stderr.partition('now')[2], done.stderr
-    assert 'before convneur_mm' not in run('import convneur_mm, mmdet.models, mmseg.models\nimport convneur_mm').stderr
 
 
 if __name__ == '__main__':

@@ -114,7 +114,8 @@ def assert_same_function(weights: dict[str, Tensor], arch: str, expected: list[T
 
 
 @pytest.mark.parametrize('version', [1, 2])
-@pytest.mark.parametrize('arch', NAMES)
+@pytest.mark.parametrize('arch', [pytest.param(name, marks=[pytest.mark.slow] * (name in ('m5', 'm6')))
+                                  for name in NAMES])
 def test_features_and_logits_are_those_of_the_source(tool, arch, version):
     """timm's model against ours, and its weights in the two other layouts.
 

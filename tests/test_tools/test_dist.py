@@ -108,6 +108,7 @@ def test_processes_on_cpus_are_named_once(trained):
     assert len(re.findall('^note: .*; 2 CPU processes over gloo instead$', output, re.MULTILINE)) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_test_as_one(trained):
     """Five images do not divide by two: the padding of the last batch may not count."""
     folder, size, _ = trained
@@ -162,6 +163,7 @@ def test_two_nodes_resume_and_end_with_equal_weights(trained):
     assert_equal_weights([folder / f'node{i}' / f'rank{i}.pth' for i in range(2)], iters=4)
 
 
+@pytest.mark.slow
 def test_data_missing_on_the_second_node(trained, tmp_path):
     """It says so, and the first one, which has its data, does not wait for ever."""
     folder, _, _ = trained

@@ -188,8 +188,8 @@ class Tokens(nn.Module):
         return self.memory(image.flatten(2).mT)
 
 
-@pytest.mark.parametrize('options', [
-    dict(num_chunks=3), pytest.param(dict(chunk_size=20, retrieve='final'), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [dict(num_chunks=3), dict(chunk_size=20, retrieve='final')])
 def test_chunks_follow_the_image(tool, tmp_path, options):
     """Also where their length does: rounded to one token less, there would be a fourth one."""
     model, file = Tokens(**options).eval(), tmp_path / 'model.onnx'

@@ -140,6 +140,7 @@ def classified(tmp_path_factory):
     return folder, run_in_one_and_two_processes(folder, 'child.py', 'train/epoch_1.pth', '.pkl')
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_config_and_classes(classified):
     folder, _ = classified
     meta = torch.load(folder / 'train' / 'epoch_1.pth', weights_only=False)['meta']
@@ -147,6 +148,7 @@ def test_checkpoints_hold_config_and_classes(classified):
     assert Config.fromstring(meta['cfg'], '.py').model.backbone.arch == 'm1'
 
 
+@pytest.mark.slow
 def test_classifications_do_not_depend_on_the_processes(classified):
     folder, metrics = classified
     assert metrics[0] == metrics[1]
@@ -162,6 +164,7 @@ def test_classifications_do_not_depend_on_the_processes(classified):
     assert metrics[0] == {'accuracy/top1': pytest.approx(100 * np.mean(right))}
 
 
+@pytest.mark.slow
 def test_every_classification_is_drawn_in_its_colours(classified):
     folder, _ = classified
     images = folder / 'data' / 'shapes_imagenet' / 'val'
