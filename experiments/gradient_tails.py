@@ -61,9 +61,8 @@ SETTINGS = {
     'max_write_norm=0.1': Setting(dict(chunk_size=196, inner_step=1.0, max_write_norm=0.1)),
     'decay bias -2': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=-2.0),
     'decay bias 0': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=0.0),
-    'normalised': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=0.25)),
-    'normalised, 0.5': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=0.5)),
-    'normalised, 1': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=1.0)),
+    'normalised': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=0.125)),
+    'normalised, num_chunks=8': Setting(dict(num_chunks=8, inner_step=1.0, step_normalization=0.125)),
 }
 # Parameters of the memory, by prefixes of their names.
 MEMORY_GROUPS = {'M_0': ('w1', 'w2'), 'generators': ('generators.', ), 'key, value': ('key.', 'value.'),

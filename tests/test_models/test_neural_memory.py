@@ -45,7 +45,7 @@ def test_a_normalised_step():
         layer.step_normalization = 0.0
         assert (layer(x[:, :40]) - found[1]).norm() > 1e-3 * found[1].norm()
     step, _, _ = NeuralMemory(32, step_normalization=0.25).generators[2].bias.chunk(3)
-    assert (step == 0).all()
+    assert (step == 2).all()
     with pytest.raises(ValueError, match='step_normalization must be a finite number of at least 0, got -1'):
         NeuralMemory(32, step_normalization=-1)
 

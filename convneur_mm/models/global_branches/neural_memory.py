@@ -19,8 +19,8 @@ CPU_TOKENS, CPU_SEGMENT_TOKENS, SEGMENT_TOKENS = 2**14, 2**12, 2**19
 
 # Initial output biases of the update generators: a small step, a momentum of one half, almost no decay.
 STEP_BIAS, MOMENTUM_BIAS, DECAY_BIAS = -2.0, 0.0, -4.0
-# A normalised step cannot be too large for the loss, so it may begin larger.
-NORMALIZED_STEP_BIAS = 0.0
+# A normalised step cannot be too large for the loss, so it begins near the whole of it, or learning would be slow.
+NORMALIZED_STEP_BIAS = 2.0
 
 
 class NeuralMemory(BaseModule):
@@ -44,8 +44,8 @@ class NeuralMemory(BaseModule):
         num_chunks (int | None): Chunks per image; it replaces ``chunk_size`` by L = ⌈N / num_chunks⌉ for an image of N
             tokens, so that one setting serves all image sizes. Defaults to None.
         step_normalization (float): If above 0, the step is normalised by the curvature of the loss, which keeps the
-            memory stable over any number of chunks, see :class:`MemoryOptions`; the generators' initial step is then
-            larger. 0.25 is a good value. Defaults to 0.0, the paper's step.
+            gradients of many chunks bounded, see :class:`MemoryOptions`; the generators' initial step is then larger.
+            0.125 is a good value. Defaults to 0.0, the paper's step.
         init_cfg (dict | list[dict] | None): MMEngine initialisation after the layer's own. Defaults to None.
 
     Raises:
