@@ -147,7 +147,7 @@ def make_call(task: str, model: nn.Module, images: Tensor, mode: str, dtype: tor
     on random targets. A backbone has no loss, so random gradients go into its outputs.
     """
     if task == 'backbone':
-        return bench.make_calls(model, [images], mode, dtype)
+        return bench.make_call(model, images, mode, dtype)
     train = mode != 'forward'
     batch, _, height, width = images.shape
     if task == 'detector':
