@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +39,22 @@ from ..ops.neural_memory.cpu import kernels as cpu_kernels
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')}
 HALF = torch.bfloat16, torch.float16
 MODES = ('forward', 'forward+backward')
-INSTALL = 'pip install -r requirements/bench.txt'
 
 
 class MissingPeer(Exception):
     """Raised if a peer's package is not installed; the message says how to install it."""
+
+
+def import_peer(module: str) -> ModuleType:
+    """Import a package with peers.
+
+    Raises:
+        MissingPeer: If it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPeer(f'{module} is not installed ({error}); pip install -r requirements/bench.txt') from error
 
 
 # ---- command line
@@ -87,17 +100,21 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raise a ValueError for the first option that is given and less than ``least``."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}')
+
+
 def set_up(args: argparse.Namespace) -> torch.device:
     """Check the common options, seed, set the number of threads and return the device.
 
     Raises:
         ValueError: For the first option outside its range.
     """
-    for name, least in (('repeats', 1), ('warmup', 0), ('budget', 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f'--{name} must be at least {least}, got {getattr(args, name)}')
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f'--threads must be at least 1, got {args.threads}')
+    check_at_least(args, 1, 'repeats', 'threads')
+    check_at_least(args, 0, 'warmup', 'budget')
     device = parse_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -15,7 +15,6 @@ Every layer maps tokens (B, N, Cm) to tokens (B, N, Cm), norm and projections in
 are skipped with a line that says how to install them.
 """
 import argparse
-import importlib
 import math
 import runpy
 from collections.abc import Callable, Sequence
@@ -61,7 +60,7 @@ class TitansMemory(nn.Module):
 
     def __init__(self, args: argparse.Namespace, sequential: bool) -> None:
         super().__init__()
-        titans = import_peer('titans_pytorch', 'titans-pytorch')
+        titans = bench.import_peer('titans_pytorch')
 
         class Residual(titans.MemoryMLP):
             """MemoryMLP with a residual; unlike the library's wrapper, and like ours, it has no norm."""
@@ -121,18 +120,6 @@ PEERS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     'non-local': lambda args: NonLocal(args.channels),
 }
 QUADRATIC = ('attention', 'non-local')
-
-
-def import_peer(module: str, package: str):
-    """Import the module of an optional package.
-
-    Raises:
-        MissingPeer: If it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPeer(f'{package} is not installed ({error}); {bench.INSTALL}') from error
 
 
 # ---- the physical floor
@@ -205,9 +192,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise a ValueError for the first number outside its range."""
-    for name in ('tokens', 'batch', 'channels', 'chunk_size', 'head_dim', 'hidden_dim'):
-        if getattr(args, name) < 1:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    bench.check_at_least(args, 1, 'tokens', 'batch', 'channels', 'chunk_size', 'head_dim', 'hidden_dim')
     if args.sweep and args.sweep[0] < 1:
         raise ValueError(f'--sweep must be numbers of at least 1, got {args.sweep}')
     if args.channels % args.head_dim:
