@@ -136,8 +136,11 @@ def add_up(parts: dict[str, Count]) -> Count:
 
 def build_on_meta(cfg: Config) -> nn.Module:
     """Build a config's model on the meta device, in evaluation mode, without loading weights."""
+    model = dict(cfg.model)
+    if cfg.default_scope == 'mmpretrain':
+        model.pop('train_cfg', None)  # Mixup and CutMix, of which mmpretrain would log a line among what a tool prints
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return MODELS.build(cfg.model).eval().to('meta')
+        return MODELS.build(model).eval().to('meta')
 
 
 def _as_list(modules: nn.Module) -> list[nn.Module]:
