@@ -259,6 +259,14 @@ def test_what_fails_is_left_out():
         bench.measure({'ours': fail}, device, repeats=1)
 
 
+def test_a_peer_that_fails_is_left_out_and_named(layers, script, monkeypatch, capsys):
+    monkeypatch.setattr(script('benchmark_memory').NonLocal, 'forward', lambda self, x: x.no_such_method())
+    found = layers('--peers', 'non-local', '--forward-only', '--rules', 'parallel')
+    assert [row['name'] for row in found['results']] == ['memory-parallel']
+    assert [(row['name'], row['tokens'], row['mode']) for row in found['skipped']] == [('non-local', 40, 'forward')]
+    assert 'left out non-local, 40 tokens, forward: AttributeError' in capsys.readouterr().err
+
+
 def test_slope_of_a_power_law():
     xs = [784, 3136, 12544, 262144]
     assert bench.fit_slope(xs, [3e-6 * x**1.37 for x in xs]) == pytest.approx(1.37, abs=1e-9)
