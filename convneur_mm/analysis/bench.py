@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +39,22 @@ from ..ops.neural_memory.cpu import kernels as cpu_kernels
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')}
 HALF = torch.bfloat16, torch.float16
 MODES = ('forward', 'forward+backward')
-INSTALL = 'pip install -r requirements/bench.txt'
 
 
 class MissingPeer(Exception):
     """Raised if a peer's package is not installed; the message says how to install it."""
+
+
+def import_peer(module: str) -> ModuleType:
+    """Import a package with peers.
+
+    Raises:
+        MissingPeer: If it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPeer(f'{module} is not installed ({error}); pip install -r requirements/bench.txt') from error
 
 
 # ---- command line
@@ -87,17 +100,21 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raise a ValueError for the first option that is given and less than ``least``."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}')
+
+
 def set_up(args: argparse.Namespace) -> torch.device:
     """Check the common options, seed, set the number of threads and return the device.
 
     Raises:
         ValueError: For the first option outside its range.
     """
-    for name, least in (('repeats', 1), ('warmup', 0), ('budget', 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f'--{name} must be at least {least}, got {getattr(args, name)}')
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f'--threads must be at least 1, got {args.threads}')
+    check_at_least(args, 1, 'repeats', 'threads')
+    check_at_least(args, 0, 'warmup', 'budget')
     device = parse_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -109,25 +126,22 @@ def set_up(args: argparse.Namespace) -> torch.device:
 # ---- what is measured
 
 
-def forward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
-    """Make a call of one forward pass without a graph."""
+def make_call(module: nn.Module, x: Tensor, mode: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Make a call of one forward pass without a graph, or of one forward and backward pass to parameters and input.
 
-    def call() -> None:
-        with torch.no_grad(), autocast(inputs[0].device, dtype):
-            module(*inputs)
-
-    return call
-
-
-def forward_backward(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], None]:
-    """Make a call of one forward and backward pass to parameters and inputs; ``module`` returns one or more tensors."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    leaves = [*module.parameters(), *inputs]
+    With gradients the module is in training mode, which affects batch norms. It returns one or more tensors.
+    """
+    train = mode != 'forward'
+    module.train(train)
+    x = x.detach().requires_grad_(train)
+    leaves = [*module.parameters(), x]
     cotangents: list[Tensor] = []
 
     def call() -> None:
-        with autocast(inputs[0].device, dtype):
-            outputs = module(*inputs)
+        with torch.set_grad_enabled(train), autocast(x.device, dtype):
+            outputs = module(x)
+        if not train:
+            return
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if not cotangents:  # made in the first call, which is not timed
             cotangents.extend(torch.randn_like(output) for output in outputs)
@@ -145,18 +159,6 @@ def autocast(device: torch.device, dtype: torch.dtype):
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of weights and inputs, given the dtype of the computation."""
     return torch.float32 if dtype in HALF else dtype
-
-
-def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
-    """Move ``module`` to its device and dtype, and compile it if asked."""
-    module = module.to(device, weight_dtype(dtype))
-    return torch.compile(module) if compiled else module
-
-
-def make_calls(module: nn.Module, inputs: Sequence[Tensor], mode: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Make a call in the given mode; with gradients the module is in training mode, which affects batch norms."""
-    module.train(mode != 'forward')
-    return (forward if mode == 'forward' else forward_backward)(module, inputs, dtype)
 
 
 # ---- measuring
@@ -308,6 +310,57 @@ def measure(calls: dict[str, Callable[[], object]], device: torch.device, *, rep
     return results, failures
 
 
+class Benchmark:
+    """One run of a benchmark: its options, and the cases it left out."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = set_up(args)
+        self.dtype = DTYPES[args.dtype]
+        self.modes = MODES[:1] if args.forward_only else MODES
+        self.progress = Progress()
+        self.skipped: list[dict] = []
+        self.machine = describe_machine(self.device)
+
+    def skip(self, name: str, reason: str, **where: object) -> None:
+        """Note that a case is left out, on stderr and for the JSON."""
+        self.skipped.append(dict(name=name, reason=reason, **where))
+        at = ''.join(f', {value:,} tokens' if key == 'tokens' else f', {value}' for key, value in where.items())
+        self.progress.note(f'left out {name}{at}: {reason}')
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move ``module`` to the device and dtype, and compile it if asked."""
+        module = module.to(self.device, weight_dtype(self.dtype))
+        return torch.compile(module) if self.args.compile else module
+
+    def random(self, *shape: int) -> Tensor:
+        """Draw an input."""
+        return torch.randn(shape, device=self.device, dtype=weight_dtype(self.dtype))
+
+    def baseline_of(self, results: dict[str, Measurement]) -> str:
+        """Return the case that ratios are relative to: the one asked for if it was measured, else the first."""
+        return self.args.baseline if self.args.baseline in results else next(iter(results))
+
+    def measure(self, calls: dict[str, Callable[[], object]], label: str, optional: Iterable[str] = (),
+                **where: object) -> dict[str, Measurement]:
+        """Measure all calls side by side; those that fail are left out."""
+        args = self.args
+        results, failures = measure(
+            calls, self.device, repeats=args.repeats, warmup=args.warmup, budget=args.budget, memory=args.memory,
+            label=label, optional=optional, progress=self.progress)
+        for name, reason in failures.items():
+            self.skip(name, reason, **where)
+        return results
+
+    def finish(self, benchmark: str, results: list[dict], **more: object) -> None:
+        """Write the JSON, if one was asked for; end the program if nothing was measured."""
+        if not results:
+            sys.exit('error: nothing could be measured, see above')
+        if self.args.json:
+            write_json(self.args.json, dict(benchmark=benchmark, settings=vars(self.args), machine=self.machine,
+                                            results=results, skipped=self.skipped, **more))
+
+
 # ---- the machine
 
 
@@ -356,13 +409,7 @@ def copy_rate(device: torch.device, nbytes: int = 2**28) -> float:
 
 
 def fit_slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Fit the exponent p of y ∝ x^p: the slope of log y over log x by least squares.
-
-    Raises:
-        ValueError: If there are fewer than two different ``xs``, or values that are not positive.
-    """
-    if len(xs) != len(ys) or len(set(xs)) < 2 or min(*xs, *ys) <= 0:
-        raise ValueError(f'a slope needs two points with different x, all positive, got x={xs}, y={ys}')
+    """Fit the exponent p of y ∝ x^p: the slope of log y over log x by least squares."""
     log_x, log_y = ([math.log(value) for value in values] for values in (xs, ys))
     return statistics.linear_regression(log_x, log_y).slope
 
@@ -429,26 +476,34 @@ def new_figure(columns: int):
     return plt.subplots(1, columns, figsize=(5.5 * columns, 4.5), layout='constrained')
 
 
-def plot_bars(path: str | Path, results: dict[str, dict[str, Measurement]], title: str) -> None:
-    """Plot median time and peak memory of every case, a colour for each mode.
+def plot_bars(path: str | Path, panels: dict[str, dict[str, dict[str, float]]], title: str = '') -> None:
+    """Plot panels side by side, with a bar for every case and a colour for each series.
 
     Args:
         path (str | Path): PNG to write.
-        results (dict[str, dict[str, Measurement]]): Mode → case → measurement.
-        title (str): Title.
+        panels (dict[str, dict[str, dict[str, float]]]): Label of the panel → series → case → value.
+        title (str): Title. Defaults to ''.
     """
-    figure, axes = new_figure(2)
-    names = list(dict.fromkeys(name for of_mode in results.values() for name in of_mode))
-    height = 0.8 / len(results)
-    for j, (mode, of_mode) in enumerate(results.items()):
-        at = [names.index(name) + j * height for name in of_mode]
-        axes[0].barh(at, [1e3 * m.median for m in of_mode.values()], height, label=mode)
-        axes[1].barh(at, [(m.peak_memory or 0) / 2**20 for m in of_mode.values()], height, label=mode)
-    for axis, label in zip(axes, ('median time (ms)', 'peak memory (MiB)')):
+    figure, _ = new_figure(len(panels))
+    for axis, (label, series) in zip(figure.axes, panels.items()):
+        names = list(dict.fromkeys(name for values in series.values() for name in values))
+        height = 0.8 / len(series)
+        for j, (of, values) in enumerate(series.items()):
+            axis.barh([names.index(name) + j * height for name in values], list(values.values()), height, label=of)
         axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
         axis.invert_yaxis()
         axis.set_xlabel(label)
         axis.grid(axis='x', alpha=0.3)
-    axes[0].legend()
+    axis.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def time_and_memory(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the panels of :func:`plot_bars` for the rows of a comparison, a series for each mode."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        for label, value in (('median time (ms)', 1e3 * row['median_s']),
+                             ('peak memory (MiB)', (row['peak_memory_bytes'] or 0) / 2**20)):
+            panels.setdefault(label, {}).setdefault(row['mode'], {})[row['name']] = value
+    return panels

@@ -20,7 +20,6 @@ from .. import config
 from ..models import ConvNeur, OverLoCK
 from ..stack import require
 from . import bench
-from .bench import INSTALL, MissingPeer
 
 OBJECTS = 128  # as many as a mask head trains on in an image, so that random proposals do not matter
 
@@ -129,10 +128,7 @@ def _initialised(model: nn.Module, merged: bool) -> nn.Module:
 
 
 def _from_timm(name: str, shape: tuple[int, int, int]) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPeer(f'timm is not installed ({error}); {INSTALL}') from error
+    timm = bench.import_peer('timm')
     if not timm.is_model(name):
         raise ValueError(f'unknown model {name!r}: expected one of {", ".join(BACKBONES)}, or a name of timm')
     # Swin's windows and masks depend on the image size.
@@ -147,7 +143,7 @@ def make_call(task: str, model: nn.Module, images: Tensor, mode: str, dtype: tor
     on random targets. A backbone has no loss, so random gradients go into its outputs.
     """
     if task == 'backbone':
-        return bench.make_calls(model, [images], mode, dtype)
+        return bench.make_call(model, images, mode, dtype)
     train = mode != 'forward'
     batch, _, height, width = images.shape
     if task == 'detector':

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 Output = TypeVar('Output')
@@ -17,10 +18,36 @@ SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1344), mmseg=(512, 2048))
 
 
 class Count(NamedTuple):
-    """Parameters of a part of a model, and its multiply-accumulates in one call."""
+    """Parameters of a part of a model, and its multiply-accumulates in one call.
+
+    Attributes:
+        norms (int): What MMEngine's ``get_model_complexity_info`` counts beside them: norms, pooling, upsampling.
+    """
 
     parameters: int
     macs: float
+    norms: int = 0
+
+
+class _NormCounter(TorchDispatchMode):
+    """Count of norms, pooling and upsampling, with the factors of MMEngine's counter."""
+
+    INPUT_FACTORS = {torch.ops.aten.native_batch_norm: 2, torch.ops.aten.native_layer_norm: 5,
+                     torch.ops.aten._adaptive_avg_pool2d: 1}
+    OUTPUT_FACTORS = {torch.ops.aten.upsample_nearest2d: 1, torch.ops.aten.upsample_bilinear2d: 4}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        operator = func.overloadpacket
+        if operator in self.INPUT_FACTORS:
+            self.total += self.INPUT_FACTORS[operator] * args[0].numel()
+        elif operator in self.OUTPUT_FACTORS:
+            self.total += self.OUTPUT_FACTORS[operator] * output.numel()
+        return output
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -44,12 +71,13 @@ def count_flops(module: nn.Module, *inputs: Tensor) -> float:
     return count_call(lambda: module(*inputs))[1]
 
 
-def count_call(call: Callable[[], Output]) -> tuple[Output, float]:
-    """Return the result of ``call``, and its multiply-accumulates as :func:`count_flops` counts them."""
+def count_call(call: Callable[[], Output]) -> tuple[Output, float, int]:
+    """Return the result of ``call``, its multiply-accumulates as :func:`count_flops` counts them, and its norms."""
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    # The FLOP counter decomposes batch norm before it passes it on, so the other mode comes first.
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter, _NormCounter() as norms:
         output = call()
-    return output, counter.get_total_flops() / 2
+    return output, counter.get_total_flops() / 2, norms.total
 
 
 def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
@@ -72,8 +100,8 @@ def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
     counts: dict[str, Count] = {}
 
     def run(part: str, modules: Sequence[nn.Module], call: Callable[[], Output]) -> Output:
-        output, macs = count_call(call)
-        counts[part] = Count(sum(count_parameters(module) for module in modules), macs)
+        output, *counted = count_call(call)
+        counts[part] = Count(sum(count_parameters(module) for module in modules), *counted)
         return output
 
     head = next((getattr(model, name) for name in ('decode_head', 'bbox_head', 'head') if hasattr(model, name)), None)
@@ -103,13 +131,16 @@ def count_parts(model: nn.Module, image: Tensor) -> dict[str, Count]:
 
 def add_up(parts: dict[str, Count]) -> Count:
     """Return the sum of the counts of :func:`count_parts`."""
-    return Count(sum(part.parameters for part in parts.values()), sum(part.macs for part in parts.values()))
+    return Count(*map(sum, zip(*parts.values())))
 
 
 def build_on_meta(cfg: Config) -> nn.Module:
     """Build a config's model on the meta device, in evaluation mode, without loading weights."""
+    model = dict(cfg.model)
+    if cfg.default_scope == 'mmpretrain':
+        model.pop('train_cfg', None)  # Mixup and CutMix, of which mmpretrain would log a line among what a tool prints
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return MODELS.build(cfg.model).eval().to('meta')
+        return MODELS.build(model).eval().to('meta')
 
 
 def _as_list(modules: nn.Module) -> list[nn.Module]:

@@ -52,3 +52,10 @@ def test_leaves_no_gradients_and_the_mode_alone():
     model = nn.Linear(2, 2).train()
     flops.count_flops(model, torch.zeros(1, 2))
     assert model.training and model.weight.grad is None
+
+
+def test_norms_pooling_and_upsampling_are_counted_apart():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(6), nn.AdaptiveAvgPool2d(2), nn.Upsample(scale_factor=2),
+                          nn.Upsample(scale_factor=2, mode='bilinear')).eval().to('meta')
+    _, macs, norms = flops.count_call(lambda: model(torch.zeros(1, 3, 4, 6, device='meta')))
+    assert macs == 0 and norms == 2 * 72 + 5 * 72 + 72 + 48 + 4 * 192

@@ -1,6 +1,5 @@
 """tools/analysis/baseline_table.py: its counts against the published ones and against counts by hand."""
 import json
-from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -8,16 +7,10 @@ from mmengine.config import Config
 from convneur_mm.analysis.flops import build_on_meta
 from convneur_mm.paths import config, config_root
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
-
 
 @pytest.fixture(scope='module')
-def tool():
-    """A script sees its own folder first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        import baseline_table
-        yield baseline_table
+def tool(script):
+    return script('baseline_table')
 
 
 def row_of(tool, config):

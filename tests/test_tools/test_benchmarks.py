@@ -25,13 +25,15 @@ def small_rates(monkeypatch):
 
 
 @pytest.fixture
-def memory(script):
-    return script('benchmark_memory')
+def layers(script, tmp_path):
+    """Run the benchmark of layers and return what it writes."""
+    return lambda *args: run(script('benchmark_memory'), tmp_path, *TINY_LAYER, *args)
 
 
 @pytest.fixture
-def models(script):
-    return script('benchmark')
+def models(script, tmp_path):
+    """Run the benchmark of models and return what it writes."""
+    return lambda *args: run(script('benchmark'), tmp_path, *args)
 
 
 def run(benchmark, path, *args):
@@ -51,8 +53,8 @@ def assert_rows(rows, repeats=2):
 # ---- the layer
 
 
-def test_layers_beside_each_other(memory, tmp_path, capsys):
-    found = run(memory, tmp_path, *TINY_LAYER, '--peers', 'attention', 'non-local', '--plot', str(tmp_path / 'a.png'))
+def test_layers_beside_each_other(layers, tmp_path, capsys):
+    found = layers('--peers', 'attention', 'non-local', '--plot', str(tmp_path / 'a.png'))
     names = ['memory-sequential', 'memory-parallel', 'attention', 'non-local']
     assert [(row['mode'], row['name']) for row in found['results']] == [(m, n) for m in MODES for n in names]
     assert_rows(found['results'])
@@ -67,9 +69,9 @@ def test_layers_beside_each_other(memory, tmp_path, capsys):
     assert out.count('| non-local') == 2 and 'GFLOP' in out
 
 
-def test_half_precision_reference_forward_only_and_baseline(memory, tmp_path):
-    found = run(memory, tmp_path, *TINY_LAYER, '--rules', 'sequential', '--backends', 'auto', 'reference', '--peers',
-                '--dtype', 'bfloat16', '--forward-only', '--no-memory', '--baseline', 'memory-sequential:reference')
+def test_half_precision_reference_forward_only_and_baseline(layers):
+    found = layers('--rules', 'sequential', '--backends', 'auto', 'reference', '--peers',
+                   '--dtype', 'bfloat16', '--forward-only', '--no-memory', '--baseline', 'memory-sequential:reference')
     assert [row['name'] for row in found['results']] == ['memory-sequential', 'memory-sequential:reference']
     assert_rows(found['results'])
     assert {row['baseline'] for row in found['results']} == {'memory-sequential:reference'}
@@ -77,9 +79,9 @@ def test_half_precision_reference_forward_only_and_baseline(memory, tmp_path):
     assert {row['mode'] for row in found['results']} == {'forward'}
 
 
-def test_sweep_prints_slopes_and_leaves_attention_out(memory, tmp_path, capsys):
-    found = run(memory, tmp_path, *TINY_LAYER, '--sweep', '32', '128', '256', '--rules', 'parallel', '--peers',
-                'non-local', '--max-quadratic-tokens', '128', '--forward-only', '--plot', str(tmp_path / 'a.png'))
+def test_sweep_prints_slopes_and_leaves_attention_out(layers, tmp_path, capsys):
+    found = layers('--sweep', '32', '128', '256', '--rules', 'parallel', '--peers',
+                   'non-local', '--max-quadratic-tokens', '128', '--forward-only', '--plot', str(tmp_path / 'a.png'))
     assert_rows(found['results'])
     slopes = {row['name']: row for row in found['slopes']}
     assert slopes['memory-parallel']['tokens'] == [32, 128, 256] and slopes['non-local']['tokens'] == [32, 128]
@@ -91,35 +93,26 @@ def test_sweep_prints_slopes_and_leaves_attention_out(memory, tmp_path, capsys):
     assert 'exponent of N' in captured.out and 'left out non-local, 256 tokens' in captured.err
 
 
-def test_sweep_stops_before_it_takes_too_long(memory, tmp_path):
-    found = run(memory, tmp_path, *TINY_LAYER, '--sweep', '16', '32', '--rules', 'parallel', '--peers',
-                '--max-seconds', '1e-9', '--forward-only')
+def test_sweep_stops_before_it_takes_too_long(layers):
+    found = layers('--sweep', '16', '32', '--rules', 'parallel', '--peers',
+                   '--max-seconds', '1e-9', '--forward-only')
     assert [row['tokens'] for row in found['results']] == [16] and found['slopes'] == []
     assert '--max-seconds' in found['skipped'][0]['reason']
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-    (['--channels', '20'], '--channels must be a multiple of --head-dim, got 20 and 8'),
-    (['--tokens', '0'], '--tokens must be at least 1, got 0'),
-    (['--baseline', 'attention'], '--baseline must be one of .*memory-parallel.* got .attention.'),
-])
-def test_bad_options_of_the_layer_benchmark(memory, args, message, refused):
-    with refused(message):
-        memory.main([*TINY_LAYER, '--peers', *args])
-
-
-def test_a_missing_titans_is_left_out(memory, tmp_path, capsys, monkeypatch):
+def test_a_missing_titans_is_left_out(layers, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'titans_pytorch', None)
-    found = run(memory, tmp_path, *TINY_LAYER, '--rules', 'sequential', '--peers', 'titans-sequential')
+    found = layers('--rules', 'sequential', '--peers', 'titans-sequential')
     assert {row['name'] for row in found['results']} == {'memory-sequential'}
     assert [row['name'] for row in found['skipped']] == ['titans-sequential']
-    assert 'left out titans-sequential: titans-pytorch is not installed' in (err := capsys.readouterr().err)
+    assert 'left out titans-sequential: titans_pytorch is not installed' in (err := capsys.readouterr().err)
     assert 'pip install -r requirements/bench.txt' in err
 
 
 @pytest.mark.needs('titans_pytorch')
-def test_titans_has_both_rules(memory):
+def test_titans_has_both_rules(script):
     """M_2 is the first memory whose gradients were taken at M_0 by one and at M_1 by the other."""
+    memory = script('benchmark_memory')
     args = memory.parse_args(TINY_LAYER)
     layers = []
     for rule in ('sequential', 'parallel'):
@@ -134,22 +127,23 @@ def test_titans_has_both_rules(memory):
     assert [tuple(p.shape) for p in sequential.memory.memory_model_parameters] == [(2, 8, 4), (2, 4, 8)]
 
 
-def test_flops_of_the_inner_loop_are_those_counted(memory):
+def test_flops_of_the_inner_loop_are_those_counted(script):
     batch, tokens, channels, chunk_size, hidden_dim = 2, 40, 16, 16, 4
     layer = NeuralMemory(channels, chunk_size=chunk_size, head_dim=8, hidden_dim=hidden_dim, backend='reference')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(torch.randn(batch, tokens, channels))
     # The layer projects every token to a key and a value, the floor only the 32 that are written.
     unused = 2 * batch * (tokens - 32) * 2 * channels**2
-    assert memory.layer_flops(batch, tokens, channels, chunk_size, hidden_dim) == counter.get_total_flops() - unused
+    counted = script('benchmark_memory').layer_flops(batch, tokens, channels, chunk_size, hidden_dim)
+    assert counted == counter.get_total_flops() - unused
 
 
 # ---- backbones
 
 
 def test_backbones_beside_each_other(models, tmp_path, capsys):
-    found = run(models, tmp_path, 'ConvNeur-m1-local', 'ConvNeur-m1', 'ConvNeXt-V2-atto', 'resnet18', *TINY_IMAGES,
-                '--plot', str(tmp_path / 'a.png'))
+    found = models('ConvNeur-m1-local', 'ConvNeur-m1', 'ConvNeXt-V2-atto', 'resnet18', *TINY_IMAGES,
+                   '--plot', str(tmp_path / 'a.png'))
     assert_rows(found['results'])
     for mode in MODES:
         rows = {row['name']: row for row in found['results'] if row['mode'] == mode}
@@ -164,12 +158,12 @@ def test_backbones_beside_each_other(models, tmp_path, capsys):
 
 @pytest.mark.needs('mmdet', 'mmseg')
 @pytest.mark.parametrize('task', ['detector', 'segmentor'])
-def test_backbones_in_a_model(models, task, tmp_path, monkeypatch):
+def test_backbones_in_a_model(models, task, monkeypatch):
     # The heads of the light config take seconds less.
     light = cases.TASKS['detector']._replace(config='cascade_rcnn_convneur_m1_shapes')
     monkeypatch.setitem(cases.TASKS, 'detector', light)
     monkeypatch.setattr(cases, 'OBJECTS', 8)
-    found = run(models, tmp_path, 'ConvNeur-m1', '--task', task, '--shape', '1,64,96', '--repeats', '1')
+    found = models('ConvNeur-m1', '--task', task, '--shape', '1,64,96', '--repeats', '1')
     assert [row['mode'] for row in found['results']] == list(MODES)
     assert all(row['macs'] > 1e8 for row in found['results'])
 
@@ -198,7 +192,7 @@ def test_overlock_is_merged_for_inference():
 
 @pytest.mark.slow
 def test_split_shares(models, tmp_path, capsys):
-    found = run(models, tmp_path, 'ConvNeur-m1', '--split', *TINY_IMAGES, '--plot', str(tmp_path / 'a.png'))
+    found = models('ConvNeur-m1', '--split', *TINY_IMAGES, '--plot', str(tmp_path / 'a.png'))
     assert_rows(found['results'])
     parts = [f'{kind} {i}' for i in range(1, 5) for kind in ('branch', 'memory')]
     for mode in MODES:
@@ -215,21 +209,26 @@ def test_split_shares(models, tmp_path, capsys):
     assert '| all memories' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-    (['ConvNeur-m1', '--shape', '1,16,64'], '--shape must be at least one image'),
-    (['ConvNeur-m1', '--shape', '1,40,64'], "multiples of 32, got '1,40,64'"),
-    (['no_such_net'], "unknown model 'no_such_net'"),
-    (['resnet18', '--task', 'detector'], "unknown model 'resnet18': expected one of ConvNeur-m1"),
-    (['ResNet-50', '--split'], "--split is for .* alone, got .'ResNet-50'."),
-    (['ConvNeur-m1', '--task', 'detector', '--compile'], '--compile is for backbones alone'),
-    (['ConvNeur-m1', '--repeats', '0'], '--repeats must be at least 1, got 0'),
-])
-def test_bad_options_of_the_benchmark_of_models(models, args, message, refused):
-    with refused(message):
-        models.main(args)
-
-
 # ---- what they share
+
+
+@pytest.mark.parametrize(('benchmark', 'args', 'message'), [
+    ('benchmark', ['ConvNeur-m1', '--shape', '1,16,64'], '--shape must be at least one image'),
+    ('benchmark', ['ConvNeur-m1', '--shape', '1,40,64'], "multiples of 32, got '1,40,64'"),
+    ('benchmark', ['no_such_net'], "unknown model 'no_such_net'"),
+    ('benchmark', ['resnet18', '--task', 'detector'], "unknown model 'resnet18': expected one of ConvNeur-m1"),
+    ('benchmark', ['ResNet-50', '--split'], "--split is for .* alone, got .'ResNet-50'."),
+    ('benchmark', ['ConvNeur-m1', '--task', 'detector', '--compile'], '--compile is for backbones alone'),
+    ('benchmark', ['ConvNeur-m1', '--repeats', '0'], '--repeats must be at least 1, got 0'),
+    ('benchmark', ['ConvNeur-m1', '--device', 'tpu'], "--device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+    ('benchmark_memory', ['--channels', '20'], '--channels must be a multiple of --head-dim, got 20 and 16'),
+    ('benchmark_memory', ['--chunk-size', '0'], '--chunk-size must be at least 1, got 0'),
+    ('benchmark_memory', ['--baseline', 'mlp'], '--baseline must be one of .*memory-parallel.* got .mlp.'),
+])
+def test_bad_options(script, benchmark, args, message, refused):
+    with refused(message):
+        script(benchmark).main(args)
+
 
 
 def test_peak_memory_is_that_of_a_known_allocation():
@@ -258,6 +257,14 @@ def test_what_fails_is_left_out():
     assert list(results) == ['ours'] and failures == {'large': 'out of memory', 'peer': 'TypeError: no such layout'}
     with pytest.raises(TypeError, match='no such layout'):
         bench.measure({'ours': fail}, device, repeats=1)
+
+
+def test_a_peer_that_fails_is_left_out_and_named(layers, script, monkeypatch, capsys):
+    monkeypatch.setattr(script('benchmark_memory').NonLocal, 'forward', lambda self, x: x.no_such_method())
+    found = layers('--peers', 'non-local', '--forward-only', '--rules', 'parallel')
+    assert [row['name'] for row in found['results']] == ['memory-parallel']
+    assert [(row['name'], row['tokens'], row['mode']) for row in found['skipped']] == [('non-local', 40, 'forward')]
+    assert 'left out non-local, 40 tokens, forward: AttributeError' in capsys.readouterr().err
 
 
 def test_slope_of_a_power_law():

@@ -15,10 +15,8 @@ FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis'
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import check_gpu
-    return check_gpu
+def tool(script):
+    return script('check_gpu')
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason='needs Triton')

@@ -5,6 +5,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
+from convneur_mm.analysis.logs import read_training
+
 
 @pytest.fixture
 def tool(script):
@@ -60,15 +62,15 @@ def test_chosen_keys_labels_and_smoothing(tool, figure, tmp_path):
     assert figure().legends[0].get_texts()[0].get_text() == 'mine'
 
 
-def test_a_resumed_run_replaces_what_it_repeats(tool, tmp_path):
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     work_dir = write(tmp_path / 'a', train(1, 1.0), train(2, 2.0), train(3, 3.0))
     write(work_dir, train(2, 20.0), train(3, 30.0), train(4, 40.0), run='20260102_000000')
-    assert tool.read_training(work_dir)['loss'] == ([1, 2, 3, 4], [1.0, 20.0, 30.0, 40.0])
+    assert read_training(work_dir)['loss'] == ([1, 2, 3, 4], [1.0, 20.0, 30.0, 40.0])
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['{}/none'], 'no such work dir or log: .*none'),
-    (['{}/empty_log'], 'empty_log: nothing is logged yet'),
+    (['{}/none'], 'none: nothing is logged there; expected a work dir'),
+    (['{}/empty_log'], 'empty_log: nothing is logged there'),
     (['{}/broken'], "scalars.json, line 2: expected a JSON object with a step, got 'loss 3'"),
     (['{}/good', '--keys', 'loss', 'accuracy*'], r'--keys accuracy\*: no such key in the logs, which have: loss, lr'),
     (['{}/good', '--labels', 'a', 'b'], '--labels must be one for each of the 1 work dirs, got 2'),

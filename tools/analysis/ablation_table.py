@@ -8,9 +8,10 @@ r"""Print Table 5 of the paper, its ablations of ConvNeur-m3, with our counts be
 Accuracies are read from the logs of the configs' work dirs; no weights are opened.
 """
 import argparse
-import json
 import runpy
 from collections.abc import Sequence
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 if __name__ == '__main__':
@@ -22,14 +23,12 @@ from torch import Tensor, nn
 
 from convneur_mm import config
 from convneur_mm.analysis.bench import format_table, write_json
-from convneur_mm.analysis.flops import count_flops, count_parameters
+from convneur_mm.analysis.flops import add_up, build_on_meta, count_parts
+from convneur_mm.analysis.logs import read_training
 from convneur_mm.analysis.paper import ABLATION, SELF_ATTENTION
 from convneur_mm.engine.files.errors import one_line_errors
-from convneur_mm.models import ConvNeur
 from convneur_mm.models.global_branches.self_attention import MultiHeadAttention
 
-IMAGE = (1, 3, 224, 224)
-TOP1 = 'accuracy/top1'
 NOTES = """\
 FLOPs: multiply-accumulates of all convolutions and matrix products at 224 x 224, the memory's inner loop included.
 paper: the paper's own figures, no runs of ours. difference: our FLOPs less the paper's.
@@ -48,22 +47,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build(name: str) -> nn.Module:
-    """Build a shipped classification config's backbone and linear head, on the meta device, in evaluation mode."""
-    model = Config.fromfile(config(name)).model
-    backbone = {key: value for key, value in model.backbone.items() if key != 'type'}
-    with torch.device('meta'):
-        return nn.Sequential(ConvNeur(**backbone), _Last(), nn.Linear(model.head.in_channels, model.head.num_classes)
-                             ).eval()
-
-
-class _Last(nn.Module):
-    """Selection of the backbone's last output."""
-
-    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        return outputs[-1]
-
-
 def attention_products(module: nn.Module, *inputs: Tensor) -> int:
     """Count the multiply-accumulates of q kᵀ and of its product with v in all attention of one forward pass."""
     found = []
@@ -78,38 +61,28 @@ def attention_products(module: nn.Module, *inputs: Tensor) -> int:
 
 
 def best_top1(work_dir: Path) -> tuple[float, int] | None:
-    """Return the best validated top-1 accuracy of a work dir's runs, with its epoch; None without validations.
+    """Return the best validated top-1 accuracy of a work dir's runs, with its epoch; None without validations."""
+    steps, values = read_training(work_dir).get('accuracy/top1', ([], []))
+    return max(zip(values, steps), key=itemgetter(0), default=None)
 
-    Raises:
-        ValueError: If a line of a log is not JSON.
-    """
-    found = []
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-            try:
-                scalars = json.loads(line)
-            except ValueError:
-                raise ValueError(f'{path}, line {number}: expected JSON, got {line[:80]!r}') from None
-            if TOP1 in scalars:
-                found.append((scalars[TOP1], scalars['step']))
-    return max(found, key=lambda result: result[0], default=None)
+
+@cache
+def count(name: str) -> dict[str, float]:
+    """Count a config's classifier at 224 × 224: M parameters and G multiply-accumulates."""
+    model, image = build_on_meta(Config.fromfile(config(name))), torch.empty(1, 3, 224, 224, device='meta')
+    whole = add_up(count_parts(model, image))
+    products = attention_products(model.backbone, image) if name == SELF_ATTENTION else 0
+    return dict(params_m=whole.parameters / 1e6, gflops=whole.macs / 1e9, attention_products_gflops=products / 1e9)
 
 
 def measure(work_dirs: Path) -> list[dict]:
     """Return the table's rows: the paper's figures, ours, and the accuracies found below ``work_dirs``."""
-    counts = {}
-    for name in dict.fromkeys(row.config for row in ABLATION):
-        model, image = build(name), torch.empty(IMAGE, device='meta')
-        counts[name] = dict(
-            params_m=count_parameters(model) / 1e6, gflops=count_flops(model, image) / 1e9,
-            attention_products_gflops=attention_products(model, image) / 1e9 if name == SELF_ATTENTION else 0.0)
     rows = []
     for row in ABLATION:
-        count = counts[row.config]
-        best = best_top1(work_dirs / Path(row.config).name)
+        counted, best = count(row.config), best_top1(work_dirs / Path(row.config).name)
         rows.append(dict(
-            row._asdict(), **count,
-            difference_gflops=count['gflops'] - count['attention_products_gflops'] - row.paper_gflops,
+            row._asdict(), **counted,
+            difference_gflops=counted['gflops'] - counted['attention_products_gflops'] - row.paper_gflops,
             top1=best and best[0], top1_epoch=best and best[1]))
     return rows
 

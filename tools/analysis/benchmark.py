@@ -15,7 +15,6 @@ Every backbone maps images to the feature maps of its last four stages. A backbo
 import argparse
 import copy
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from convneur_mm.analysis import bench, cases
-from convneur_mm.analysis.bench import MODES, MissingPeer, Progress
+from convneur_mm.analysis.bench import MissingPeer
 from convneur_mm.analysis.flops import add_up, count_flops, count_parameters, count_parts
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.models.global_branch import GlobalBranch
@@ -94,46 +93,26 @@ def count_macs(module: nn.Module, x: Tensor) -> int:
 # ---- runs
 
 
-class Run:
-    """One run of the benchmark: its options, and the models it left out."""
+class Run(bench.Benchmark):
+    """One run of the benchmark."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device = bench.set_up(args)
-        self.dtype = bench.DTYPES[args.dtype]
-        self.modes = MODES[:1] if args.forward_only else MODES
+        super().__init__(args)
         self.shape = parse_shape(args.shape) if args.shape else cases.TASKS[args.task].shape
         self.memory_cfg = dict(update_rule=args.rule, backend=args.backend)
         for name in ('chunk_size', 'inner_step'):
             if getattr(args, name) is not None:
                 self.memory_cfg[name] = getattr(args, name)
-        self.progress = Progress()
-        self.skipped: list[dict] = []
-        self.machine = bench.describe_machine(self.device)
-
-    def skip(self, name: str, reason: str, **where) -> None:
-        self.skipped.append(dict(name=name, reason=reason, **where))
-        self.progress.note(f'left out {name}{"".join(f", {value}" for value in where.values())}: {reason}')
 
     def images(self, shape: tuple[int, int, int]) -> Tensor:
-        batch, height, width = shape
-        return torch.randn(batch, 3, height, width, device=self.device, dtype=bench.weight_dtype(self.dtype))
+        return self.random(shape[0], 3, *shape[1:])
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        return bench.prepare(module, self.device, self.dtype, self.args.compile)
-
-    def measure(self, modules: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, label: str,
-                optional: Sequence[str] = ()) -> dict[str, bench.Measurement]:
+    def measure_modules(self, modules: dict[str, nn.Module], inputs: dict[str, Tensor], mode: str, label: str,
+                        optional: Sequence[str] = ()) -> dict[str, bench.Measurement]:
         """Measure all modules side by side, each on its own input."""
-        args = self.args
-        calls = {name: cases.make_call(args.task, module, inputs[name], mode, self.dtype)
+        calls = {name: cases.make_call(self.args.task, module, inputs[name], mode, self.dtype)
                  for name, module in modules.items()}
-        results, failures = bench.measure(
-            calls, self.device, repeats=args.repeats, warmup=args.warmup, budget=args.budget, memory=args.memory,
-            label=label, optional=optional, progress=self.progress)
-        for name, reason in failures.items():
-            self.skip(name, reason, mode=mode)
-        return results
+        return self.measure(calls, label, optional, mode=mode)
 
     def compare(self) -> list[dict]:
         """Compare whole models."""
@@ -143,7 +122,7 @@ class Run:
             raise ValueError(f'--compile is for backbones alone, got --task {args.task}')
         images = self.images(shape)
         size = ' x '.join(map(str, shape))
-        rows, all_results = [], {}
+        rows = []
         for mode in self.modes:
             modules, about = {}, {}
             for name in args.models:
@@ -155,12 +134,12 @@ class Run:
                     continue
                 about[name] = dict(parameters=count_parameters(module), macs=count_macs(module, images))
                 modules[name] = self.prepare(module)
-            results = all_results[mode] = self.measure(
+            results = self.measure_modules(
                 modules, dict.fromkeys(modules, images), mode, mode,
                 [name for name in modules if not name.startswith('ConvNeur')])
             if not results:
                 continue
-            baseline = args.baseline if args.baseline in results else next(iter(results))
+            baseline = self.baseline_of(results)
             of_mode = bench.result_rows(results, baseline, mode=mode, shape=shape)
             for row in of_mode:
                 row.update(about[row['name']], images_per_s=shape[0] / row['median_s'])
@@ -171,7 +150,7 @@ class Run:
                 [(row['name'], f'{row["parameters"] / 1e6:.1f}', f'{row["macs"] / shape[0] / 1e9:.2f}',
                   f'{row["images_per_s"]:.4g}', *bench.time_cells(row)) for row in of_mode]))
         if args.plot and rows:
-            bench.plot_bars(args.plot, all_results, size)
+            bench.plot_bars(args.plot, bench.time_and_memory(rows), size)
         return rows
 
     def split(self) -> list[dict]:
@@ -189,7 +168,7 @@ class Run:
                 rows += self.split_one(name, shape, {**self.memory_cfg, 'chunk_size': chunk_size,
                                                      'inner_step': inner_step})
         if args.plot:
-            plot_split(args.plot, rows)
+            bench.plot_bars(args.plot, shares(rows))
         return rows
 
     def split_one(self, name: str, shape: tuple[int, int, int], memory_cfg: dict) -> list[dict]:
@@ -214,7 +193,7 @@ class Run:
         label = f'{name}, {"x".join(map(str, shape))}, chunks of {memory_cfg["chunk_size"]}'
         rows: list[dict] = []
         for mode in self.modes:
-            results = self.measure(modules, inputs, mode, f'{label}, {mode}')
+            results = self.measure_modules(modules, inputs, mode, f'{label}, {mode}')
             if len(results) < len(modules):
                 self.skip(name, 'not all parts ran, see above', shape=shape, mode=mode)
                 continue
@@ -255,7 +234,7 @@ def record_inputs(model: nn.Module, parts: dict[str, nn.Module], images: Tensor,
         return hook
 
     hooks = [module.register_forward_pre_hook(recorder(part)) for part, module in parts.items()]
-    bench.forward(model, [images], dtype)()
+    bench.make_call(model, images, 'forward', dtype)()
     for hook in hooks:
         hook.remove()
     return inputs
@@ -266,28 +245,16 @@ def sum_of(parts: Sequence[bench.Measurement]) -> bench.Measurement:
     return bench.Measurement([sum(times) for times in zip(*(part.times for part in parts))])
 
 
-def plot_split(path: str, rows: Sequence[dict]) -> None:
-    """Plot shares of time and of multiply-accumulates, a plot for each model and setting."""
-    settings = list(dict.fromkeys((row['model'], row['shape'], row['chunk_size']) for row in rows))
-    figure, axes = bench.new_figure(len(settings))
-    for axis, setting in zip([axes] if len(settings) == 1 else axes, settings):
-        of_setting = [row for row in rows if (row['model'], row['shape'], row['chunk_size']) == setting
-                      and not row['name'].startswith('backbone')]
-        names = list(dict.fromkeys(row['name'] for row in of_setting))
-        modes = list(dict.fromkeys(row['mode'] for row in of_setting))
-        height = 0.8 / (len(modes) + 1)
-        for j, mode in enumerate([*modes, 'multiply-accumulates']):
-            shares = [next(row['ratio'] if mode in modes else row['mac_share'] for row in of_setting
-                           if row['name'] == name and (mode not in modes or row['mode'] == mode)) for name in names]
-            axis.barh([i + j * height for i in range(len(names))], [100 * share for share in shares], height,
-                      label=mode)
-        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
-        axis.invert_yaxis()
-        axis.set(xlabel='share of the backbone (%)',
-                 title=f'{setting[0]}, {"x".join(map(str, setting[1]))}, chunks of {setting[2]}')
-        axis.grid(axis='x', alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
+def shares(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the panels of :func:`.bench.plot_bars`: shares of time and of multiply-accumulates at each setting."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if not row['name'].startswith('backbone'):
+            panel = panels.setdefault(f'share of {row["model"]} (%), {"x".join(map(str, row["shape"]))}, chunks of '
+                                      f'{row["chunk_size"]}', {})
+            for series, share in ((row['mode'], row['ratio']), ('multiply-accumulates', row['mac_share'])):
+                panel.setdefault(series, {})[row['name']] = 100 * share
+    return panels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -296,11 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = Run(args)
         bench.print_machine(run.machine)
         rows = run.split() if args.split else run.compare()
-    if not rows:
-        sys.exit('error: nothing could be measured, see above')
-    if args.json:
-        bench.write_json(args.json, dict(benchmark=args.task, settings=vars(args), machine=run.machine, results=rows,
-                                         skipped=run.skipped))
+    run.finish(args.task, rows)
 
 
 if __name__ == '__main__':

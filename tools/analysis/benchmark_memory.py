@@ -15,17 +15,14 @@ Every layer maps tokens (B, N, Cm) to tokens (B, N, Cm), norm and projections in
 are skipped with a line that says how to install them.
 """
 import argparse
-import importlib
 import math
 import runpy
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
     runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,7 +60,7 @@ class TitansMemory(nn.Module):
 
     def __init__(self, args: argparse.Namespace, sequential: bool) -> None:
         super().__init__()
-        titans = import_peer('titans_pytorch', 'titans-pytorch')
+        titans = bench.import_peer('titans_pytorch')
 
         class Residual(titans.MemoryMLP):
             """MemoryMLP with a residual; unlike the library's wrapper, and like ours, it has no norm."""
@@ -123,18 +120,6 @@ PEERS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     'non-local': lambda args: NonLocal(args.channels),
 }
 QUADRATIC = ('attention', 'non-local')
-
-
-def import_peer(module: str, package: str):
-    """Import the module of an optional package.
-
-    Raises:
-        MissingPeer: If it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPeer(f'{package} is not installed ({error}); {bench.INSTALL}') from error
 
 
 # ---- the physical floor
@@ -207,9 +192,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise a ValueError for the first number outside its range."""
-    for name in ('tokens', 'batch', 'channels', 'chunk_size', 'head_dim', 'hidden_dim'):
-        if getattr(args, name) < 1:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    bench.check_at_least(args, 1, 'tokens', 'batch', 'channels', 'chunk_size', 'head_dim', 'hidden_dim')
     if args.sweep and args.sweep[0] < 1:
         raise ValueError(f'--sweep must be numbers of at least 1, got {args.sweep}')
     if args.channels % args.head_dim:
@@ -234,49 +217,31 @@ def build(name: str, args: argparse.Namespace) -> nn.Module:
 # ---- runs
 
 
-class Run:
-    """One run of the benchmark: its layers, and everything measured or left out."""
+class Run(bench.Benchmark):
+    """One run of the benchmark: its layers, and the rates of the machine."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device = bench.set_up(args)
+        super().__init__(args)
         check_args(args)
         bench.check_baseline(args.baseline, case_names(args))
-        self.dtype = bench.DTYPES[args.dtype]
-        self.modes = MODES[:1] if args.forward_only else MODES
-        self.progress = bench.Progress()
-        self.skipped: list[dict] = []
         self.layers: dict[str, nn.Module] = {}
         for name in case_names(args):
             try:
-                self.layers[name] = bench.prepare(build(name, args), self.device, self.dtype, args.compile)
+                self.layers[name] = self.prepare(build(name, args))
             except MissingPeer as missing:
                 self.skip(name, str(missing))
-        self.machine = bench.describe_machine(self.device)
         self.rates = dict(gemm_flops_per_s=bench.gemm_rate(self.device, self.dtype),
                           copy_bytes_per_s=bench.copy_rate(self.device))
 
-    def skip(self, name: str, reason: str, **where) -> None:
-        self.skipped.append(dict(name=name, reason=reason, **where))
-        at = ''.join(f', {value:,} tokens' if key == 'tokens' else f', {value}' for key, value in where.items())
-        self.progress.note(f'left out {name}{at}: {reason}')
-
-    def measure(self, tokens: int, mode: str, names: Sequence[str]) -> dict[str, Measurement]:
+    def measure_layers(self, tokens: int, mode: str, names: Sequence[str]) -> dict[str, Measurement]:
         """Measure the layers in ``names`` side by side on ``tokens`` tokens."""
-        args = self.args
-        x = torch.randn(args.batch, tokens, args.channels, device=self.device, dtype=bench.weight_dtype(self.dtype))
-        names = [*names]
+        args, x, calls = self.args, self.random(self.args.batch, tokens, self.args.channels), {}
         for name in names:
             if name in QUADRATIC and tokens > args.max_quadratic_tokens:
                 self.skip(name, f'more than --max-quadratic-tokens {args.max_quadratic_tokens}', tokens=tokens)
-                names = [other for other in names if other != name]
-        calls = {name: bench.make_calls(self.layers[name], [x], mode, self.dtype) for name in names}
-        results, failures = bench.measure(
-            calls, self.device, repeats=args.repeats, warmup=args.warmup, budget=args.budget, memory=args.memory,
-            label=f'{mode}, {tokens:,} tokens', optional=PEERS, progress=self.progress)
-        for name, reason in failures.items():
-            self.skip(name, reason, tokens=tokens, mode=mode)
-        return results
+            else:
+                calls[name] = bench.make_call(self.layers[name], x, mode, self.dtype)
+        return self.measure(calls, f'{mode}, {tokens:,} tokens', PEERS, tokens=tokens, mode=mode)
 
     def floor(self, tokens: int, mode: str) -> dict[str, float]:
         """Return our layer's FLOPs and bytes, and the least time this machine needs for them."""
@@ -291,7 +256,7 @@ class Run:
     def report(self, tokens: int, mode: str, results: dict[str, Measurement]) -> list[dict]:
         """Print the table of one comparison and return its rows."""
         args, floor = self.args, self.floor(tokens, mode)
-        baseline = args.baseline if args.baseline in results else next(iter(results))
+        baseline = self.baseline_of(results)
         rows = bench.result_rows(results, baseline, mode=mode, tokens=tokens)
         print(f'\n{mode}, {args.batch} x {tokens:,} tokens of {args.channels} channels, chunks of {args.chunk_size}; '
               f'{len(rows[0]["times_s"])} rounds')
@@ -305,15 +270,16 @@ class Run:
 
     def compare(self) -> dict:
         """Compare all layers at one shape."""
-        rows, floors, results = [], {}, {}
+        rows, floors = [], {}
         for mode in self.modes:
-            results[mode] = self.measure(self.args.tokens, mode, list(self.layers))
-            if results[mode]:
-                rows += self.report(self.args.tokens, mode, results[mode])
+            results = self.measure_layers(self.args.tokens, mode, list(self.layers))
+            if results:
+                rows += self.report(self.args.tokens, mode, results)
             floors[mode] = self.floor(self.args.tokens, mode)
-        if self.args.plot:
-            bench.plot_bars(self.args.plot, results, f'{self.args.batch} x {self.args.tokens:,} tokens of '
-                      f'{self.args.channels} channels, chunks of {self.args.chunk_size}')
+        if self.args.plot and rows:
+            args = self.args
+            bench.plot_bars(args.plot, bench.time_and_memory(rows), f'{args.batch} x {args.tokens:,} tokens of '
+                            f'{args.channels} channels, chunks of {args.chunk_size}')
         return dict(results=rows, floor=floors)
 
     def sweep(self) -> dict:
@@ -323,7 +289,7 @@ class Run:
             points: dict[str, dict[int, Measurement]] = {name: {} for name in self.layers}
             for tokens in self.args.sweep:
                 names = [name for name in self.layers if self.fits(name, mode, points[name], tokens)]
-                results = self.measure(tokens, mode, names)
+                results = self.measure_layers(tokens, mode, names)
                 for name, measurement in results.items():
                     points[name][tokens] = measurement
                 if results:
@@ -403,16 +369,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = Run(args)
         bench.print_machine(run.machine)
         found = run.compare() if args.sweep is None else run.sweep()
-    if not found['results']:
-        sys.exit('error: nothing could be measured, see above')
     print(f'\nrates of this machine: {run.rates["gemm_flops_per_s"] / 1e9:.4g} GFLOP/s in one large {args.dtype} '
           f'matrix product, {run.rates["copy_bytes_per_s"] / 2**30:.4g} GiB/s in one large copy')
     print('largest resident set of the process' + (", the profiler's records included" if args.memory else '')
           + f': {bench.process_peak_memory() / 2**30:.2f} GiB')
-    if args.json:
-        bench.write_json(args.json, dict(
-            benchmark='memory', settings=vars(args), machine=run.machine, rates=run.rates, **found,
-            skipped=run.skipped, process_peak_memory_bytes=bench.process_peak_memory()))
+    run.finish('memory', **found, rates=run.rates, process_peak_memory_bytes=bench.process_peak_memory())
 
 
 if __name__ == '__main__':

@@ -88,7 +88,7 @@ def check(name: str, task: dict, device: torch.device, repeats: int) -> dict[str
     for backend in BACKENDS:
         layer.backend = backend
         errors[backend] = largest_error(results(layer, x[:2], weight[:2]), expected)
-        calls[backend] = bench.forward_backward(layer, [x], torch.float32)
+        calls[backend] = bench.make_call(layer, x, 'forward+backward', torch.float32)
     seconds = {backend: [] for backend in BACKENDS}
     for _ in range(repeats + 1):
         for backend in BACKENDS:

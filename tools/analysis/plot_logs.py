@@ -10,7 +10,6 @@ joined: a later run replaces the earlier values from its own first step on.
 """
 import argparse
 import fnmatch
-import json
 import math
 import runpy
 import textwrap
@@ -20,13 +19,12 @@ from pathlib import Path
 if __name__ == '__main__':
     runpy.run_path(str(Path(__file__).resolve().parents[1] / '_environment.py'))['prepare']()
 
+from convneur_mm.analysis.logs import Curve, read_training
 from convneur_mm.engine.files.errors import one_line_errors
 
 DEFAULT_KEYS = ('loss', '*/*', 'lr')  # metrics are named evaluator/metric, or like mIoU
 METRIC_KEYS = ('mIoU', 'mAcc', 'aAcc')
-NO_CURVES = {'step', 'iter', 'epoch'}
 COLUMNS = 3
-Curve = tuple[list[float], list[float]]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,66 +39,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=Path('curves.png'), metavar='FILE.png',
                         help='output picture (default: %(default)s)')
     return parser.parse_args(argv)
-
-
-# ---- logs
-
-
-def log_files(path: Path) -> list[Path]:
-    """Return the logs below a work dir, oldest run first, or the given log.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f'no such work dir or log: {path}')
-    found = sorted(path.glob('*/vis_data/scalars.json')) or sorted(path.glob('vis_data/scalars.json'))
-    if not found:
-        raise ValueError(f'{path}: no log in it, which would be TIMESTAMP/vis_data/scalars.json')
-    return found
-
-
-def read_log(path: Path) -> dict[str, Curve]:
-    """Read the steps and values of every key of one run.
-
-    Raises:
-        ValueError: If a line is not a JSON object with a step.
-    """
-    curves: dict[str, Curve] = {}
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            scalars = json.loads(line)
-            step = scalars['step']
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f'{path}, line {number}: expected a JSON object with a step, got {line[:80]!r}') from None
-        for key, value in scalars.items():
-            if key not in NO_CURVES and isinstance(value, (int, float)):
-                steps, values = curves.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(value)
-    return curves
-
-
-def read_training(path: Path) -> dict[str, Curve]:
-    """Read the curves of a work dir, with its runs joined.
-
-    Raises:
-        ValueError: If nothing was logged.
-    """
-    joined: dict[str, Curve] = {}
-    files = log_files(path)
-    for file in files:
-        for key, (steps, values) in read_log(file).items():
-            old_steps, old_values = joined.get(key, ([], []))
-            kept = [i for i, step in enumerate(old_steps) if step < steps[0]]
-            joined[key] = [old_steps[i] for i in kept] + steps, [old_values[i] for i in kept] + values
-    if not joined:
-        raise ValueError(f'{path}: nothing is logged yet in {", ".join(map(str, files))}')
-    return joined
 
 
 def choose_keys(patterns: Sequence[str] | None, known: Sequence[str]) -> list[str]:
@@ -123,9 +61,6 @@ def choose_keys(patterns: Sequence[str] | None, known: Sequence[str]) -> list[st
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Average each value with up to ``window`` - 1 values before it."""
     return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i + 1 - window):i + 1]]]
-
-
-# ---- picture
 
 
 def draw(trainings: dict[str, dict[str, Curve]], keys: Sequence[str], window: int, out: Path) -> None:
@@ -189,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(set(labels)) < len(labels):
         raise ValueError(f'every curve needs a label of its own, got {labels}')
     trainings = {label: read_training(path) for label, path in zip(labels, args.logs)}
+    for path, curves in zip(args.logs, trainings.values()):
+        if not curves:
+            raise ValueError(f'{path}: nothing is logged there; expected a work dir with '
+                             'TIMESTAMP/vis_data/scalars.json, or such a file')
     keys = choose_keys(args.keys, list(dict.fromkeys(key for curves in trainings.values() for key in curves)))
     draw(trainings, keys, args.smooth, args.out)
     print(f'{args.out}: {", ".join(keys)}')
