@@ -121,7 +121,7 @@ def build(setting: Setting, rule: str, seed: int) -> tuple[ConvNeur, nn.Conv2d]:
     return backbone, head
 
 
-def add_norms(norms: Norms, setting: Setting, rule: str, seed: int, shape: Sequence[int] = SHAPE) -> None:
+def add_norms(norms: Norms, setting: Setting, rule: str, seed: int, shape: Sequence[int]) -> None:
     """Add the norms of one sample."""
     image, labels = sample(seed, *shape)
     backbone, head = build(setting, rule, seed)

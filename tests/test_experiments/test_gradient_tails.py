@@ -9,15 +9,14 @@ def tool(script, monkeypatch):
     """The tool, its picture 64 x 64: 256 tokens, of which chunks of 196 leave a second, shorter one."""
     tool = script('gradient_tails')
     monkeypatch.setattr(tool, 'ARCH', dict(depths=[1], channels=[8], mem_channels=16))
-    monkeypatch.setattr(tool, 'HEIGHT', 64)
-    monkeypatch.setattr(tool, 'WIDTH', 64)
+    monkeypatch.setattr(tool, 'SHAPE', (64, 64))
     tool.sample.cache_clear()
     yield tool
     tool.sample.cache_clear()
 
 
 def test_settings_differ_in_nothing_else(tool):
-    """Weights are those of the seed, and a decay's bias is the last third of the generators'."""
+    """Weights are those of the seed; biases of the step and of the decay are the first and the last third."""
     models = {name: tool.build(setting, 'parallel,final', 3) for name, setting in tool.SETTINGS.items()}
     (backbone, head), (slow, _) = models['196/1'], models['decay bias 0']
     for other, other_head in models.values():
@@ -35,9 +34,9 @@ def test_norms_of_a_sample(tool):
     norms = tool.Norms()
     setting, rule = tool.Setting(dict(chunk_size=100, inner_step=1.0)), 'sequential,previous'
     for seed in range(2):
-        tool.add_norms(norms, setting, rule, seed)
+        tool.add_norms(norms, setting, rule, seed, (64, 64))
     assert len(norms.memory) == 2 and len(norms.chunks) == 6
-    image, labels = tool.sample(1)
+    image, labels = tool.sample(1, 64, 64)
     assert image.shape == (1, 3, 64, 64) and labels.shape == (1, 16, 16) and labels.max() > 0
     backbone, head = tool.build(setting, rule, 1)
     torch.nn.functional.cross_entropy(head(backbone(image)[0]), labels).backward()
