@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from warm_python import warm_python
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='the interpreter itself is taken elsewhere')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+    not hasattr(os, 'pidfd_open'), reason='the interpreter itself is taken elsewhere')]
 
 SEEN = """
 import __main__, os, signal, sys, tempfile

@@ -26,7 +26,7 @@ if [ "$venv" = "$root/.venv-core" ]; then
 elif [ "$*" = --cov ]; then
   set -- --cov --cov-fail-under=95
 fi
-# Two processes more than there are cores, up to four: tests use one thread each, and often wait for processes of theirs.
+# One process more than there are cores, up to four: tests use one thread each, and often wait for processes of theirs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-workers=$("$venv/bin/python" -c 'import os; print(min(os.cpu_count() + 2, 4))')
+workers=$("$venv/bin/python" -c 'import os; print(min(os.cpu_count() + 1, 4))')
 "$venv/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

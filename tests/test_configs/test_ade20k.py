@@ -27,6 +27,7 @@ def test_every_head_comes_with_every_backbone():
     ('semantic_fpn_convneur_m3_80k_ade20k', 123),
     ('upernet_convneur_m4_80k_ade20k', 908),
 ])
+@pytest.mark.slow
 def test_published_flops(name, gmacs, open_config, build_model, count_macs):
     model = build_model(open_config(name)).eval()
     # Neck and head are counted without computing them.

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import cv2
+import pytest
 import torch
 from warm_python import warm_python
 
@@ -98,6 +99,7 @@ def trained(task, folder, *args, more=''):
     return path, torch.load(path, weights_only=False), printed
 
 
+@pytest.mark.slow
 def test_detection(tmp_path):
     path, checkpoint, printed = trained('detection', tmp_path, '--auto-scale-lr')
     assert re.search(r'data +train 4 images; val 2 images; 3 classes: date, fig, hazelnut', printed)

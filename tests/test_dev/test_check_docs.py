@@ -109,6 +109,7 @@ def test_wrong_yaml(page, text, message):
     assert error.startswith(message)
 
 
+@pytest.mark.slow
 def test_commands_are_run(page, capsys):
     """A failing one is an error, one that is left out is listed."""
     error, = page('```bash\nconvneur-mm --help\ndocker build .\n'

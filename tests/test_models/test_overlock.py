@@ -49,7 +49,8 @@ def mparams(*modules: nn.Module) -> float:
     return round(sum(param.numel() for module in modules for param in module.parameters()) / 1e6, 2)
 
 
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('arch', [pytest.param(arch, marks=[pytest.mark.slow] * (arch in ('s', 'b')))
+                                  for arch in ARCHS])
 def test_parameters_and_flops(arch, classifiers, monkeypatch):
     """The cost of ContMix's weighted sums is test_contmix.py's; here they are left out, and added where they belong."""
     sums = []

@@ -55,6 +55,7 @@ def test_recall_with_the_kernels_in_pytorch():
     assert recall_accuracy(backend='torch') >= 0.99
 
 
+@pytest.mark.slow
 def test_no_recall_without_writing():
     """What the decay alone can tell of a sequence does not name its values."""
     assert recall_accuracy(inner_step=0.0) <= 0.40

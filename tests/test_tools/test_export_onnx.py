@@ -81,6 +81,7 @@ def test_one_file_for_all_sizes(tool, tmp_path, capsys, task, length, backbone):
     assert [x.name for x in session.get_outputs()] == ['scores' if task == 'classifier' else 'logits']
 
 
+@pytest.mark.slow
 def test_backbone_of_a_detector_at_one_size(tool, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         export(tool, tmp_path, 'detector')

@@ -127,6 +127,7 @@ def test_stock_scripts_run_unchanged(project, trained, package):
     assert {'mmdet': 'coco/bbox_mAP', 'mmseg': 'mIoU', 'mmpretrain': 'accuracy/top1'}[package] in output
 
 
+@pytest.mark.slow
 def test_a_stock_script_that_would_ignore_the_classes_is_stopped(project, trained):
     output = python(project, stock_tool('mmseg', 'test.py'), 'mmseg_child.py', trained('mmseg')[0], check=False)
     last = output.strip().splitlines()[-1]

@@ -60,7 +60,7 @@ def test_all_have_the_memorys_bottleneck():
 
 @pytest.mark.parametrize('branch, options', [
     ('neural_memory', {'chunk_size', 'inner_step', 'head_dim', 'hidden_dim', 'update_rule', 'retrieve',
-                       'max_write_norm', 'backend', 'num_chunks'}),
+                       'max_write_norm', 'backend', 'num_chunks', 'step_normalization'}),
     ('cbam', set()), ('non_local', set()), ('self_attention', {'head_dim'}), ('rwkv', set()),
     ('titans', {'chunk_size', 'num_persistent', 'inner_step', 'head_dim', 'hidden_dim', 'max_write_norm', 'backend',
                 'num_chunks'}),
