@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from convneur_mm.ops.neural_memory import UpdateGenerators, neural_memory
+from convneur_mm.ops.neural_memory import MemoryOptions, UpdateGenerators, memory
 from convneur_mm.ops.neural_memory import triton as backend
 
 SETTINGS = {
@@ -47,18 +47,25 @@ class NoDriver:
         return self.target
 
 
-def call(batch, heads, tokens, chunk_size, update_rule='sequential', d=16, e=8) -> None:
+def call(batch, heads, tokens, chunk_size, update_rule='sequential', retrieve='previous', d=16, e=8,
+         between=lambda: None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return inputs and their gradients of the loop on the meta device, forward and backward, with a call in between.
+
+    It goes past the operator, which only asks for shapes on that device and would launch nothing.
+    """
     channels = heads * d
 
     def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, device='meta', requires_grad=True)
+        return torch.empty(*shape, device='meta')
 
     generators = UpdateGenerators(empty(4 * channels, channels), empty(4 * channels),
                                   empty(3 * channels, 4 * channels), empty(3 * channels))
-    y, _ = neural_memory(
-        *(empty(batch, heads, tokens, d) for _ in range(3)), empty(heads, d, e), empty(heads, e, d), generators,
-        chunk_size=chunk_size, update_rule=update_rule, return_state=True, backend='triton')
-    y.sum().backward()
+    options = MemoryOptions(chunk_size, update_rule=update_rule, retrieve=retrieve, qk_norm_eps=1e-2)
+    start = memory.begin(batch, empty(heads, d, e), empty(heads, e, d), None)
+    tensors = [empty(batch, 3, heads, d, tokens), *start, *generators]
+    y, *state, kept = memory._memory(*tensors, True, 'triton', *options)
+    between()
+    return tensors, memory._memory_backward(tensors, kept, [y, *state], 'triton', *options)
 
 
 def registers_and_spills(ptx: str, capability: int) -> tuple[int, int]:
