@@ -297,7 +297,7 @@ def plot(path: Path, results: Results) -> None:
             accuracies, *others = ([run['figures'][figure] for run in runs] for figure in runs[0]['figures'])
             axis.plot(accuracies, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='a seed')
             axis.plot(statistics.mean(accuracies), y, '|', color='black', markersize=16, label='mean')
-            for figure_name, values, marker in zip(list(runs[0]['figures'])[1:], others, '^v'):
+            for figure_name, values, marker in zip(list(runs[0]['figures'])[1:], others, '^vs'):
                 axis.plot(statistics.mean(values), y, marker, color='tab:orange', markerfacecolor='none',
                           label=f'mean, {figure_name.replace("_", " ")}')
         axis.set_yticks(range(len(rows)), [row_name(*row) for row in rows])
@@ -305,7 +305,8 @@ def plot(path: Path, results: Results) -> None:
         axis.set(title=name, xlabel='accuracy', xlim=(0, 1.02))
         axis.grid(axis='x', alpha=0.3)
         labels.update(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(labels.values(), labels, loc='outside lower center', ncols=len(labels))
+    figure.legend(labels.values(), labels, loc='outside lower center',
+                  ncols=min(len(labels), 2 * len(results)))
     figure.savefig(path, dpi=100)
 
 
