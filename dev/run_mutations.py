@@ -57,6 +57,8 @@ MORE_TESTS = {
             cpu=('cpu', ), exported=('exported', ), memory=('memory', 'layer', 'op'), op=('op', ),
             operators=('memory', ), pytorch=('memory', 'op'), reference=('memory', 'op'), rule=('op', 'memory'),
             triton=('triton', ), triton_kernels=('triton', ), types=('memory', 'op')).items()},
+    **{f'convneur_mm/engine/launch/{name}.py': [f'tests/test_engine/test_{test}.py' for test in ('launch', 'settings')]
+       for name in ('command_line', 'config', 'entry', 'processes')},
     'convneur_mm/engine/runner/interrupts.py': ['tests/test_engine/test_hooks/test_sigterm.py'],
     'convneur_mm/engine/runner/loops.py': ['tests/test_engine/test_hooks/test_sigterm.py'],
     'convneur_mm/engine/runner/model_wrappers.py': ['tests/test_engine/test_hooks/test_start_summary.py'],
