@@ -1,23 +1,30 @@
 """Tasks of small_ablation.py, and the training of a model on one of them.
 
 A task draws batches, builds a model around given backbone options, and measures a trained model on fresh data. All its
-settings are fields, so that a result can record exactly what it was trained on.
+settings are fields, so that a result can record exactly what it was trained on. A model's first figure is the one by
+which runs are compared.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _inner_variants import replace_memories
+from mmengine.registry import MODELS
+from PIL import Image
 from torch import Tensor, nn
 
 from convneur_mm.datasets.shapes import SHAPE_CLASSES, single_scene_at
 from convneur_mm.models import ConvNeur, NeuralMemory
 from convneur_mm.models.global_branches import branch_options
+from convneur_mm.visualization.gate import GateRecorder, gated_blocks
+from convneur_mm.visualization.sheet import draw_sheet
 
 IGNORED = -1  # label where nothing is asked
 WARMUP_ITERATIONS = 50
@@ -38,8 +45,8 @@ class Task:
         batch: Sequences or pictures per iteration.
         lr: Peak learning rate of AdamW.
         chunk_size: Tokens per chunk of the memory, unless a variant sets it.
-        solved: Accuracy from which a run counts as solved.
-        chance: Accuracy of guessing.
+        solved: First figure from which a run counts as solved; None if a task is never solved, only better or worse.
+        chance: First figure of guessing.
         seeds: Default number of seeds.
         cost: Time of an iteration relative to other tasks; for estimates of the remaining time.
     """
@@ -48,7 +55,7 @@ class Task:
     batch: int
     lr: float
     chunk_size: int
-    solved: float
+    solved: float | None
     chance: float
     seeds: int
     cost: float
@@ -62,19 +69,25 @@ class Task:
         raise NotImplementedError
 
     def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
-        """Measure a trained model's figures on unseen data; 'accuracy' is among them."""
+        """Measure a trained model's figures on unseen data, the one by which runs are compared first."""
         raise NotImplementedError
 
-    def backbone(self, arch: dict, tile: int | None = None, **options) -> ConvNeur:
+    def show(self, model: nn.Module, path: Path) -> None:
+        """Write a picture of a trained model's work to ``path``, if the task has one."""
+
+    def backbone(self, arch: dict | str, tile: int | None = None, inner: dict | None = None, **options) -> ConvNeur:
         """Build a ConvNeur with this task's chunk size and initial weights.
 
-        With ``tile``, its memories take the tokens in square tiles of ``tile`` rows and columns instead of row by row.
+        With ``tile``, its memories take the tokens in square tiles of ``tile`` rows and columns instead of row by row;
+        with ``inner`` they have another inner rule, see :func:`replace_memories`.
         """
         memory_cfg = options.pop('memory_cfg', {})
         if 'chunk_size' in branch_options(options.get('global_branch', 'neural_memory')):
             memory_cfg = {'chunk_size': self.chunk_size, **memory_cfg}
         model = ConvNeur(arch, memory_cfg=memory_cfg, **options)
         model.init_weights()
+        if inner is not None:
+            replace_memories(model, inner)
         if tile is not None:
             for memory in model.modules():
                 if isinstance(memory, NeuralMemory):
@@ -412,6 +425,130 @@ class _HiddenObjectModel(nn.Module):
             (features, ), states = self.backbone(frame, states=states, return_states=True)
             logits.append(self.head(features))
         return torch.stack(logits, 2)
+
+
+# ---- street photos
+
+
+CAMVID_CLASSES = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian',
+                  'bicyclist')
+# Folders of pictures and label maps, for training and for validation, in MMSeg's layout and in SegNet's.
+CAMVID_LAYOUTS = ((('images/training', 'annotations/training'), ('images/validation', 'annotations/validation')),
+                  (('train', 'trainannot'), ('val', 'valannot')))
+
+
+@dataclass(frozen=True)
+class CamVid(Task):
+    """Segmentation of street photos in 11 classes by a Semantic FPN, from random weights.
+
+    Attributes:
+        width: Width of the pictures, which are resized if they have another.
+        height: Height of the pictures.
+        neck_channels: Channels of the FPN and of its head.
+        folder: Where the data set is, with pictures and label maps (labels 0 to 10; higher ones are not asked).
+    """
+
+    iterations: int = 300
+    batch: int = 4
+    lr: float = 1e-3
+    chunk_size: int = 196
+    solved: None = None
+    chance: float = 1 / len(CAMVID_CLASSES)
+    seeds: int = 3
+    cost: float = 8.0
+    width: int = 320
+    height: int = 240
+    neck_channels: int = 64
+    folder: str = 'data/camvid'
+
+    def build(self, backbone: dict | None = None, **options) -> nn.Module:
+        """Build the model; ``backbone`` is the config of another backbone than ConvNeur-m1."""
+        if backbone is None:
+            return _SegmentationModel(self.backbone('m1', **options), (40, 80, 160, 320), self.neck_channels)
+        other = MODELS.build(backbone)
+        other.init_weights()
+        return _SegmentationModel(other, CHANNELS_OF_OTHERS[backbone['type']], self.neck_channels)
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        images, labels = street_photos(self.folder, 0, self.width, self.height)
+        chosen = torch.randint(len(images), (batch, ), generator=g)
+        images, labels = images[chosen], labels[chosen].long()
+        mirrored = torch.rand(batch, generator=g) < 0.5
+        images[mirrored], labels[mirrored] = images[mirrored].flip(3), labels[mirrored].flip(2)
+        return (_normalised(images), ), labels
+
+    def measure(self, model: nn.Module, g: torch.Generator) -> dict[str, float]:
+        images, labels = street_photos(self.folder, 1, self.width, self.height)
+        predicted = torch.cat([predict(model, (_normalised(part), )) for part in images.split(8)])
+        return dict(mean_iou=mean_iou(predicted, labels.long(), len(CAMVID_CLASSES)),
+                    pixel_accuracy=accuracy(predicted, labels))
+
+    def show(self, model: nn.Module, path: Path) -> None:
+        """Write the gate sheet of the first validation picture, if the model has gates."""
+        if not isinstance(model.backbone, ConvNeur) or not gated_blocks(model.backbone):
+            return
+        image = street_photos(self.folder, 1, self.width, self.height)[0][:1]
+        with torch.no_grad(), GateRecorder(model) as recorder:
+            model(_normalised(image))
+        draw_sheet(image[0].permute(1, 2, 0).numpy(), recorder.parts, path.stem).savefig(path)
+
+
+CHANNELS_OF_OTHERS = {'mmseg.ResNet': (64, 128, 256, 512), 'mmdet.PyramidVisionTransformerV2': (32, 64, 160, 256)}
+
+
+class _SegmentationModel(nn.Module):
+
+    def __init__(self, backbone: nn.Module, in_channels: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = MODELS.build(
+            dict(type='mmseg.FPN', in_channels=list(in_channels), out_channels=channels, num_outs=4))
+        self.head = MODELS.build(dict(
+            type='mmseg.FPNHead', in_channels=[channels] * 4, in_index=[0, 1, 2, 3], feature_strides=[4, 8, 16, 32],
+            channels=channels, num_classes=len(CAMVID_CLASSES), norm_cfg=dict(type='BN'), align_corners=False))
+        self.neck.init_weights()
+        self.head.init_weights()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to logits (B, classes, H, W)."""
+        logits = self.head(self.neck(self.backbone(images)))
+        return F.interpolate(logits, images.shape[2:], mode='bilinear', align_corners=False)
+
+
+@lru_cache(maxsize=2)
+def street_photos(folder: str, split: int, width: int, height: int) -> tuple[Tensor, Tensor]:
+    """Return uint8 pictures (number, 3, height, width) and labels (number, height, width) of a folder.
+
+    Raises:
+        ValueError: If the folder has none of the layouts, or a picture has no label map.
+    """
+    for layout in CAMVID_LAYOUTS:
+        pictures, maps = (Path(folder, part) for part in layout[split])
+        if pictures.is_dir():
+            break
+    else:
+        raise ValueError(f'{folder} is not a folder of CamVid: expected one of '
+                         f'{", ".join(layout[split][0] for layout in CAMVID_LAYOUTS)} in it; name it with --camvid')
+    images, labels = [], []
+    for path in sorted(pictures.iterdir()):
+        label = maps / f'{path.stem}.png'
+        if not label.is_file():
+            raise ValueError(f'{path} has no label map {label}')
+        images.append(np.asarray(Image.open(path).convert('RGB').resize((width, height), Image.Resampling.BILINEAR)))
+        labels.append(np.asarray(Image.open(label).resize((width, height), Image.Resampling.NEAREST)).astype(np.int8))
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(np.stack(labels))
+    labels[(labels < 0) | (labels >= len(CAMVID_CLASSES))] = IGNORED
+    return images, labels
+
+
+def mean_iou(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """Return the mean over classes of intersection over union, of all pixels together, without IGNORED labels."""
+    asked = labels != IGNORED
+    pairs = torch.bincount(labels[asked] * classes + predicted[asked], minlength=classes**2).view(classes, classes)
+    hits = pairs.diagonal().double()
+    union = (pairs.sum(0) + pairs.sum(1) - pairs.diagonal()).double()
+    return (hits / union)[union > 0].mean().item()
 
 
 # ---- training

@@ -9,11 +9,14 @@ r"""Measure what each part of ConvNeur contributes, on generated tasks that trai
     experiments/small_ablation.py --table --plot ablation.png
     # what a memory gains that is carried from frame to frame of a clip
     experiments/small_ablation.py --tasks "hidden object"
+    # street photos (CamVid), 4 to 15 minutes a training
+    experiments/small_ablation.py --tasks camvid --camvid data/camvid --out-dir work_dirs/camvid
 
 Tasks: recall (key and value, the global branch alone), legend (a pattern's meaning is given elsewhere in the picture,
 outside the local branch's view), shapes (one generated shape, told by its outline), and, if asked for, hidden object
-(clips whose first frames show what later ones hide). Every run writes its own JSON file; a run whose file exists is not
-repeated.
+(clips whose first frames show what later ones hide) and camvid (segmentation of street photos; a folder with
+images/training, annotations/training and the same of validation, or SegNet's train, trainannot, val, valannot). Every
+run writes its own JSON file, and the first seed of camvid a gate sheet; a run whose file exists is not repeated.
 """
 import argparse
 import json
@@ -26,7 +29,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __name__ == '__main__':
@@ -34,13 +37,14 @@ if __name__ == '__main__':
 
 import mmengine
 import torch
-from _small_tasks import HiddenObject, Legend, Recall, Shapes, Task, train
+from _small_tasks import CamVid, HiddenObject, Legend, Recall, Shapes, Task, train
 from mmengine.logging import MMLogger
 
 from convneur_mm.analysis import bench
 from convneur_mm.engine.files.errors import one_line_errors
 
-TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes(), 'hidden object': HiddenObject()}
+TASKS: dict[str, Task] = {'recall': Recall(), 'legend': Legend(), 'shapes': Shapes(), 'hidden object': HiddenObject(),
+                          'camvid': CamVid()}
 DEFAULT_TASKS = ('recall', 'legend', 'shapes')
 # Options of the backbone, and the side of the tiles if the memory takes the tokens in tiles and not row by row.
 VARIANTS: dict[str, dict] = {
@@ -55,6 +59,14 @@ VARIANTS: dict[str, dict] = {
     'final, tiles': dict(tile=8, memory_cfg=dict(chunk_size=64, retrieve='final')),
     'final, 1 chunk': dict(memory_cfg=dict(retrieve='final', num_chunks=1)),
     'final, 16 chunks': dict(memory_cfg=dict(retrieve='final', num_chunks=16)),
+    # What of the inner rule is needed.
+    'final, ascent': dict(inner=dict(direction=-1.0), memory_cfg=dict(retrieve='final')),
+    'final, q = k': dict(inner=dict(query_is_key=True), memory_cfg=dict(retrieve='final')),
+    'final, last layer': dict(inner=dict(last_layer=True), memory_cfg=dict(retrieve='final')),
+    'final, dot product': dict(inner=dict(loss='dot'), memory_cfg=dict(retrieve='final')),
+    'final, resets': dict(inner=dict(reset_every=2), memory_cfg=dict(retrieve='final')),
+    'previous, resets': dict(inner=dict(reset_every=2)),
+    'linear attention': dict(inner=dict(linear_attention=True)),
     'final, never written': dict(memory_cfg=dict(retrieve='final', inner_step=0.0)),
     'cbam': dict(global_branch='cbam'),
     'non-local': dict(global_branch='non_local'),
@@ -66,17 +78,25 @@ VARIANTS: dict[str, dict] = {
 }
 # Options of the model of hidden objects, whose backbone is always the same.
 STATES: dict[str, dict] = {'without state': dict(carry=False), 'carried state': dict(carry=True)}
+# On street photos: the paper's setting, the one for dense tasks, what lies between them, and others' backbones.
+STREET: dict[str, dict] = {
+    **{name: VARIANTS[name] for name in ('none', 'previous', 'final', 'cbam', 'self-attention')},
+    'previous, normalised, 8 chunks': dict(memory_cfg=dict(num_chunks=8, step_normalization=0.125)),
+    'final, normalised, 8 chunks': dict(memory_cfg=dict(num_chunks=8, retrieve='final', step_normalization=0.125)),
+    'ResNet-18': dict(backbone=dict(type='mmseg.ResNet', depth=18)),
+    'PVTv2-B0': dict(backbone=dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=32, num_layers=[2, 2, 2, 2])),
+}
 
 RESULT_KEYS = ('task', 'variant', 'budget_factor', 'seed', 'settings', 'figures', 'seconds', 'parameters', 'versions')
 # Task fields that change neither a training nor its figures. Iterations are in a run's settings, with the budget.
-REPORT_FIELDS = ('iterations', 'solved', 'chance', 'seeds', 'cost')
+REPORT_FIELDS = ('iterations', 'solved', 'chance', 'seeds', 'cost', 'folder')
 # Task → (variant, budget factor) → results of its seeds.
 Results = dict[str, dict[tuple[str, float], list[dict]]]
 
 
 def variants_of(task: str) -> dict[str, dict]:
     """Return the options of each variant of a task."""
-    return STATES if task == 'hidden object' else VARIANTS
+    return {'hidden object': STATES, 'camvid': STREET}.get(task, VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -111,15 +131,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(DEFAULT_TASKS), metavar='TASK',
                         help=f'tasks to train, from: {", ".join(TASKS)} (default: {", ".join(DEFAULT_TASKS)})')
-    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, *STATES], default=[*VARIANTS, *STATES],
-                        metavar='VARIANT', help='variants, from: ' + ', '.join(map(repr, VARIANTS)) + '; of hidden '
-                        'objects ' + ', '.join(map(repr, STATES)) + ' (default: all)')
+    known = list(dict.fromkeys((*VARIANTS, *STATES, *STREET)))
+    parser.add_argument('--variants', nargs='+', choices=known, default=known, metavar='VARIANT',
+                        help='variants, from: ' + ', '.join(map(repr, VARIANTS)) + '; of hidden objects '
+                        + ', '.join(map(repr, STATES)) + '; of camvid ' + ', '.join(map(repr, STREET))
+                        + ' (default: all)')
     parser.add_argument('--seeds', type=int, metavar='N', help='train with seeds 0 to N - 1 (default: by task, '
                         + ', '.join(f'{name} {task.seeds}' for name, task in TASKS.items()) + ')')
     parser.add_argument('--budget-factor', type=float, default=1.0, metavar='X',
                         help='multiply the iterations of each task by X (default: %(default)g)')
     parser.add_argument('--jobs', type=int, default=1, metavar='N',
                         help='number of parallel training runs, one thread each (default: %(default)s)')
+    parser.add_argument('--camvid', default=TASKS['camvid'].folder, metavar='DIR',
+                        help='folder of the street photos (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/small_ablation'), metavar='DIR',
                         help='folder of the results (default: %(default)s)')
     parser.add_argument('--table', action='store_true',
@@ -143,10 +167,11 @@ def wanted_runs(args: argparse.Namespace) -> list[Run]:
             for task in args.tasks if seed < seeds[task] for variant in args.variants if variant in variants_of(task)]
 
 
-def execute(run: Run, task: Task, settings: dict) -> dict:
+def execute(run: Run, task: Task, settings: dict, picture: Path) -> dict:
     """Train and measure on one thread; return the content of the run's file.
 
-    Task and settings come from the calling process; a spawned process may have others.
+    Task and settings come from the calling process; a spawned process may have others. The first seed of a task that
+    has something to show writes it to ``picture``.
     """
     torch.set_num_threads(1)
     MMLogger.get_current_instance().setLevel('WARNING')  # hide the initialisation log of every parameter
@@ -155,19 +180,22 @@ def execute(run: Run, task: Task, settings: dict) -> dict:
     model = train(task, settings['options'], run.seed, settings['iterations'])
     seconds = time.process_time() - started
     figures = task.measure(model, torch.Generator().manual_seed(2**32 + run.seed))
+    if run.seed == 0:
+        task.show(model, picture)
     return dict(task=run.task, variant=run.variant, budget_factor=run.budget_factor, seed=run.seed, settings=settings,
                 figures=figures, seconds=seconds, parameters=sum(p.numel() for p in model.parameters()),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__))
 
 
-def results_of(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
+def results_of(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[Run, dict]]:
     """Execute the runs and yield each with its result when it ends."""
-    calls = [(run, TASKS[run.task], run.settings) for run in runs]
-    if jobs == 1:
+    tasks = {**TASKS, 'camvid': replace(TASKS['camvid'], folder=args.camvid)}
+    calls = [(run, tasks[run.task], run.settings, run.path(args.out_dir).with_suffix('.png')) for run in runs]
+    if args.jobs == 1:
         for call in calls:
             yield call[0], execute(*call)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
         try:
             pending = {pool.submit(execute, *call): call[0] for call in calls}
             for future in as_completed(pending):
@@ -189,7 +217,7 @@ def train_missing(args: argparse.Namespace) -> None:
     note(f'{len(runs) - len(missing)} of {len(runs)} runs are in {args.out_dir}, {len(missing)} to go')
     started, done = time.monotonic(), 0.0
     work = sum(cost(run) for run in missing)
-    for number, (run, result) in enumerate(results_of(missing, args.jobs), start=1):
+    for number, (run, result) in enumerate(results_of(missing, args), start=1):
         path = run.path(args.out_dir)
         unfinished = path.with_suffix(f'.{os.getpid()}.tmp')
         bench.write_json(unfinished, result)
@@ -269,7 +297,8 @@ def row_name(variant: str, factor: float) -> str:
 def print_tables(results: Results) -> None:
     for name, rows in results.items():
         task = TASKS[name]
-        print(f'\n{name}: {task.iterations} iterations, chance {task.chance:.2f}, solved from {task.solved:.2f} on\n')
+        solved = '' if task.solved is None else f', solved from {task.solved:.2f} on'
+        print(f'\n{name}: {task.iterations} iterations, chance {task.chance:.2f}{solved}\n')
         figures = list(next(iter(rows.values()))[0]['figures'])
         header = ('', 'solved', *(figure.replace('_', ' ') for figure in figures), 'least', 'most', 'parameters',
                   'CPU s')
@@ -277,11 +306,10 @@ def print_tables(results: Results) -> None:
 
 
 def table_row(task: Task, row: tuple[str, float], runs: Sequence[dict], figures: Sequence[str]) -> tuple[str, ...]:
-    accuracies = [run['figures']['accuracy'] for run in runs]
-    solved = sum(accuracy >= task.solved for accuracy in accuracies)
-    return (row_name(*row), f'{solved} of {len(runs)}', *(bench.spread([run['figures'][name] for run in runs])
-                                                         for name in figures),
-            f'{min(accuracies):.2f}', f'{max(accuracies):.2f}', f'{runs[0]["parameters"]:,}',
+    values = [run['figures'][figures[0]] for run in runs]
+    solved = f'{sum(value >= task.solved for value in values)} of {len(runs)}' if task.solved else '-'
+    return (row_name(*row), solved, *(bench.spread([run['figures'][name] for run in runs]) for name in figures),
+            f'{min(values):.2f}', f'{max(values):.2f}', f'{runs[0]["parameters"]:,}',
             f'{statistics.median(run["seconds"] for run in runs):.0f}')
 
 
@@ -292,17 +320,18 @@ def plot(path: Path, results: Results) -> None:
     for axis, (name, rows) in zip([axes] if len(results) == 1 else axes, results.items()):
         task = TASKS[name]
         axis.axvline(task.chance, color='grey', linestyle=':', label='guessing')
-        axis.axvline(task.solved, color='green', linestyle='--', label='solved')
+        if task.solved is not None:
+            axis.axvline(task.solved, color='green', linestyle='--', label='solved')
         for y, runs in enumerate(rows.values()):
-            accuracies, *others = ([run['figures'][figure] for run in runs] for figure in runs[0]['figures'])
-            axis.plot(accuracies, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='a seed')
-            axis.plot(statistics.mean(accuracies), y, '|', color='black', markersize=16, label='mean')
-            for figure_name, values, marker in zip(list(runs[0]['figures'])[1:], others, '^vs'):
-                axis.plot(statistics.mean(values), y, marker, color='tab:orange', markerfacecolor='none',
+            values, *others = ([run['figures'][figure] for run in runs] for figure in runs[0]['figures'])
+            axis.plot(values, [y] * len(runs), 'o', color='tab:blue', alpha=0.5, label='a seed')
+            axis.plot(statistics.mean(values), y, '|', color='black', markersize=16, label='mean')
+            for figure_name, other, marker in zip(list(runs[0]['figures'])[1:], others, '^vs'):
+                axis.plot(statistics.mean(other), y, marker, color='tab:orange', markerfacecolor='none',
                           label=f'mean, {figure_name.replace("_", " ")}')
         axis.set_yticks(range(len(rows)), [row_name(*row) for row in rows])
         axis.invert_yaxis()
-        axis.set(title=name, xlabel='accuracy', xlim=(0, 1.02))
+        axis.set(title=name, xlabel=next(iter(runs[0]['figures'])).replace('_', ' '), xlim=(0, 1.02))
         axis.grid(axis='x', alpha=0.3)
         labels.update(zip(*reversed(axis.get_legend_handles_labels())))
     figure.legend(labels.values(), labels, loc='outside lower center',

@@ -21,7 +21,7 @@ from ..engine.files.checkpoint import (
     compare_weights,
     read_checkpoint,
 )
-from ..engine.files.errors import LaunchError
+from ..engine.files.errors import LaunchError, some
 from ..engine.files.safe_files import safe_loading
 from ..engine.files.weights_file import weights_of
 from ..engine.launch import SCOPES, find_config, read_config, why_no_gpu, without_sync_bn
@@ -130,16 +130,15 @@ def _load(model: BaseModel, name: str, cfg: Config) -> dict:
     weights, own = checkpoint_weights(checkpoint), model.state_dict()
     check_some_match(own, weights, name)
     differences = compare_weights(own, weights)
-    # An auxiliary head supervises a segmentor's training, and is not used in prediction.
-    needed = differences.without('auxiliary_head.')
+    needed = differences.for_prediction()
     meta = checkpoint.get('meta')
     saved = _saved_meta(meta if isinstance(meta, Mapping) else {})
     if needed.missing or needed.other_shape:
         trained, used = _names(saved), _names(config_meta(cfg))
         check_all_match(own, needed, name, (len(trained), len(used)) if trained and used else None)
     if needed.unused:
-        shown = ', '.join(needed.unused[:4]) + (', …' if len(needed.unused) > 4 else '')
-        MMLogger.get_current_instance().warning(f'{len(needed.unused)} weights of {name} are not used: {shown}')
+        MMLogger.get_current_instance().warning(
+            f'{len(needed.unused)} weights of {name} are not used: {some(needed.unused, 4)}')
     fitting = OrderedDict((key, value) for key, value in weights.items() if key not in differences.other_shape)
     # Versions of the modules, by which some of them rename the weights of earlier versions.
     fitting._metadata = getattr(weights_of(checkpoint), '_metadata', None)

@@ -30,8 +30,8 @@ Private names of other packages:
   and its two neighbours, which a subclass extends to delete after saving.
 - PyTorch: ``_metadata`` of a ``state_dict``, which it documents but does not name publicly; ``_world.pg_map`` and the
   backends of a group, to join gloo's threads before Python ends (pytorch/pytorch#190489); ``PyTorchFileReader`` and
-  ``_rebuild_tensor``, to read a file as ``torch.load`` does. Models ask for a module's hooks and for dispatch modes,
-  and export uses the ``scan`` operator.
+  ``_rebuild_tensor``, and ``_untyped_storage``, to read a file as ``torch.load`` does. Models ask for a module's hooks
+  and for dispatch modes, and export uses the ``scan`` operator.
 - pickle: ``_Unpickler``, as the public one, in C, takes no table of opcodes.
 - mmdet and mmseg: ``_enable_normalize`` of a data preprocessor. timm: ``feature_take_indices``.
 """

@@ -2,8 +2,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture
@@ -12,15 +14,21 @@ def tasks(script):
 
 
 @pytest.fixture
-def ablation(script, monkeypatch):
+def ablation(script, monkeypatch, tmp_path_factory):
     """The tool, its tasks made small: two iterations each at budget factor 1."""
     small_ablation = script('small_ablation')
+    camvid = tmp_path_factory.mktemp('camvid')
+    for folder in ('train', 'trainannot', 'val', 'valannot'):
+        (camvid / folder).mkdir()
+        for name in 'ab':
+            Image.new('L', (64, 64), 1).save(camvid / folder / f'{name}.png')
     shrunk = dict(
         recall=dict(iterations=2, batch=2, side=4, channels=16, chunk_size=4),
         legend=dict(iterations=2, batch=2, channels=16, mem_channels=16),
         shapes=dict(iterations=2, batch=2, num_train=4, num_val=6, depths=(1, 1), channels=(8, 16), mem_channels=16))
     shrunk['hidden object'] = dict(iterations=2, batch=2, side=2, boxes=2, channels=8, mem_channels=16, chunk_size=8,
                                    long=4)
+    shrunk['camvid'] = dict(iterations=2, batch=2, width=64, height=64, neck_channels=8, folder=str(camvid))
     assert set(shrunk) == set(small_ablation.TASKS)
     for name, fields in shrunk.items():
         monkeypatch.setitem(small_ablation.TASKS, name, replace(small_ablation.TASKS[name], **fields))
@@ -157,6 +165,7 @@ def test_every_variant_builds(ablation):
             inputs, labels = task.draw(2, generator())
             logits = task.build(**options)(*inputs)
             assert logits.shape[2:] == labels.shape[1:] and len(logits) == 2, name
+            assert labels.dtype == torch.int64
     built = {name: ablation.TASKS['legend'].build(**options).backbone.stages[0][0]
              for name, options in ablation.VARIANTS.items()}
     assert built['none'].global_branch is None
@@ -180,6 +189,86 @@ def test_tiles_are_the_chunks(tasks):
 
     assert changed(2) == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert changed(None) == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+class TestInnerVariants:
+
+    @pytest.fixture
+    def legend(self, tasks):
+        return replace(tasks.Legend(), channels=16, mem_channels=32, chunk_size=60)  # 256 tokens: the last chunk has 16
+
+    def outputs(self, legend, x, retrieve='final', **inner):
+        torch.manual_seed(0)
+        model = legend.build(memory_cfg=dict(retrieve=retrieve, inner_step=1.0), **inner).double()
+        for name, weight in model.named_parameters():
+            if name.endswith(('query.weight', 'key.weight', 'value.weight')):
+                torch.nn.init.normal_(weight, std=0.3)
+        return model(x)
+
+    @pytest.mark.parametrize('retrieve', ['previous', 'final'])
+    def test_without_options_equals_the_memory(self, legend, retrieve):
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        expected = self.outputs(legend, x, retrieve)
+        torch.testing.assert_close(self.outputs(legend, x, retrieve, inner={}), expected, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize('inner', [dict(direction=-1.0), dict(loss='dot'), dict(last_layer=True),
+                                       dict(query_is_key=True), dict(reset_every=2), dict(linear_attention=True)])
+    def test_each_option_changes_the_output(self, legend, inner):
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        assert (self.outputs(legend, x, inner=inner) - self.outputs(legend, x)).abs().max() > 1e-7
+
+    def test_gradients_of_the_inner_losses(self, script):
+        variants = script('_inner_variants')
+        torch.manual_seed(0)
+        k, v = torch.randn(2, 3, 16, 5, dtype=torch.float64)
+        memory = variants.NeuralMemory(16).double()
+        rows = torch.randn(3, 16, 16, dtype=torch.float64, requires_grad=True)
+        recalled = k + rows[:, 8:].mT @ torch.nn.functional.gelu(rows[:, :8] @ k)
+        for loss, value in (('squared', (recalled - v).square().sum() / 16), ('dot', -2 * (recalled * v).sum() / 16)):
+            expected, = torch.autograd.grad(value, rows, retain_graph=True)
+            gradient, _ = variants.InnerVariant(memory, loss=loss).surprise(k, v, rows)
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+            ascent, _ = variants.InnerVariant(memory, -1.0, loss).surprise(k, v, rows)
+            torch.testing.assert_close(ascent, -expected, rtol=0, atol=1e-12)
+            last, _ = variants.InnerVariant(memory, loss=loss, last_layer=True).surprise(k, v, rows)
+            assert not last[:, :8].any() and torch.equal(last[:, 8:], gradient[:, 8:])
+
+    def test_resets_forget_the_chunks_before(self, legend):
+        """Under 'previous' the third chunk of 60 tokens reads M_0 again, whatever stands in the first two."""
+        torch.manual_seed(0)
+        branch = legend.build(inner=dict(reset_every=2)).backbone.stages[0][0].global_branch
+        x = torch.randn(1, 16, 16, 16)
+        other = x.clone()
+        other[:, :, :4] = torch.randn(1, 16, 4, 16)  # 64 tokens: the first chunk, and 4 tokens of the second
+        changed = (branch(x) != branch(other)).any(1).flatten()
+        assert changed[60:120].all() and not changed[120:].any()
+
+
+def test_mean_iou(tasks):
+    labels = torch.tensor([[0, 0, 1, 1], [2, 2, -1, -1]])
+    predicted = torch.tensor([[0, 1, 1, 1], [2, 0, 0, 2]])
+    # Class 0: one of three; class 1: two of three; class 2: one of two; class 3 is nowhere.
+    assert tasks.mean_iou(predicted, labels, 4) == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
+
+
+@pytest.mark.parametrize('layout', [0, 1])
+def test_street_photos_of_both_layouts(tasks, tmp_path, layout):
+    """Pictures and maps of other sizes are resized, and labels without a class are not asked."""
+    for pictures, maps in tasks.CAMVID_LAYOUTS[layout]:
+        for folder in (pictures, maps):
+            (tmp_path / folder).mkdir(parents=True)
+        Image.new('RGB', (48, 36), (255, 0, 0)).save(tmp_path / pictures / 'a.png')
+        Image.fromarray(np.repeat(np.array([[0] * 16 + [11] * 16 + [255] * 16], np.uint8), 36, 0)).save(
+            tmp_path / maps / 'a.png')
+    images, labels = tasks.street_photos(str(tmp_path), 1, 24, 12)
+    assert images.shape == (1, 3, 12, 24) and (images[0, 0] == 255).all() and not images[0, 1:].any()
+    assert labels[0, 5].tolist() == [0] * 8 + [-1] * 16
+    (tmp_path / maps / 'a.png').unlink()
+    tasks.street_photos.cache_clear()
+    with pytest.raises(ValueError, match='a.png has no label map'):
+        tasks.street_photos(str(tmp_path), 1, 24, 12)
+    with pytest.raises(ValueError, match='nowhere is not a folder of CamVid'):
+        tasks.street_photos('nowhere', 0, 24, 12)
 
 
 def test_goes_on_where_it_stopped(ablation, tmp_path, capsys, monkeypatch):

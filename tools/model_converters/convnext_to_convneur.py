@@ -9,7 +9,7 @@ its linear head. Before training it computes the same as the source: the convolu
 memory's output is zero, so the gate is sigmoid(0) = 1/2 everywhere, and the last layer of each gated block is doubled.
 """
 import argparse
-import os
+import io
 import os.path as osp
 import runpy
 from pathlib import Path
@@ -23,6 +23,7 @@ from convneur_mm.apis.convnext import LICENCES, convert, report
 from convneur_mm.engine.files.checkpoint import checkpoint_weights, read_checkpoint
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.files.weights_file import CheckpointError, CheckpointNotFoundError
+from convneur_mm.engine.files.whole_files import write_whole
 from convneur_mm.models import ConvNeur
 
 
@@ -61,9 +62,9 @@ def main(argv: list[str] | None = None) -> None:
             raise CheckpointError(f'{args.src}: {error}') from None
         meta = dict(source=osp.basename(args.src), version=done.version, layout=done.layout, arch=done.arch,
                     licence=LICENCES[done.version])
-        # Rename the file when it is complete, so that nobody reads a partial file.
-        torch.save(dict(meta=meta, state_dict=done.weights), f'{args.dst}.part')
-        os.replace(f'{args.dst}.part', args.dst)
+        content = io.BytesIO()
+        torch.save(dict(meta=meta, state_dict=done.weights), content)
+        write_whole(args.dst, content.getvalue())
     print(report(done))
     print(f"saved as {args.dst}; start from it with backbone.init_cfg=dict(type='Pretrained', "
           f'checkpoint={args.dst!r})')

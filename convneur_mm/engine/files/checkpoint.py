@@ -151,11 +151,14 @@ class Differences(NamedTuple):
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     unused: list[str]
 
-    def without(self, prefix: str) -> Differences:
-        """Return the differences in names without ``prefix``."""
-        return Differences([name for name in self.missing if not name.startswith(prefix)],
-                           {name: shapes for name, shapes in self.other_shape.items() if not name.startswith(prefix)},
-                           [name for name in self.unused if not name.startswith(prefix)])
+    def for_prediction(self) -> Differences:
+        """Return the differences without auxiliary heads, which supervise a segmentor's training alone."""
+        def used(name: str) -> bool:
+            return not name.startswith('auxiliary_head.')
+
+        return Differences(list(filter(used, self.missing)),
+                           {name: shapes for name, shapes in self.other_shape.items() if used(name)},
+                           list(filter(used, self.unused)))
 
 
 def compare_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Differences:

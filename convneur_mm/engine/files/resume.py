@@ -24,8 +24,7 @@ def latest_checkpoint(work_dir: str, config: str, allow_pickle: bool) -> str:
         work_dir (str): Folder where MMEngine saved ``epoch_*.pth`` or ``iter_*.pth``, and wrote the newest one's path
             to ``last_checkpoint``.
         config (str): Path of the config, to find other work dirs of it.
-        allow_pickle (bool): Whether files that hold more than weights are loaded too. If so, files are not checked,
-            as their code would run twice.
+        allow_pickle (bool): Whether a file that holds more than weights may be the result. Its code is not run here.
 
     Raises:
         LaunchError: If there is no checkpoint, all are damaged, or the newest one needs pickle and may not use it.
@@ -47,10 +46,11 @@ def _newest_intact(paths: list[str], allow_pickle: bool) -> tuple[str | None, Ch
         if osp.isdir(path):
             return path, error  # MMEngine's other strategies save a folder of parts
         try:
-            if not (allow_pickle and osp.isfile(path)):
-                read_checkpoint(path, mmap=True)
+            read_checkpoint(path, mmap=True)
             return path, error
         except UnsafeCheckpointError as unsafe:
+            if allow_pickle:
+                return path, error
             raise LaunchError(f'--resume: {unsafe}') from None
         except CheckpointError as damaged:
             error = damaged

@@ -50,8 +50,8 @@ def _reason(path: str | os.PathLike, size: int, error: OSError) -> str:
     folder = osp.dirname(path) or '.'
     with suppress(OSError):
         free = f', and {_megabytes(shutil.disk_usage(folder).free)} are free in {folder}'
-        return f'{path} was not saved ({error.strerror}): it takes {_megabytes(size)}{free}; make room, and go on ' \
-               'with --resume'
+        return f'{path} was not saved ({error.strerror}): it takes {_megabytes(size)}{free}; make room, and run the ' \
+               'command again, a training with --resume'
     return f'{path} was not saved ({error.strerror})'
 
 

@@ -67,8 +67,7 @@ class CheckpointKeysHook(Hook):
             check_backbone_shapes(differences, name)
             return
         if not is_resumed(runner):
-            # This head supervises a segmentor's training, and has no part in predictions.
-            differences = differences.without('auxiliary_head.')
+            differences = differences.for_prediction()
         trained, used = _trained_classes(checkpoint), _used_classes(runner)
         check_all_match(own, differences, name, (len(trained), len(used)) if trained and used else None)
         if is_resumed(runner) and isinstance(runner.optim_wrapper, OptimWrapper):

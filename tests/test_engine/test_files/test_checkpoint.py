@@ -248,9 +248,11 @@ class TestDifferences:
         differences = compare_weights(own, weights)
         assert differences == (['backbone.b', 'head.c', 'missing'], {'backbone.a': ((3,), (2,))},
                                ['backbone.d', 'extra_state', 'e'])
-        assert differences.without('backbone.') == (['head.c', 'missing'], {}, ['extra_state', 'e'])
-        assert differences.without('head.') == (['backbone.b', 'missing'], {'backbone.a': ((3,), (2,))},
-                                                ['backbone.d', 'extra_state', 'e'])
+
+    def test_auxiliary_heads_do_not_predict(self):
+        own = {'auxiliary_head.a': torch.ones(2), 'auxiliary_head.b': torch.ones(1), 'head.c': torch.ones(4)}
+        weights = {'auxiliary_head.a': torch.ones(3), 'auxiliary_head.d': torch.ones(1), 'e': torch.ones(1)}
+        assert compare_weights(own, weights).for_prediction() == (['head.c'], {}, ['e'])
 
     def test_equal_weights_pass(self):
         own = {'w': torch.ones(2)}

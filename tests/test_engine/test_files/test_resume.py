@@ -32,11 +32,7 @@ class TestResumeAlone:
     @pytest.mark.parametrize('allow', [[], ['--allow-pickle']])
     def test_goes_on_from_the_one_before_a_damaged_one(self, work, run, allow):
         (work / 'epoch_2.pth').write_bytes((work / 'epoch_2.pth').read_bytes()[:2000])
-        if allow:
-            # Loading it as any pickle to see whether it is intact would run its code twice.
-            assert 'work/epoch_2.pth is no checkpoint, or damaged' in run('train', '--resume', *allow)
-            return
-        assert run('train', '--resume') is None
+        assert run('train', '--resume', *allow) is None
         log = max(work.glob('*/*.log')).read_text()
         assert 'resumed epoch: 1, iter: 2' in log
         assert torch.load(work / 'epoch_2.pth', weights_only=False)['meta']['epoch'] == 2

@@ -96,7 +96,7 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert str(error.value) == (
         f'{folder}x.pth was not saved (File too large): it takes 1.2 MB, and 7.7 MB are free in {folder[:-1] or "."}; '
-        'make room, and go on with --resume')
+        'make room, and run the command again, a training with --resume')
     assert os.listdir(folder or '.') == ['x.pth']
     assert Path(f'{folder}x.pth').read_bytes() == b'old'
 

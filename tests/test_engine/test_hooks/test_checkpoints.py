@@ -104,7 +104,7 @@ default_hooks['checkpoint'].update(save_best='score', rule='greater')
         monkeypatch.setattr(os, 'fsync', fsync)
         assert re.fullmatch(
             r'.*work/epoch_2\.pth was not saved \(No space left on device\): it takes 0\.\d MB, and [\d,.]+ MB are '
-            r'free in .*work; make room, and go on with --resume', run('train', *self.KEEP))
+            r'free in .*work; make room, and run the command again, a training with --resume', run('train', *self.KEEP))
         assert Path('work/last_checkpoint').read_text().endswith('work/epoch_1.pth')
         assert read_checkpoint('work/epoch_1.pth')['meta']['epoch'] == 1
         assert not list(Path('work').glob('*.saving'))
