@@ -1,6 +1,7 @@
 """The ConvNeur backbone."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -246,6 +247,26 @@ class ConvNeur(Backbone):
     def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules of each built stage."""
         return [list(modules) for modules in zip(self.downsample_layers, self.stages)]
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the layer of a parameter for layer-wise learning rates, and the number of layers.
+
+        Layers are counted as in mmpretrain's ConvNeXt. The stem is layer 0, and the first two stages are 1 and 2. From
+        layer 3 on, three blocks of the third stage share one; the fourth stage is the last. A downsampling layer counts
+        as the stage behind it, and a memory as its block. All other parameters of the model are one layer above.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): Prefix of the backbone's parameters, such as 'backbone.'. Defaults to ''.
+        """
+        last = max(6, 3 + math.ceil(self.depths[2] / 3)) if len(self.depths) > 2 else len(self.depths)
+        part, _, rest = param_name.removeprefix(prefix).partition('.')
+        if not param_name.startswith(prefix) or part not in ('downsample_layers', 'stages'):
+            return last + 1, last + 2
+        stage, block, *_ = rest.split('.')
+        if part == 'downsample_layers':
+            return (0, 2, 3, last)[min(int(stage), 3)], last + 2
+        return (1, 2, 3 + int(block) // 3, last)[min(int(stage), 3)], last + 2
 
     def _complete_weights(self) -> None:
         # With a bias of zero, an image's padding is zero after the stem, and every LayerNorm multiplies its gradient by

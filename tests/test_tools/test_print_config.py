@@ -24,6 +24,22 @@ def test_overrides_and_settings_reach_what_is_printed(tool, tmp_path, capsys):
     assert cfg.train_dataloader.dataset.data_root == 'elsewhere/'
 
 
+def test_optimizer(tool, capsys):
+    """The rates of the optimizer as built, by part: those of the last layer, and those of a head beside it."""
+    tool.main(['semantic_fpn_convneur_m1_80k_ade20k', '--optimizer', '--cfg-options',
+               'optim_wrapper.paramwise_cfg.layer_decay_rate=0.5', 'optim_wrapper.optimizer.lr=1.0'])
+    rows = [tuple(cell.strip() for cell in line.strip('|').split('|')) for line in capsys.readouterr().out.splitlines()]
+    found = {row[:2]: row[2:] for row in rows}
+    assert found['backbone.downsample_layers.0', 'weights'] == (f'{40 * 3 * 16:,}', f'{0.5 ** 7:.3g}', '0.01')
+    assert found['backbone.stages.2', 'weights'][1:] == ('0.0625 to 0.125', '0.01')
+    assert found['backbone.stages.3', 'learned memory M_0'] == (f'{2 * 80 * 8:,}', '0.5', '0')
+    assert found['backbone.stages.3', 'update generators'][1:] == ('0.5', '0 to 0.01')
+    assert found['backbone.stages.3', 'global branch: norms, biases, scales'][1:] == ('0.5', '0')
+    assert found['decode_head', 'weights'][1:] == ('10', '0.01')
+    with pytest.raises(SystemExit):
+        tool.main([NAME, '--optimizer', '--key', 'model'])
+
+
 def test_a_file_holds_the_same(tool, tmp_path, capsys):
     tool.main([NAME])
     printed = capsys.readouterr().out

@@ -12,6 +12,7 @@ from torch import nn
 
 from convneur_mm.engine import BFloat16OptimWrapper
 from convneur_mm.engine.launch import LaunchError
+from convneur_mm.models import ConvNeur
 
 TRAIN = Path(__file__).parents[3] / 'tools' / 'train.py'
 
@@ -187,3 +188,60 @@ def test_offsets_of_deformable_convolutions():
     offset, bias = groups[id(model.dcn.conv_offset.bias)], groups[id(model.linear.bias)]
     assert (offset['lr'], offset['weight_decay']) == (0.25, 0.1)
     assert (bias['lr'], bias['weight_decay']) == (1.0, 0.0)
+
+
+class TestLayerDecay:
+
+    @staticmethod
+    def rates(model, **paramwise):
+        """Learning rate by name of parameter, with a rate of 1 for all."""
+        optim_wrapper = build_optim_wrapper(model, dict(
+            constructor='GroupingConstructor', optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.1),
+            paramwise_cfg=dict(flat_decay_mult=0.0, **paramwise)))
+        names = {id(param): name for name, param in model.named_parameters()}
+        return {names[id(param)]: group['lr'] for group in optim_wrapper.optimizer.param_groups
+                for param in group['params']}
+
+    @pytest.fixture(scope='class')
+    def model(self):
+        arch = dict(depths=[1, 1, 7, 1], channels=[8] * 4, mem_channels=16)
+        return nn.ModuleDict(dict(backbone=ConvNeur(arch), neck=nn.Linear(2, 2), head=nn.Linear(2, 2)))
+
+    def test_rates_fall_towards_the_image(self, model):
+        """The stem is layer 0 of eight; three blocks of the third stage share one; heads keep their rate."""
+        rates = self.rates(model, layer_decay_rate=0.5, custom_keys={
+            'head.': dict(lr_mult=10.0), '.global_branch.': dict(lr_mult=3.0)})
+        for name, layer, mult in (
+                ('backbone.downsample_layers.0.0.weight', 0, 1), ('backbone.downsample_layers.1.1.weight', 2, 1),
+                ('backbone.downsample_layers.2.1.bias', 3, 1), ('backbone.downsample_layers.3.1.weight', 6, 1),
+                ('backbone.stages.0.0.depthwise_conv.weight', 1, 1), ('backbone.stages.1.0.depthwise_conv.bias', 2, 1),
+                ('backbone.stages.2.0.pointwise_conv1.bias', 3, 1), ('backbone.stages.2.2.pointwise_conv1.bias', 3, 1),
+                ('backbone.stages.2.3.pointwise_conv1.bias', 4, 1), ('backbone.stages.2.6.pointwise_conv1.bias', 5, 1),
+                ('backbone.stages.3.0.pointwise_conv1.bias', 6, 1), ('backbone.norm0.weight', 7, 1),
+                ('backbone.stages.0.0.global_branch.memory.w1', 1, 3), ('neck.weight', 7, 1), ('head.weight', 7, 10)):
+            assert rates[name] == pytest.approx(mult * 0.5 ** (7 - layer)), name
+
+    def test_as_mmpretrain_has_it_for_convnext(self, model):
+        convnext = pytest.importorskip('mmpretrain.models').ConvNeXt(dict(depths=[1, 1, 7, 1], channels=[8] * 4))
+        for name in ('downsample_layers.0.0.weight', 'downsample_layers.3.1.bias', 'stages.2.5.x', 'stages.3.0.x',
+                     'norm3.weight'):
+            name = f'backbone.{name}'
+            assert model['backbone'].get_layer_depth(name, 'backbone.') == convnext.get_layer_depth(name, 'backbone.')
+
+    @pytest.mark.parametrize('depths, stages', [([3], [1]), ([1, 2], [1, 2]), ([2, 2, 27, 2], [1, 2, 11, 12])])
+    def test_other_depths(self, depths, stages):
+        """The last block of each stage, and the layers of the backbone, the stem and what is above them."""
+        backbone = ConvNeur(dict(depths=depths, channels=[8] * len(depths), mem_channels=16),
+                            out_indices=len(depths) - 1)
+        assert [backbone.get_layer_depth(f'stages.{i}.{depth - 1}.x') for i, depth in enumerate(depths)] == [
+            (layer, stages[-1] + 2) for layer in stages]
+
+    def test_without_it_nothing_changes(self, model):
+        assert set(self.rates(model).values()) == {1.0}
+
+    def test_refusals(self, model):
+        for rate in 0, 1.5:
+            with pytest.raises(ValueError, match=fr'layer_decay_rate must be in \(0, 1\], got {rate}'):
+                self.rates(model, layer_decay_rate=rate)
+        with pytest.raises(ValueError, match='needs a backbone with get_layer_depth.*got Linear'):
+            self.rates(nn.ModuleDict(dict(backbone=nn.Linear(2, 2))), layer_decay_rate=0.5)
