@@ -19,8 +19,11 @@ ious = (0.5, 0.6, 0.7)
 stds = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
 
 model = dict(
-    # At 160 x 160 one chunk of 4096 tokens would be the whole map, and the memory would never be written.
-    backbone=dict(memory_cfg=dict(chunk_size=196, inner_step=1.0), init_cfg=dict(checkpoint=pretrained['m1'])),
+    # Not the paper's memory: four chunks whatever the size of a picture, a normalised step, and reads after the last
+    # write are stable at every size, and do not depend on the order of the chunks.
+    backbone=dict(
+        memory_cfg=dict(num_chunks=4, inner_step=1.0, step_normalization=0.125, retrieve='final'),
+        init_cfg=dict(checkpoint=pretrained['m1'])),
     neck=dict(out_channels=64, num_outs=4),
     rpn_head=dict(
         in_channels=64, feat_channels=64, anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32])),

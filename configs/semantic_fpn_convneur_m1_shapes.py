@@ -23,7 +23,11 @@ pretrained = dict(m1=None)
 
 model = dict(
     data_preprocessor=dict(size=image_size[::-1]),
-    backbone=dict(init_cfg=dict(checkpoint=pretrained['m1'])),
+    # Not the paper's memory: four chunks whatever the size of a picture, a normalised step, and reads after the last
+    # write are stable at every size, and do not depend on the order of the chunks.
+    backbone=dict(
+        memory_cfg=dict(num_chunks=4, step_normalization=0.125, retrieve='final'),
+        init_cfg=dict(checkpoint=pretrained['m1'])),
     neck=dict(out_channels=64),
     decode_head=dict(
         in_channels=[64, 64, 64, 64], channels=64, num_classes=len(classes),

@@ -62,6 +62,7 @@ SETTINGS = {
     'decay bias -2': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=-2.0),
     'decay bias 0': Setting(dict(chunk_size=196, inner_step=1.0), decay_bias=0.0),
     'normalised': Setting(dict(chunk_size=196, inner_step=1.0, step_normalization=0.125)),
+    'normalised, num_chunks=4': Setting(dict(num_chunks=4, inner_step=1.0, step_normalization=0.125)),
     'normalised, num_chunks=8': Setting(dict(num_chunks=8, inner_step=1.0, step_normalization=0.125)),
 }
 # Parameters of the memory, by prefixes of their names.

@@ -81,8 +81,7 @@ STATES: dict[str, dict] = {'without state': dict(carry=False), 'carried state': 
 # On street photos: the paper's setting, the one for dense tasks, what lies between them, and others' backbones.
 STREET: dict[str, dict] = {
     **{name: VARIANTS[name] for name in ('none', 'previous', 'final', 'cbam', 'self-attention')},
-    'previous, normalised, 8 chunks': dict(memory_cfg=dict(num_chunks=8, step_normalization=0.125)),
-    'final, normalised, 8 chunks': dict(memory_cfg=dict(num_chunks=8, retrieve='final', step_normalization=0.125)),
+    'final, normalised, 4 chunks': dict(memory_cfg=dict(num_chunks=4, retrieve='final', step_normalization=0.125)),
     'ResNet-18': dict(backbone=dict(type='mmseg.ResNet', depth=18)),
     'PVTv2-B0': dict(backbone=dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=32, num_layers=[2, 2, 2, 2])),
 }

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +169,11 @@ class Painter:
 
     def __init__(self, model: BaseModel, score_thr: float = 0.3) -> None:
         scope = model.cfg.default_scope
-        kind = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')[scope]
-        visualizer = getattr(require(f'{scope}.visualization'), kind)()
+        require(scope)
+        module, kind = dict(mmdet=('mmdet.visualization', 'DetLocalVisualizer'),
+                            mmseg=('convneur_mm.visualization.segmentation', 'SegmentationVisualizer'),
+                            mmpretrain=('mmpretrain.visualization', 'UniversalVisualizer'))[scope]
+        visualizer = getattr(import_module(module), kind)()
         visualizer.dataset_meta = model.dataset_meta
         # Without a file name, the visualizer passes the drawn picture to its backends, of which there are none.
         visualizer.add_image = self._keep

@@ -33,7 +33,8 @@ Private names of other packages:
   ``_rebuild_tensor``, and ``_untyped_storage``, to read a file as ``torch.load`` does. Models ask for a module's hooks
   and for dispatch modes, and export uses the ``scan`` operator.
 - pickle: ``_Unpickler``, as the public one, in C, takes no table of opcodes.
-- mmdet and mmseg: ``_enable_normalize`` of a data preprocessor. timm: ``feature_take_indices``.
+- mmseg: ``_get_center_loc`` of its visualizer, overridden in :mod:`convneur_mm.visualization.segmentation`, as it takes
+  a second a picture. mmdet and mmseg: ``_enable_normalize`` of a data preprocessor. timm: ``feature_take_indices``.
 """
 from .files.safe_files import safe_loading
 from .hooks.checkpoints import CheckpointKeysHook, ClassNamesHook, SaveThenDeleteHook

@@ -22,6 +22,7 @@ SIZES = ((40, 64), (64, 40), (40, 64), (64, 64), (64, 40))
 
 @pytest.fixture(scope='module')
 def models():
+    torch.manual_seed(2)  # with others, a proposal close to a threshold may depend on the batch
     return {task: separated(tiny_model(task)) for task in TASKS}
 
 

@@ -25,6 +25,7 @@ from convneur_mm.engine.checks.file_checks import check_data_files
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.launch import add_config_arguments, config_of
 
+# For configs that name no visualizer.
 VISUALIZER_TYPES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
 Sample = dict[str, object]
 

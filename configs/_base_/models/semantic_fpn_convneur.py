@@ -1,5 +1,5 @@
 _base_ = '../pretrained.py'
-custom_imports = dict(imports=['convneur_mm'])
+custom_imports = dict(imports=['convneur_mm', 'convneur_mm.visualization.segmentation'])
 
 model = dict(
     type='EncoderDecoder',

@@ -1,4 +1,4 @@
-custom_imports = dict(imports=['convneur_mm'])
+custom_imports = dict(imports=['convneur_mm', 'convneur_mm.visualization.segmentation'])
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(

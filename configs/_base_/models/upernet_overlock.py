@@ -1,5 +1,5 @@
 _base_ = ['./upernet_convneur.py', './overlock_pretrained.py']
-custom_imports = dict(imports=['convneur_mm'])
+custom_imports = dict(imports=['convneur_mm', 'convneur_mm.visualization.segmentation'])
 
 # All BatchNorms see the images of all GPUs.
 sync_bn = 'torch'

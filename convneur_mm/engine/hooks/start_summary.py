@@ -220,12 +220,13 @@ def _memory(model: nn.Module) -> list[tuple[str, str]]:
     memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
     if not memories:
         return [*lines, ('memory', 'none')]
-    for (size, step, rule, retrieve), count in Counter(
+    for (size, step, normalization, rule, retrieve), count in Counter(
             (f'chunk size {m.chunk_size} tokens' if m.num_chunks is None else
-             f'{_count(m.num_chunks, "chunk", "chunks")} of an image', m.inner_step, m.update_rule, m.retrieve)
-            for m in memories).items():
-        lines.append(('memory', f'{_count(count, "memory", "memories")}: {size}, inner step '
-                      f'{step:g}, update rule \'{rule}\', retrieve \'{retrieve}\''))
+             f'{_count(m.num_chunks, "chunk", "chunks")} of an image',
+             m.inner_step, m.step_normalization, m.update_rule, m.retrieve) for m in memories).items():
+        normalized = f', normalised with {normalization:g}' if normalization else ''
+        lines.append(('memory', f'{_count(count, "memory", "memories")}: {size}, inner step {step:g}{normalized}, '
+                      f"update rule '{rule}', retrieve '{retrieve}'"))
         if not step:
             lines.append(('note', 'with an inner step of 0 the memory never changes; set memory_cfg.inner_step'))
     return [*lines, *(('computed', f'by {path}') for path in dict.fromkeys(memory_path(m) for m in memories))]

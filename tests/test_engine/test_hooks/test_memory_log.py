@@ -27,7 +27,8 @@ def make_runner(tiny_config, tmp_path):
     def make(model, backbone=None, interval=2, name='run', backend='LocalVisBackend', iterations=2, **changes):
         cfg = tiny_config(model)
         name = f'{tmp_path.name}_{name}'  # MMEngine keeps one visualizer of each name
-        cfg.merge_from_dict(dict(model=dict(backbone=dict(memory_cfg=dict(chunk_size=30)) | (backbone or {}))))
+        cfg.model.backbone.memory_cfg = dict(chunk_size=30)
+        cfg.model.backbone.update(backbone or {})
         cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=100)
         cfg.custom_hooks = [dict(type='MemoryLogHook', interval=interval)]
         cfg.visualizer = dict(type='Visualizer', name=name, vis_backends=[dict(type=backend)])

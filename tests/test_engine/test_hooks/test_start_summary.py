@@ -90,8 +90,10 @@ def detection(tmp_path_factory):
     make_shapes_coco(folder / 'data' / 'shapes', num_train=4, num_val=3, image_size=64)
     (folder / 'config.py').write_text(DETECTION)
     sizes = ['train_dataloader.dataset.pipeline.2.scale=(64,64)', 'val_dataloader.dataset.pipeline.1.scale=(64,64)']
+    memory = [f'model.backbone.memory_cfg.{option}' for option in (
+        'num_chunks=None', 'chunk_size=196', 'retrieve=previous', 'step_normalization=0.25')]
     start, rest = run_tool(sys.executable, ROOT / 'tools' / 'train.py', 'config.py', '--work-dir', 'work',
-                           '--cfg-options', *sizes, 'default_hooks.logger.interval=1', cwd=folder)
+                           '--cfg-options', *sizes, *memory, 'default_hooks.logger.interval=1', cwd=folder)
     return start, rest, log_text(folder / 'work')
 
 
@@ -170,7 +172,8 @@ def test_a_training_says_what_it_is(detection):
     assert re.search(r'CascadeRCNN with ConvNeur-m1; \d\.\d\d M parameters, \d\.\d\d M of them trainable',
                      fact(start, 'model'))
     assert fact(start, 'memory').endswith(
-        '4 memories: chunk size 196 tokens, inner step 1, update rule \'sequential\', retrieve \'previous\'')
+        '4 memories: chunk size 196 tokens, inner step 1, normalised with 0.25, update rule \'sequential\', retrieve '
+        '\'previous\'')
     code = 'PyTorch operators' if cpu.kernels is None else f'C++ kernels ({cpu.kernels.instruction_set()})'
     assert fact(start, 'computed').endswith(f'by {code} on cpu, float32 parameters')
     assert 'RANDOM: no checkpoint is loaded; to start from one, add --cfg-options load_from=PATH' in fact(
