@@ -75,7 +75,7 @@ def test_losses_reach_every_parameter(detector):
 
 def test_backbone_is_ours(detector):
     assert type(detector.backbone) is ConvNeur
-    assert detector.backbone.stages[0][0].global_branch.memory.chunk_size == 196
+    assert detector.backbone.stages[0][0].global_branch.memory.num_chunks == 4
 
 
 def test_a_video_without_changing_the_detector(detector):

@@ -348,7 +348,7 @@ class TestRefused:
             publish('segmentor', checkpoint=checkpoint)
 
     def test_the_same_weights_computing_something_else(self, publish):
-        with pytest.raises(CheckpointError, match=r"memory_cfg is None there and {'chunk_size': 4} here\. Name the co"):
+        with pytest.raises(CheckpointError, match=r"memory_cfg\.chunk_size is None there and 4 here\. Name the co"):
             publish('segmentor', '--cfg-options', 'model.backbone.memory_cfg.chunk_size=4')
 
     def test_other_classes(self, publish, trained, tmp_path):
