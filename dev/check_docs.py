@@ -70,6 +70,7 @@ NOT_RUN = {
     'dev/run_mutations.py': 'takes hours',
     'tools/demo.py': 'serves until it is stopped; tests/test_tools/test_demo.py opens the page',
     'experiments/small_ablation.py': 'takes hours, or reads what took hours',
+    'experiments/across_sizes.py': 'needs a quick start; tests/test_experiments/test_across_sizes.py tests it',
     'tools/analysis/check_gpu.py': 'needs a GPU; tests/test_tools/test_check_gpu.py runs it in the interpreter',
     'convneur-mm train': 'needs a data set; it is tools/train.py',
 }

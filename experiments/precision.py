@@ -39,8 +39,11 @@ CHANNELS, WIDTH = [16, 24, 32, 48], 16
 COMMON = {
     'image_size': (IMAGE_SIZE, IMAGE_SIZE),
     'model.backbone.arch': dict(_delete_=True, depths=[1] * 4, channels=CHANNELS, mem_channels=16),
-    # Stage 1 has six chunks and stage 2 two.
+    # The paper's rule; stage 1 has six chunks and stage 2 two.
     'model.backbone.memory_cfg.chunk_size': 49,
+    'model.backbone.memory_cfg.num_chunks': None,
+    'model.backbone.memory_cfg.step_normalization': 0.0,
+    'model.backbone.memory_cfg.retrieve': 'previous',
     'train_dataloader.batch_size': BATCH,
     'train_dataloader.num_workers': 0,
     'train_dataloader.persistent_workers': False,
