@@ -5,20 +5,22 @@
     model = timm.create_model('convneur_m3', features_only=True)
 
 It needs timm, and none of the OpenMMLab packages. There are no pretrained weights; ``checkpoint_path`` takes a
-backbone's or classifier's checkpoint of this package.
+backbone's or classifier's checkpoint of this package, and ``local-dir:FOLDER`` and ``hf-hub:REPOSITORY`` what
+``save_pretrained`` wrote and ``push_to_hub`` uploaded.
 """
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .models import NeuralMemory
 from .models.convneur import ConvNeur
+from .models.hub import TIMM_CFG, without_unused_norms
 
 __all__ = ['ConvNeurClassifier']
 
@@ -52,6 +54,24 @@ class ConvNeurClassifier(ConvNeur):
         self.head = nn.ModuleDict()
         self.reset_classifier(num_classes, global_pool)
         self._register_load_state_dict_pre_hook(_without_prefix)
+
+    def hub_config(self) -> dict[str, Any]:
+        """Return what timm and :class:`ConvNeur` need to build this model again."""
+        config = super().hub_config()
+        config['model_args']['global_pool'] = self.global_pool
+        config['pretrained_cfg']['num_classes'] = self.num_classes
+        return dict(config, num_classes=self.num_classes)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **options: Any) -> ConvNeurClassifier:
+        """Return the model of a folder that :meth:`save_pretrained` wrote, or of a repository on the hub.
+
+        Args:
+            name (str | PathLike): The folder or the repository.
+            **options: Options of :func:`timm.create_model`.
+        """
+        source = 'local-dir' if os.path.isdir(name) else 'hf-hub'
+        return create_model(f'{source}:{os.fspath(name)}', pretrained=True, **options).eval()
 
     def _draw_weights(self) -> None:
         """Draw the weights as MMEngine does by this package's defaults."""
@@ -172,11 +192,7 @@ def _without_prefix(weights: dict[str, Tensor], prefix: str, *_: object) -> None
 
 
 default_cfgs = generate_default_cfgs({
-    f'convneur_{arch}.untrained': dict(
-        url='', num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875, interpolation='bicubic',
-        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='downsample_layers.0.0', classifier='head.fc',
-        license='apache-2.0')
-    for arch in ARCHS})
+    f'convneur_{arch}.untrained': dict(TIMM_CFG, url='', num_classes=1000, license='apache-2.0') for arch in ARCHS})
 
 
 def _register(arch: str) -> None:
@@ -184,7 +200,7 @@ def _register(arch: str) -> None:
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         return build_model_with_cfg(
-            ConvNeurClassifier, name, pretrained, arch=arch,
+            ConvNeurClassifier, name, pretrained, arch=arch, pretrained_filter_fn=without_unused_norms,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'), **options)
 
     create.__name__ = create.__qualname__ = name

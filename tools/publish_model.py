@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from convneur_mm.analysis.model_card import describe, model_card
+from convneur_mm.analysis.model_card import describe, model_card, table
 from convneur_mm.apis import init_model
 from convneur_mm.apis.model import config_meta
 from convneur_mm.engine.files.checkpoint import check_all_match, checkpoint_weights, compare_weights, read_checkpoint
@@ -38,6 +38,8 @@ from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.files.weights_file import CheckpointError, weights_of
 from convneur_mm.engine.launch import add_config_arguments, find_config
 from convneur_mm.engine.runner.written_config import model_differences, started_from, written_settings
+from convneur_mm.models import ConvNeur
+from convneur_mm.models.hub import without_unused_norms
 
 # Keys kept from a checkpoint's meta besides config and classes: training progress, and the converter's source notes.
 KEPT = ('epoch', 'iter', 'seed', 'mmengine_version', 'source', 'version', 'layout', 'arch', 'licence')
@@ -58,6 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'none; --no-ema: publish the weights before averaging (default: the weights that tools/test.py tests, which '
         'are the averaged weights of a training with an EMAHook)')
     add('--safetensors', action='store_true', help='also write the weights as a safetensors file')
+    add('--hub', action='store_true', help='also write a folder for the hub of Hugging Face with the backbone, or the '
+        'whole model if it is a classifier; ConvNeur.from_pretrained and timm load it')
     add('--licence', metavar='TEXT', help='licence of the weights; an existing licence of the checkpoint or of its '
         'initial weights is kept, and a different one is refused')
     add('--metrics', type=Path, metavar='FILE.json', help='results for the card, {"name": number, …}, such as the file '
@@ -145,6 +149,44 @@ def safetensors_file(weights: OrderedDict[str, Tensor], meta: dict) -> bytes:
 
     # Use one entry, because the format does not keep the order of several.
     return safetensors.save(dict(weights), dict(meta=json.dumps(meta)))
+
+
+def hub_files(backbone: nn.Module, weights: Mapping[str, Tensor], licence: str | None, table: str) -> dict[str, bytes]:
+    """Return the files of a folder that ``ConvNeur.from_pretrained`` and timm load.
+
+    It holds the backbone, or timm's classifier of it if the weights are those of a classifier with a linear head.
+
+    Args:
+        backbone (nn.Module): The backbone of the published model.
+        weights (Mapping[str, Tensor]): The published weights.
+        licence (str | None): Licence of the weights, if known.
+        table (str): Facts about the model, in Markdown.
+
+    Raises:
+        ValueError: If the backbone is not a ConvNeur.
+    """
+    if not isinstance(backbone, ConvNeur):
+        raise ValueError(f'--hub is for models with ConvNeur, and the backbone is {type(backbone).__name__}')
+    own = {name.removeprefix('backbone.'): value for name, value in weights.items()
+           if name.startswith(('backbone.', 'head.fc.'))}
+    options = dict(backbone.options)
+    if 'head.fc.weight' in own and backbone.gap_before_final_norm and isinstance(backbone.arch, str):
+        from convneur_mm.timm import ConvNeurClassifier
+        arch, in_chans = options.pop('arch'), options.pop('in_channels')
+        for name in ('out_indices', 'gap_before_final_norm'):
+            del options[name]
+        saved = ConvNeurClassifier(arch, len(own['head.fc.weight']), in_chans, **options)
+        own = without_unused_norms(own)
+    else:
+        saved = ConvNeur(**options)
+    saved.load_state_dict({name: value for name, value in own.items() if name in saved.state_dict()})
+    with tempfile.TemporaryDirectory() as folder:
+        saved.save_pretrained(folder)
+        card = Path(folder, 'README.md')
+        # The hub knows licences by identifiers, and all others as 'other' with a name.
+        named = f'license: other\nlicense_name: {json.dumps(licence)}\n' if licence else ''
+        card.write_text(card.read_text().replace('---\n', f'---\n{named}', 1) + f'\n{table}\n')
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 # ---- where they come from
@@ -341,12 +383,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     stem = Path(names['pth']).stem
 
     averaged = 'averaged' if 'ema_state_dict' in checkpoint else 'as trained'
+    backbone = getattr(model, 'backbone', model)
     rows = describe(model, meta, origin.sources, 'as trained, before averaging' if before_averaging else averaged)
+    if args.hub:
+        files = hub_files(backbone, weights, origin.licence, table(rows, '', ''))
     card = model_card(stem, rows, metrics, measured, {names[suffix]: digest for suffix, digest in hashes.items()})
     # The checkpoint is written last: if it exists, so do the others.
+    if args.hub:
+        write(args.out_dir / stem, files)
     write(args.out_dir, {f'{stem}.py': config.encode(), f'{stem}.md': card.encode(),
                          **{names[suffix]: contents[suffix] for suffix in reversed(contents)}})
-    for file in (*names.values(), f'{stem}.py', f'{stem}.md'):
+    for file in (*names.values(), f'{stem}.py', f'{stem}.md', *([stem] if args.hub else [])):
         print(args.out_dir / file)
     for note in notes(config, origin, metrics):
         print(f'note: {note}')

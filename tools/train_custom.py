@@ -29,6 +29,7 @@ if __name__ == '__main__':
 import torch
 
 from convneur_mm.apis.convnext import LICENCES, convert
+from convneur_mm.apis.sources import SOURCES, find_source
 from convneur_mm.datasets.own_data import FaultyDataError, OwnData, prepare
 from convneur_mm.datasets.own_data_fit import STRIDES, fit_anchors, fit_epochs, fit_image_size
 from convneur_mm.engine.files.checkpoint import checkpoint_weights, read_checkpoint
@@ -54,6 +55,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='backbone size (default: that of the checkpoint, or m1)')
     parser.add_argument('--checkpoint', metavar='FILE', help='initial weights of the backbone: from ConvNeur, also '
                         'inside a detector or segmentor, or from ConvNeXt or ConvNeXt-V2, which are converted')
+    parser.add_argument('--pretrained', metavar='NAME', choices=list(SOURCES),
+                        help='instead of --checkpoint: published weights, as timm names them; docs/weights.md lists '
+                        'them with licences. A local file is used; if there is none, the tool says what to download')
     parser.add_argument('--classes', metavar='FILE', help='names, one a line: of label maps, those of the values 0, 1, '
                         '…; else the categories or class folders to take, and to pass over all others')
     parser.add_argument('--reduce-zero-label', action='store_true',
@@ -120,22 +124,28 @@ def find_weights(args: argparse.Namespace, out: Path) -> tuple[str, str | None]:
         LaunchError: If the file is missing, or its weights are of another model or arch than requested.
         CheckpointError: If the file is not a checkpoint.
     """
-    if args.checkpoint is None:
-        say('weights', 'random: --checkpoint names some to start from, for which far fewer pictures are enough')
+    if args.checkpoint and args.pretrained:
+        raise LaunchError('--checkpoint and --pretrained were both given: choose one')
+    option = '--pretrained' if args.pretrained else '--checkpoint'
+    file = str(find_source(args.pretrained)) if args.pretrained else args.checkpoint
+    if file is None:
+        say('weights', 'random: --pretrained or --checkpoint names some to start from, for which far fewer pictures '
+            'are enough')
         return args.arch or 'm1', None
     try:
-        weights = checkpoint_weights(read_checkpoint(args.checkpoint))
+        weights = checkpoint_weights(read_checkpoint(file))
     except CheckpointNotFoundError:
-        raise LaunchError(f'--checkpoint: no such file: {args.checkpoint}') from None
+        raise LaunchError(f'{option}: no such file: {file}') from None
     if not any('.global_branch.' in name for name in weights):
         try:
             done = convert(weights, args.arch)
         except CheckpointError as error:
-            raise LaunchError(f'--checkpoint: {args.checkpoint}: {error}') from None
+            raise LaunchError(f'{option}: {file}: {error}') from None
+        licence = SOURCES[args.pretrained].licence if args.pretrained else LICENCES[done.version]
         path = out / f'convneur_{done.arch}.pth'
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(meta=dict(licence=LICENCES[done.version]), state_dict=done.weights), path)
-        say('weights', f'{path}, which are {args.checkpoint} converted; {LICENCES[done.version]}')
+        torch.save(dict(meta=dict(licence=licence), state_dict=done.weights), path)
+        say('weights', f'{path}, which are {file} converted; licence: {licence}')
         return done.arch, str(path.absolute())
     bare = {name.removeprefix('backbone.'): value for name, value in weights.items()}
     for arch, settings in ConvNeur.arch_settings.items():

@@ -199,8 +199,13 @@ def _patterns(names: Iterable[str]) -> str:
     return ', '.join(name if count == 1 else f'{name} ({count})' for name, count in counts.items())
 
 
-def report(done: Conversion) -> str:
-    """Describe in a few lines how each weight was used."""
+def report(done: Conversion, licence: str | None = None) -> str:
+    """Describe in a few lines how each weight was used, and under which licence the result is.
+
+    Args:
+        done (Conversion): The conversion.
+        licence (str | None): The licence of the source; None tells what is known of all such weights. Defaults to None.
+    """
     branches = [re.sub(r'\.global_branch\..*', '.global_branch.*', name) for name in done.new]
     rows = {
         'taken as they are': str(len(done.taken)),
@@ -213,4 +218,4 @@ def report(done: Conversion) -> str:
     classes = f', head of {len(done.weights["head.fc.weight"])} classes' if 'head.fc.weight' in done.weights else ''
     title = f'{done.version}, layout: {done.layout} -> ConvNeur-{done.arch}{classes}'
     return '\n'.join([title, *(f'  {name:<18}{text}' for name, text in rows.items()),
-                      f'licence: {LICENCES[done.version]}'])
+                      f'licence: {licence or LICENCES[done.version]}'])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,12 +15,14 @@ from .base import Backbone, as_output, check_common_options
 from .blocks import FUSIONS, ConvNeurBlock, LayerNorm2d, Stage
 from .global_branch import GlobalBranch
 from .global_branches import GLOBAL_BRANCHES, NeuralMemory, branch_options
+from .hub import CARD, TIMM_CFG, HubModel
 
 PLACEMENTS = ('stage', 'block', 'none')
 
 
 @MODELS.register_module()
-class ConvNeur(Backbone):
+class ConvNeur(Backbone, HubModel, library_name='convneur_mm', tags=['timm'], model_card_template=CARD,
+               pipeline_tag='image-feature-extraction'):
     """ConvNeur, from "Efficiency Follows Global-Local Decoupling" (CVPR 2026).
 
     Four stages of ConvNeXt-V2 blocks; the first block of each stage is gated by a global branch, a neural memory that
@@ -99,6 +102,11 @@ class ConvNeur(Backbone):
     ) -> None:
         check_common_options(in_channels, gap_before_final_norm=gap_before_final_norm, with_cp=with_cp,
                              channels_last=channels_last)
+        # How to build this model again, without what belongs to one training.
+        self.options = dict(
+            arch=arch, in_channels=in_channels, memory_cfg=memory_cfg, placement=placement,
+            global_branch=global_branch, fusion=fusion, out_indices=out_indices,
+            gap_before_final_norm=gap_before_final_norm, channels_last=channels_last)
         depths, channels, mem_channels = self._parse_arch(arch)
         num_stages = len(depths)
         super().__init__(arch, num_stages, drop_path_rate, out_indices, frozen_stages, init_cfg)
@@ -247,6 +255,17 @@ class ConvNeur(Backbone):
     def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules of each built stage."""
         return [list(modules) for modules in zip(self.downsample_layers, self.stages)]
+
+    def hub_config(self) -> dict[str, Any]:
+        """Return the arguments of this class, and what timm needs to build its model of the same backbone."""
+        if not isinstance(self.arch, str) or self.out_indices[-1] < len(self.depths) - 1:
+            return dict(self.options)  # timm has no such model
+        own = {name: self.options[name] for name in ('memory_cfg', 'placement', 'global_branch', 'fusion')}
+        channels = self.options['in_channels']
+        return dict(
+            self.options, architecture=f'convneur_{self.arch}', num_classes=0, num_features=self.channels[-1],
+            model_args=dict(own, in_chans=channels),
+            pretrained_cfg=dict(TIMM_CFG, num_classes=0, input_size=(channels, *TIMM_CFG['input_size'][1:])))
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return the layer of a parameter for layer-wise learning rates, and the number of layers.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from convneur_mm import config
 from convneur_mm.apis.convnext import convert
+from convneur_mm.apis.sources import SOURCES
 from convneur_mm.engine.files.checkpoint import read_checkpoint
 from convneur_mm.models import ConvNeur
 
@@ -44,10 +45,14 @@ def filled(model: nn.Module) -> nn.Module:
 
 
 def timm_model(arch: str, version: int = 2, suffix: str = '', **options: object) -> nn.Module:
-    import timm
     name = f'convnext{"v2" if version == 2 else ""}_{NAMES[arch]}{suffix}'
+    return named_timm_model(name, num_classes=7, **options)
+
+
+def named_timm_model(name: str, **options: object) -> nn.Module:
+    import timm
     with torch.device('meta'):  # its own random weights would take longer than all else here
-        model = timm.create_model(name, num_classes=7, **options)
+        model = timm.create_model(name, **options)
     return filled(model.to_empty(device='cpu'))
 
 
@@ -104,7 +109,7 @@ def stage_outputs(model: nn.Module, head: Callable[[Tensor], Tensor], x: Tensor)
 def assert_same_function(weights: dict[str, Tensor], arch: str, expected: list[Tensor], x: Tensor) -> None:
     with torch.device('meta'):
         backbone = ConvNeur(arch, out_indices=3, gap_before_final_norm=True).eval()
-        head = nn.Linear(backbone.channels[-1], 7)
+        head = nn.Linear(backbone.channels[-1], len(weights['head.fc.bias']))
     model = nn.ModuleDict(dict(backbone=backbone, head=nn.ModuleDict(dict(fc=head))))
     own = model.state_dict()
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, assign=True)
@@ -138,6 +143,32 @@ def test_features_and_logits_are_those_of_the_source(tool, arch, version):
         assert found.keys() == results['timm'].keys()
         for name, value in found.items():
             assert torch.equal(value, results['timm'][name]), name
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.slow] * (source.arch in ('m5', 'm6'))) for name, source in SOURCES.items()])
+def test_named_sources(tool, name, tmp_path, monkeypatch, capsys):
+    """timm's own model of each published name converts, to the arch and under the licence that are promised."""
+    import timm
+    known = timm.get_pretrained_cfg(name)
+    source, expected = named_timm_model(name), SOURCES[name]
+    assert (known.license, bool(known.num_classes)) == (expected.licence, expected.top1 is not None)
+    monkeypatch.chdir(tmp_path)
+    Path('weights').mkdir()
+    save_file(source.state_dict(), f'weights/{name}.safetensors')
+    tool.main([name, 'ours.pth'])
+    assert f'licence: {expected.licence}\n' in capsys.readouterr().out
+    saved = read_checkpoint('ours.pth')
+    assert (saved['meta']['arch'], saved['meta']['licence']) == (expected.arch, expected.licence)
+    x = torch.randn(1, 3, 64, 96)
+    if expected.top1 is None:
+        ours = ConvNeur(expected.arch, out_indices=3, gap_before_final_norm=True).eval()
+        ours.load_state_dict({name[9:]: value for name, value in saved['state_dict'].items()})
+        with torch.no_grad():
+            found, wanted = ours(x)[0].flatten(), source(x).flatten()
+        assert (found - wanted).norm() / wanted.norm() <= 1e-5
+    else:
+        assert_same_function(saved['state_dict'], expected.arch, stage_outputs(source, lambda logits: logits, x), x)
 
 
 @pytest.mark.parametrize('version', [1, 2])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from managers import forget_runs
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from safetensors import safe_open
 from tiny_models import CLASSES, CONFIGS
 from training import train_tiny
@@ -188,6 +189,39 @@ def test_the_same_checkpoint_makes_the_same_file_again(publish, published, train
         assert first[suffix].read_bytes() == again[suffix].read_bytes()
     with pytest.raises(ValueError, match=rf'{first["py"].name} is there already'):
         publish('segmentor', '--name', 'mine', checkpoint=copy)
+
+
+def test_a_folder_of_a_detector_for_the_hub(publish, trained):
+    pytest.importorskip('huggingface_hub')
+    _, printed = publish('detector', '--hub', '--licence', 'MIT')
+    folder, = [Path(line) for line in printed.splitlines() if Path(line).is_dir()]
+    model, x = init_model(*trained['detector'], 'cpu'), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for found, wanted in zip(ConvNeur.from_pretrained(folder)(x), model.backbone(x), strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert 'license_name: "MIT"' in (folder / 'README.md').read_text()
+
+
+def test_a_folder_of_a_classifier_for_the_hub(tool, tmp_path):
+    """It is timm's classifier with the same logits."""
+    timm = pytest.importorskip('timm')
+    import convneur_mm.timm  # noqa: F401  registers the models
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(dict(
+            type='ImageClassifier',
+            backbone=dict(type='ConvNeur', arch='m1', out_indices=-1, gap_before_final_norm=True,
+                          memory_cfg=dict(num_chunks=4)),
+            head=dict(type='LinearClsHead', num_classes=7, in_channels=320))).eval()
+    for name, content in tool.hub_files(model.backbone, model.state_dict(), None, '').items():
+        (tmp_path / name).write_bytes(content)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+
+
+def test_only_convneur_goes_to_the_hub(tool):
+    with pytest.raises(ValueError, match='the backbone is Linear'):
+        tool.hub_files(torch.nn.Linear(2, 3), {}, None, '')
 
 
 def test_averaged_weights_and_those_before(publish, published, trained):

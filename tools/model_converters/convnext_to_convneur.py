@@ -20,6 +20,7 @@ if __name__ == '__main__':
 import torch
 
 from convneur_mm.apis.convnext import LICENCES, convert, report
+from convneur_mm.apis.sources import SOURCES, find_source
 from convneur_mm.engine.files.checkpoint import checkpoint_weights, read_checkpoint
 from convneur_mm.engine.files.errors import one_line_errors
 from convneur_mm.engine.files.weights_file import CheckpointError, CheckpointNotFoundError
@@ -42,7 +43,8 @@ def check_paths(src: str, dst: str) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('src', metavar='SRC', help='source .pth, .pt or .safetensors file')
+    parser.add_argument('src', metavar='SRC', help='source .pth, .pt or .safetensors file, or the name of one of '
+                        'docs/weights.md that lies in weights/ or in the cache of huggingface_hub')
     parser.add_argument('dst', metavar='DST', help='output .pth file, in an existing folder')
     parser.add_argument('--arch', choices=list(ConvNeur.arch_settings),
                         help='fail if the source does not fit this arch (default: the arch that fits)')
@@ -54,18 +56,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
-        check_paths(args.src, args.dst)
-        weights = checkpoint_weights(read_checkpoint(args.src, args.allow_pickle))
+        named = args.src in SOURCES
+        src = str(find_source(args.src)) if named else args.src
+        check_paths(src, args.dst)
+        weights = checkpoint_weights(read_checkpoint(src, args.allow_pickle))
         try:
             done = convert(weights, args.arch)
         except CheckpointError as error:
-            raise CheckpointError(f'{args.src}: {error}') from None
+            raise CheckpointError(f'{src}: {error}') from None
         meta = dict(source=osp.basename(args.src), version=done.version, layout=done.layout, arch=done.arch,
-                    licence=LICENCES[done.version])
+                    licence=SOURCES[args.src].licence if named else LICENCES[done.version])
         content = io.BytesIO()
         torch.save(dict(meta=meta, state_dict=done.weights), content)
         write_whole(args.dst, content.getvalue())
-    print(report(done))
+    print(report(done, meta['licence']))
     print(f"saved as {args.dst}; start from it with backbone.init_cfg=dict(type='Pretrained', "
           f'checkpoint={args.dst!r})')
 
