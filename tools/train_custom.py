@@ -62,6 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         '…; else the categories or class folders to take, and to pass over all others')
     parser.add_argument('--reduce-zero-label', action='store_true',
                         help='value 0 of label maps is no class, and names of --classes begin with value 1')
+    parser.add_argument('--ignore-label', type=int, choices=range(255), metavar='VALUE',
+                        help='another value of label maps that is no class, 0 to 254 (255 never is one)')
     parser.add_argument('--epochs', type=positive, metavar='N',
                         help='number of epochs (default: set by the number of pictures)')
     parser.add_argument('--work-dir', metavar='DIR', help='output folder (default: work_dirs/<DATA>_<task>)')
@@ -95,15 +97,17 @@ def set_up(args: argparse.Namespace) -> tuple[Path, Path]:
     if (out / 'train' / 'last_checkpoint').exists():
         raise LaunchError(f'{out} has a training already: go on with {shown(resume_command(out))}, or give another '
                           '--work-dir')
-    if args.reduce_zero_label and args.task != 'seg':
-        raise LaunchError(f'--reduce-zero-label is for label maps, and --task is {args.task}')
+    for option, given in (('--reduce-zero-label', args.reduce_zero_label),
+                          ('--ignore-label', args.ignore_label is not None)):
+        if given and args.task != 'seg':
+            raise LaunchError(f'{option} is for label maps, and --task is {args.task}')
     names = None
     if args.classes:
         if not os.path.isfile(args.classes):
             raise LaunchError(f'--classes: no such file: {args.classes}')
         names = [line.strip() for line in Path(args.classes).read_text(encoding='utf-8').splitlines() if line.strip()]
     arch, weights = find_weights(args, out)
-    own = prepare(args.task, data, out / 'data', names, args.reduce_zero_label)
+    own = prepare(args.task, data, out / 'data', names, args.reduce_zero_label, args.ignore_label)
     say('data', f'{own.train.count} training and {own.val.count} validation pictures, of {own.train.ann_file} and '
                 f'{own.val.ann_file}')
     say('classes', f'{len(own.classes)}: {", ".join(own.classes[:20])}{", …" * (len(own.classes) > 20)}')

@@ -95,7 +95,8 @@ class OwnData:
 
 
 def prepare(task: str, data: str | os.PathLike[str], out: str | os.PathLike[str],
-            names: Sequence[str] | None = None, reduce_zero_label: bool = False) -> OwnData:
+            names: Sequence[str] | None = None, reduce_zero_label: bool = False, ignore_label: int | None = None,
+            ) -> OwnData:
     """Find, check and split data.
 
     Args:
@@ -105,6 +106,8 @@ def prepare(task: str, data: str | os.PathLike[str], out: str | os.PathLike[str]
         names (Sequence[str] | None): Classes to use: names of categories or class folders, or for label maps the names
             of the values. None takes all. Defaults to None.
         reduce_zero_label (bool): Whether the value 0 of label maps is not a class. Defaults to False.
+        ignore_label (int | None): Another value of label maps that is not a class, 0 to 254. 255 never is one, except
+            in masks of only 0 and 255. Defaults to None.
 
     Raises:
         OwnDataError: If there are no such data, or they are for another task or too few to train on.
@@ -122,7 +125,7 @@ def prepare(task: str, data: str | os.PathLike[str], out: str | os.PathLike[str]
     if task == 'det':
         return _prepare_coco(layout, out, names)
     if task == 'seg':
-        return _prepare_label_maps(layout, out, names, reduce_zero_label)
+        return _prepare_label_maps(layout, out, names, reduce_zero_label, ignore_label)
     return _prepare_class_folders(layout, out, names)
 
 
@@ -326,28 +329,39 @@ def _suffixes(pair: _Pair) -> tuple[str, str]:
 
 
 def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[str] | None,
-                        reduce_zero_label: bool) -> OwnData:
+                        reduce_zero_label: bool, ignore_label: int | None) -> OwnData:
     notes = []
     suffixes = _suffixes(next(iter(layout.values())))
     stems: dict[str, list[str]] = {}
+    void = {IGNORED, ignore_label, 0 if reduce_zero_label else None}
+    named = [value for value in range(IGNORED) if value not in void][:len(names)] if names else []
+    # The check takes all values up to the largest that is a class or void.
+    num_classes = max(*named, ignore_label or 0) + 1 - reduce_zero_label if names else 254
     for role, pair in layout.items():
-        report = check_ade20k(*pair, len(names) if names else 254, *suffixes, reduce_zero_label=reduce_zero_label)
+        report = check_ade20k(*pair, num_classes, *suffixes, reduce_zero_label=reduce_zero_label)
         notes += _checked(report).notes
         stems[role] = sorted(name.removesuffix(suffixes[0]) for name in files_under(pair.images)
                              if name.endswith(suffixes[0]))
     values = {role: [_values(layout[role].labels / (stem + suffixes[1])) for stem in stems[role]] for role in layout}
     found = sorted(set().union(*(each for part in values.values() for each in part)))
     # 255 is ignored, except in masks of only 0 and 255.
-    known = [value for value in found if value != IGNORED and not (reduce_zero_label and value == 0)]
+    known = [value for value in found if value not in void]
+    if ignore_label is not None and ignore_label not in found:
+        raise OwnDataError(f'--ignore-label {ignore_label}: no label map of {next(iter(layout.values())).labels} has '
+                           f'this value; the values are {found}')
     if known == [0] and IGNORED in found and (names is None or len(names) == 2):
         known.append(IGNORED)
         notes.append('255 is the second class here, since there are no values but 0 and 255')
     if len(known) < 2:
-        passed_over = f'{IGNORED} and 0' if reduce_zero_label else IGNORED
+        passed_over = ' and '.join(map(str, sorted(value for value in void if value is not None)))
         raise OwnDataError(f'the label maps of {next(iter(layout.values())).labels} have one class alone, or none: '
                            f'their values are {found}, without {passed_over}, which stand for no class')
     if names:
-        labels = [value + reduce_zero_label for value in range(len(names))]
+        labels = named
+        unnamed = [value for value in known if value not in named and value != IGNORED]
+        if unnamed:
+            raise OwnDataError(f'the label maps of {next(iter(layout.values())).labels} have values without a name: '
+                               f'{unnamed}; the {len(names)} names are those of {named}')
         classes = tuple(names)
         absent = [name for name, value in zip(names, labels) if value not in known]
         if absent and known[-1] != IGNORED:
@@ -355,6 +369,8 @@ def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[
         labels = known if known[-1] == IGNORED else labels
     else:
         labels, classes = known, tuple(f'class {value}' for value in known)
+        notes.append('the classes have no names: write one a line to a file, for the values '
+                     f'{", ".join(map(str, known[:3]))}{", …" if len(known) > 3 else ""}, and add --classes FILE')
         if known[0] == 0:
             notes.append('value 0 of the label maps is a class; where it is none, set --reduce-zero-label')
     parts = {role: stems[role] for role in layout}

@@ -1,5 +1,6 @@
 """Own data are found in the layouts people have, split, and refused where they cannot be trained on."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -196,6 +197,24 @@ def test_zero_may_be_no_class(clean, tmp_path):
     name = lines(data.val.ann_file)[0]
     label = np.asarray(Image.open(clean / f'ade20k/annotations/validation/{name}.png')).astype(int)
     assert np.array_equal(np.asarray(Image.open(data.val.labels / f'{name}.png')), (label - 1) % 256)
+
+
+def test_another_value_may_be_no_class(maps, tmp_path):
+    """With names, and without, when the note says for which values to write them."""
+    data = prepare('seg', maps, tmp_path / 'out', ignore_label=3)
+    assert data.classes == ('class 0', 'class 7')
+    assert any(re.search('values 0, 7, and add --classes FILE', note) for note in data.notes)
+    for path in data.train.labels.iterdir():
+        label = np.asarray(Image.open(path))
+        assert label[0, 0] == label[5, 5] == 255 and label[15, 5] == 1 and label[30, 5] == 0
+    named = prepare('seg', maps, tmp_path / 'named', [f'name {i}' for i in range(7)], ignore_label=3)
+    assert not any('--classes' in note for note in named.notes)
+    label = np.asarray(Image.open(next(named.train.labels.iterdir())))
+    assert label[5, 5] == 255 and label[15, 5] == 6  # 7 is the seventh value without 3
+    with pytest.raises(OwnDataError, match=r'--ignore-label 9: no label map .* the values are \[0, 3, 7, 255\]'):
+        prepare('seg', maps, tmp_path / 'out', ignore_label=9)
+    with pytest.raises(OwnDataError, match=r'values without a name: \[3\]; the 2 names are those of \[0, 1\]'):
+        prepare('seg', maps, tmp_path / 'out', ['a', 'b'], ignore_label=7)
 
 
 def test_masks_of_0_and_255_have_two_classes(maps, tmp_path):

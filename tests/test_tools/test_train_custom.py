@@ -11,6 +11,7 @@ from data_sets import IMAGES
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from safetensors.torch import save_file
 from warm_python import warm_python
 
 from convneur_mm.engine import launch
@@ -178,6 +179,17 @@ def test_weights_of_convnext_are_converted(write, clean, tmp_path, capsys):
     assert 'CC BY-NC' in capsys.readouterr().out
 
 
+def test_weights_by_name(write, clean, tmp_path, capsys):
+    import timm
+    source = timm.create_model('convnext_atto.d2_in1k', num_classes=3)
+    (tmp_path / 'weights').mkdir()
+    save_file(source.state_dict(), tmp_path / 'weights/convnext_atto.d2_in1k.safetensors')
+    write('cls', clean / 'imagenet', '--pretrained', 'convnext_atto.d2_in1k')
+    checkpoint = torch.load(launch.read_config('out/out.py', {}).model.backbone.init_cfg.checkpoint)
+    assert torch.equal(checkpoint['state_dict']['backbone.downsample_layers.0.0.weight'], source.stem[0].weight)
+    assert checkpoint['meta']['licence'] == 'apache-2.0' and 'licence: apache-2.0' in capsys.readouterr().out
+
+
 def test_what_cannot_be_is_refused_in_a_line(tool, clean, root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     m3 = saved(tmp_path / 'm3.pth', 'm3')
@@ -194,6 +206,9 @@ def test_what_cannot_be_is_refused_in_a_line(tool, clean, root, tmp_path, monkey
             (['cls', clean / 'imagenet', '--checkpoint', m3, '--arch', 'm1'], 'm3.pth is of m3, and --arch is m1'),
             (['cls', clean / 'imagenet', '--classes', 'none.txt'], '--classes: no such file: none.txt'),
             (['cls', clean / 'imagenet', '--reduce-zero-label'], '--reduce-zero-label is for label maps'),
+            (['cls', clean / 'imagenet', '--ignore-label', '3'], '--ignore-label is for label maps'),
+            (['cls', clean / 'imagenet', '--pretrained', 'convnext_pico.d1_in1k'], 'download .*/timm/convnext_pico'),
+            (['cls', clean / 'imagenet', '--pretrained', 'convnext_pico.d1_in1k', '--checkpoint', m3], 'choose one'),
             (['cls', root / 'imagenet'], r'ImageNet data set .* has 1 fault: mend it first')):
         with pytest.raises(SystemExit) as caught:
             tool.main(['--task', *map(str, words), '--work-dir', 'out', '--dry-run'])
