@@ -16,7 +16,7 @@ if __name__ == '__main__':
     from _environment import prepare
     prepare()
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import matplotlib
@@ -70,6 +70,7 @@ TASKS = {
     'cls': Task('convneur_m1_shapes.py', 'imagenet', 'data/shapes_imagenet', 4000,
                 {'top1': 'accuracy/top1'}, 0.01, 'work_dirs/quickstart_cls', 'ground truth and prediction in each'),
 }
+RTMDET = replace(TASKS['det'], config='rtmdet/rtmdet-ins_convneur_m1_shapes.py', out='work_dirs/quickstart_rtmdet')
 
 
 def say(text: str) -> None:
@@ -153,9 +154,8 @@ def contact_sheet(folder: Path, caption: str, path: Path, count: int = 12) -> No
     cv2.imwrite(str(path), np.vstack([header, *rows]))
 
 
-def quickstart(name: str) -> None:
+def quickstart(name: str, task: Task) -> None:
     """Run one task from data to report."""
-    task = TASKS[name]
     config, data, out = ROOT / 'configs' / task.config, ROOT / task.data, ROOT / task.out
     start = time.time()
     if out.exists():
@@ -197,9 +197,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--task', choices=[*TASKS, 'all'], default='det',
                         help='task: detection (the default), segmentation, classification, or all in turn')
-    task = parser.parse_args().task
-    for name in TASKS if task == 'all' else [task]:
-        quickstart(name)
+    parser.add_argument('--head', choices=['cascade', 'rtmdet'], default='cascade',
+                        help="of the detector: the paper's Cascade R-CNN (the default), or RTMDet, which is light")
+    args = parser.parse_args()
+    if args.head == 'rtmdet' and args.task not in ('det', 'all'):
+        parser.error(f'--head is for --task det, got --task {args.task}')
+    for name in TASKS if args.task == 'all' else [args.task]:
+        quickstart(name, RTMDET if name == 'det' and args.head == 'rtmdet' else TASKS[name])
 
 
 if __name__ == '__main__':

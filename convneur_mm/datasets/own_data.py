@@ -81,6 +81,7 @@ class OwnData:
             fractions of the longer side of their picture.
         has_masks (bool): Whether the objects have masks.
         suffixes (tuple[str, str]): Endings of the names of pictures and label maps, left out in their list.
+        pixels (tuple[int, ...]): Number of pixels of each class in the training label maps; () without label maps.
         notes (list[str]): Remarks for the user.
     """
 
@@ -91,6 +92,7 @@ class OwnData:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     has_masks: bool = False
     suffixes: tuple[str, str] = ('', '')
+    pixels: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -342,7 +344,8 @@ def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[
         notes += _checked(report).notes
         stems[role] = sorted(name.removesuffix(suffixes[0]) for name in files_under(pair.images)
                              if name.endswith(suffixes[0]))
-    values = {role: [_values(layout[role].labels / (stem + suffixes[1])) for stem in stems[role]] for role in layout}
+    counts = {role: [_pixels(layout[role].labels / (stem + suffixes[1])) for stem in stems[role]] for role in layout}
+    values = {role: [set(each) for each in part] for role, part in counts.items()}
     found = sorted(set().union(*(each for part in values.values() for each in part)))
     # 255 is ignored, except in masks of only 0 and 255.
     known = [value for value in found if value not in void]
@@ -376,7 +379,9 @@ def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[
     parts = {role: stems[role] for role in layout}
     if 'all' in layout:
         layout = dict.fromkeys(('train', 'val'), layout['all'])
-        parts = {role: [stems['all'][i] for i in indices] for role, indices in zip(layout, split(values['all']))}
+        indices = dict(zip(layout, split(values['all'])))
+        parts = {role: [stems['all'][i] for i in indices[role]] for role in layout}
+        counts = {role: [counts['all'][i] for i in indices[role]] for role in layout}
         notes.append(f'{layout["train"].images} was split by chance, the same each time')
     else:
         unseen = sorted(set().union(*values['val']) - set().union(*values['train']))
@@ -397,12 +402,15 @@ def _prepare_label_maps(layout: Mapping[str, _Pair], out: Path, names: Sequence[
     splits = {role: Split(_write(out / f'{role}.txt', '\n'.join(parts[role]) + '\n'), layout[role].images,
                           folders[role], len(parts[role])) for role in parts}
     sizes = _sizes(splits['train'].images / (stem + suffixes[0]) for stem in parts['train'][:_MAX_SIZED])
-    return OwnData(classes, splits['train'], splits['val'], sizes, suffixes=suffixes, notes=notes)
+    total = sum(counts['train'], Counter())
+    return OwnData(classes, splits['train'], splits['val'], sizes, suffixes=suffixes,
+                   pixels=tuple(total[label] for label in labels), notes=notes)
 
 
-def _values(path: Path) -> set[int]:
+def _pixels(path: Path) -> Counter[int]:
+    """Return the number of pixels of each value that occurs in a label map."""
     with Image.open(path) as label:
-        return {value for value, count in enumerate(label.histogram()) if count}
+        return +Counter(dict(enumerate(label.histogram())))
 
 
 # Class folders

@@ -8,11 +8,11 @@ import numpy as np
 
 # Each side of an input is a multiple of the last stage's stride.
 _STRIDE = 32
-# Strides of the light detector's feature pyramid.
+# Strides of the feature pyramid of the light Cascade R-CNN.
 STRIDES = (4, 8, 16, 32)
 # Total number of pictures seen in a training, unless _EPOCHS, the range of the number of epochs, limits it.
-_PICTURES = dict(det=2000, seg=1600, cls=10000)
-_EPOCHS = dict(det=(12, 150), seg=(10, 200), cls=(10, 100))
+_PICTURES = dict(det=3200, cascade=2000, seg=1600, cls=10000)
+_EPOCHS = dict(det=(12, 240), cascade=(12, 150), seg=(10, 200), cls=(10, 100))
 
 
 def fit_image_size(task: str, sizes: Sequence[tuple[int, int]], boxes: np.ndarray, limit: int) -> tuple[int, int]:
@@ -81,6 +81,25 @@ def _best_iou(boxes: np.ndarray, scale: float, ratios: Sequence[float]) -> np.nd
 
 
 def fit_epochs(task: str, count: int) -> int:
-    """Return the number of epochs for a number of training pictures: with fewer pictures, each is seen more often."""
+    """Return the number of epochs for a number of training pictures: with fewer pictures, each is seen more often.
+
+    Args:
+        task (str): 'det' for RTMDet, 'cascade' for Cascade R-CNN, 'seg' or 'cls'.
+        count (int): Number of training pictures.
+    """
     low, high = _EPOCHS[task]
     return min(high, max(low, round(_PICTURES[task] / count)))
+
+
+def fit_class_weights(pixels: Sequence[int]) -> list[float]:
+    """Choose the weights of classes in a segmentor's loss, so that rare classes are learned too.
+
+    They fall with the square root of a class's share of the pixels, are at most five times those of the most frequent
+    class, and have a mean of 1 over the pixels.
+
+    Args:
+        pixels (Sequence[int]): Number of training pixels of each class.
+    """
+    share = np.array(pixels) / max(pixels)
+    weights = 1 / np.sqrt(np.maximum(share, 0.04))
+    return [round(float(weight), 2) for weight in weights * share.sum() / (weights * share).sum()]

@@ -13,8 +13,9 @@ variables differ from those. The tools call it, and so does :class:`SettingsRunn
 | data_root                                             | all data sets, annotation files of the evaluators          |
 | train_ann, val_ann, train_images, val_images          | data sets below data_root, annotation files of evaluators  |
 | train_labels, val_labels, img_suffix, seg_map_suffix  | data sets below data_root                                  |
-| image_size                                            | Resize and its random variants; mmseg's crops and padding  |
+| image_size                                            | Resize and its random variants, crops, padding, Mosaic     |
 | max_epochs, max_iters                                 | the training loop, ends of the schedules                   |
+| switch_epoch                                          | PipelineSwitchHook. With max_epochs alone: scaled          |
 | milestones                                            | the schedules. With max_epochs alone: scaled               |
 | pretrained                                            | init_cfg.checkpoint of the backbone, by its arch           |
 
@@ -188,6 +189,8 @@ def _wanted(cfg: Config, written_for: Settings) -> dict[str, object]:
     if changed('max_epochs') and 'milestones' in wanted and not changed('milestones'):
         wanted['milestones'] = [round(epoch * wanted['max_epochs'] / written_for['max_epochs'])
                                 for epoch in written_for['milestones']]
+    if changed('max_epochs') and 'switch_epoch' in wanted and not changed('switch_epoch'):
+        wanted['switch_epoch'] = round(written_for['switch_epoch'] * wanted['max_epochs'] / written_for['max_epochs'])
     return wanted
 
 
@@ -232,8 +235,12 @@ def _places(cfg: Config) -> Iterator[_Place]:
                              lambda s: osp.join(s['data_root'], s['val_ann']))
             if 'topk' in evaluator:
                 yield _Place(evaluator, 'topk', name, ('topk',), _setting('topk'))
-    for name in ('train_pipeline', 'test_pipeline', 'tta_pipeline'):
-        yield from _pipeline_places(cfg.get(name), name)
+    for name in ('train_pipeline', 'train_pipeline_stage2', 'test_pipeline', 'tta_pipeline'):
+        yield from _pipeline_places(cfg, cfg.get(name), name)
+    for hook, name in _dicts(cfg.get('custom_hooks') or [], 'custom_hooks'):
+        if hook.get('type') == 'PipelineSwitchHook':
+            yield _Place(hook, 'switch_epoch', name, ('switch_epoch',), _setting('switch_epoch'))
+            yield from _pipeline_places(cfg, hook.get('switch_pipeline'), f'{name}.switch_pipeline')
     for unit in ('max_epochs', 'max_iters'):
         yield _Place(cfg.get('train_cfg') or {}, unit, 'train_cfg', (unit,), _setting(unit))
     for owner, name in _dicts(cfg.get('param_scheduler') or [], 'param_scheduler'):
@@ -261,15 +268,22 @@ def _dataset_places(cfg: Config, dataset: dict, name: str, side: str) -> Iterato
     yield place('data_prefix.seg_map_path', f'{side}_labels')
     yield place('img_suffix', 'img_suffix')
     yield place('seg_map_suffix', 'seg_map_suffix')
-    yield from _pipeline_places(dataset.get('pipeline'), f'{name}.pipeline')
+    yield from _pipeline_places(cfg, dataset.get('pipeline'), f'{name}.pipeline')
 
 
-def _pipeline_places(pipeline: object, name: str) -> Iterator[_Place]:
+def _pipeline_places(cfg: Config, pipeline: object, name: str) -> Iterator[_Place]:
     for owner, full_name in _dicts(pipeline, name):
-        if owner.get('type') in ('Resize', 'RandomResize', 'RandomResizedCrop') and 'scale' in owner:
-            yield _Place(owner, 'scale', full_name, ('image_size',), _setting('image_size'))
-        if owner.get('type') == 'RandomCrop':  # mmseg's has the order of an array's axes
-            yield _Place(owner, 'crop_size', full_name, ('image_size',), lambda s: s['image_size'][::-1])
+        key = _SIZES.get(owner.get('type')) if isinstance(owner.get('type'), str) else None
+        if key == 'crop_size' and cfg.get('default_scope') == 'mmseg':  # it has the order of an array's axes
+            yield _Place(owner, key, full_name, ('image_size',), lambda s: s['image_size'][::-1])
+        elif key in owner:
+            yield _Place(owner, key, full_name, ('image_size',), _setting('image_size'))
+
+
+# Where transforms have the size of an image.
+_SIZES = dict(
+    Resize='scale', RandomResize='scale', RandomResizedCrop='scale', RandomCrop='crop_size', Pad='size',
+    Mosaic='img_scale', CachedMosaic='img_scale', MixUp='img_scale', CachedMixUp='img_scale')
 
 
 def _dicts(node: object, name: str) -> Iterator[tuple[dict, str]]:
@@ -360,6 +374,7 @@ def _check_text(name: str, value: object) -> str:
 
 _CHECKS: dict[str, Callable[[str, object], object]] = dict(
     classes=_check_classes, image_size=_check_size, max_epochs=_check_length, max_iters=_check_length,
+    switch_epoch=_check_length,
     pretrained=_check_pretrained, palette=_check_list, class_weight=_check_list, milestones=_check_list,
     topk=_check_list)
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from convneur_mm.datasets.own_data_fit import fit_anchors, fit_epochs, fit_image_size
+from convneur_mm.datasets.own_data_fit import fit_anchors, fit_class_weights, fit_epochs, fit_image_size
 
 NONE = np.zeros((0, 2))
 
@@ -46,7 +46,15 @@ def test_anchors_have_the_sizes_of_the_objects():
 
 
 def test_fewer_pictures_are_seen_more_often():
-    for task in ('det', 'seg', 'cls'):
+    for task in ('det', 'cascade', 'seg', 'cls'):
         epochs = [fit_epochs(task, count) for count in (1, 10, 100, 1000, 10 ** 6)]
         assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] >= 10
-    assert fit_epochs('det', 100) == 20
+    assert fit_epochs('cascade', 100) == 20
+
+
+def test_rare_classes_weigh_more():
+    pixels = (9000, 900, 90, 10, 0)
+    weights = fit_class_weights(pixels)
+    assert weights[1] / weights[0] == pytest.approx(10 ** 0.5, rel=0.02)
+    assert [weight / weights[0] for weight in weights[2:]] == pytest.approx([5] * 3, rel=0.02)
+    assert np.dot(weights, pixels) / sum(pixels) == pytest.approx(1, rel=0.02)

@@ -300,11 +300,11 @@ OLD = dict(
     classes=('a', 'b', 'c', 'd', 'e', 'f'), palette=[[1, 1, 1], [2, 2, 2]], class_weight=[0.5, 1.5], topk=[1, 3, 5],
     data_root='data', train_ann='train.json', val_ann='val.json', train_images='train/i', val_images='val/i',
     train_labels='train/l', val_labels='val/l', img_suffix='.jpg', seg_map_suffix='.png', image_size=(64, 48),
-    max_epochs=12, milestones=[8, 11], pretrained=dict(m1='m1.pth', m2='m2.pth'))
+    max_epochs=12, milestones=[8, 11], switch_epoch=8, pretrained=dict(m1='m1.pth', m2='m2.pth'))
 NEW = dict(
     classes=('x', 'y', 'z'), palette=[[3, 3, 3]], class_weight=[2.5], topk=[2], data_root='own', train_ann='t.json',
     val_ann='v.json', train_images='t/i', val_images='v/i', train_labels='t/l', val_labels='v/l', img_suffix='.tif',
-    seg_map_suffix='.bmp', image_size=(96, 32), max_epochs=30, milestones=[13, 17],
+    seg_map_suffix='.bmp', image_size=(96, 32), max_epochs=30, milestones=[13, 17], switch_epoch=21,
     pretrained=dict(m1='other.pth', m2='m2.pth'))
 
 
@@ -339,13 +339,19 @@ def written_for(settings, **changes):
         val_dataloader=dict(dataset=data_set('val')), test_dataloader=dict(dataset=data_set('val')),
         val_evaluator=[dict(ann_file=annotations), dict(topk=settings['topk'])],
         test_evaluator=dict(ann_file=annotations, topk=settings['topk']),
-        train_pipeline=[resize()], test_pipeline=[dict(type='Pad'), resize()],
+        custom_hooks=[
+            dict(type='PipelineSwitchHook', switch_epoch=settings['switch_epoch'], switch_pipeline=[resize()]),
+            dict(type='OtherHook', switch_epoch=8, pipeline=dict(type='Resize', scale=(64, 48)))],
+        train_pipeline=[resize(), *(dict(type=name, img_scale=settings['image_size'], size=(64, 48)) for name in (
+            'Mosaic', 'CachedMosaic', 'MixUp', 'CachedMixUp'))],
+        train_pipeline_stage2=[resize(), dict(type='Pad', size=settings['image_size'])],
+        test_pipeline=[dict(type='Pad'), resize()],
         tta_pipeline=[dict(type='TestTimeAug', transforms=[[resize(), dict(type='Pad')]])],
         train_cfg=dict(max_epochs=epochs, max_iters=12), param_scheduler=[
             dict(begin=0, end=5), dict(begin=5, by_epoch=True, end=epochs, T_max=epochs),
             dict(milestones=settings['milestones'], total_iters=epochs), dict(by_epoch=False, end=12)],
         default_hooks=dict(logger=dict(interval=12), settings=dict(type='SettingsHook', **settings)),
-        **{**settings, **changes})))
+        **{'default_scope': 'mmseg', **settings, **changes})))
 
 
 def applied(**changes):
@@ -360,8 +366,14 @@ class TestPlaces:
         changes = {name: NEW[name] for name in names}
         settings = {**OLD, **changes}
         if names == ['max_epochs']:
-            settings['milestones'] = [20, 28]  # 8 and 11 of 12 are 20 and 27.5 of 30
+            settings.update(milestones=[20, 28], switch_epoch=20)  # 8 and 11 of 12 are 20 and 27.5 of 30
         assert applied(**changes) == as_lists(written_for(settings).to_dict())
+
+    def test_crops_of_mmdet_have_the_width_first(self):
+        cfg = written_for(OLD, image_size=NEW['image_size'])
+        cfg.default_scope = 'mmdet'
+        cfg.train_pipeline = [dict(type='RandomCrop', crop_size=OLD['image_size'])]
+        assert tuple(apply_settings(cfg).train_pipeline[0].crop_size) == NEW['image_size']
 
     def test_new_classes_alone(self):
         """Colours and weights of the former ones go, and so does every k beyond their number."""

@@ -49,10 +49,10 @@ def trained(tmp_path):
     """Trains the config that was written, as tools/train.py reads it; returns the config and the metrics."""
     scope = DefaultScope.get_current_instance()
 
-    def run() -> tuple[Config, set[str]]:
+    def run(options: dict | None = None) -> tuple[Config, set[str]]:
         in_process = {f'{split}_dataloader.{key}': value for split in ('train', 'val', 'test')
                       for key, value in (('num_workers', 0), ('persistent_workers', False))}
-        cfg = launch.read_config('out/out.py', in_process)
+        cfg = launch.read_config('out/out.py', {**in_process, **(options or {})})
         launch.without_sync_bn(cfg.model)
         check_data_files(cfg, ('train', 'val', 'test'))
         check_classes(cfg, ('train', 'val', 'test'))
@@ -80,10 +80,34 @@ def shorten(path: Path, count: int, has_masks: bool) -> None:
 
 @pytest.mark.parametrize('has_masks', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_detection(tool, write, trained, root, monkeypatch, has_masks):
+    """RTMDet, whose augmentation has the size of the pictures too, and ends before the training."""
     monkeypatch.setitem(tool.LIMITS, 'det', (96, 96))
     for split, count in (('train', 8), ('val', 1)):
         shorten(root / f'coco/annotations/instances_{split}.json', count, has_masks)
-    lines = write('det', root / 'coco', '--epochs', 1)
+    lines = write('det', root / 'coco', '--epochs', 2)
+    assert len(lines) <= 10
+    # After so few steps all scores are low, and mmdet reports no metrics without a detection.
+    cfg, metrics = trained({'model.test_cfg.score_thr': 0.0})
+    assert ('coco/segm_mAP' in metrics) == has_masks and 'coco/bbox_mAP' in metrics
+    assert cfg.model.bbox_head.type == ('RTMDetInsSepBNHead' if has_masks else 'RTMDetSepBNHead')
+    assert cfg.model.bbox_head.num_classes == 6 and cfg.image_size == (96, 96)
+    average, switch = (next(hook for hook in cfg.custom_hooks if hook.type == name)
+                       for name in ('EMAHook', 'PipelineSwitchHook'))
+    assert average.ema_type == 'ExpMomentumEMA' and switch.switch_epoch == 1
+    sizes = dict(CachedMosaic='img_scale', RandomResize='scale', RandomCrop='crop_size', Pad='size',
+                 CachedMixUp='img_scale', Resize='scale')
+    for pipeline, count in ((cfg.train_dataloader.dataset.pipeline, 5), (switch.switch_pipeline, 3),
+                            (cfg.test_dataloader.dataset.pipeline, 2)):
+        found = [each[sizes[each.type]] for each in pipeline if each.type in sizes]
+        assert found == [(96, 96)] * count
+
+
+@pytest.mark.parametrize('has_masks', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_detection_by_cascade(tool, write, trained, root, monkeypatch, has_masks):
+    monkeypatch.setitem(tool.LIMITS, 'det', (96, 96))
+    for split, count in (('train', 8), ('val', 1)):
+        shorten(root / f'coco/annotations/instances_{split}.json', count, has_masks)
+    lines = write('det', root / 'coco', '--epochs', 1, '--head', 'cascade')
     assert len(lines) <= 10
     cfg, metrics = trained()
     dataset = cfg.train_dataloader.dataset
@@ -104,6 +128,8 @@ def test_segmentation(write, trained, clean, tmp_path):
     lines = write('seg', clean / 'ade20k', '--epochs', 2, '--classes', names, '--reduce-zero-label')
     assert len(lines) <= 10
     cfg, metrics = trained()
+    weights = cfg.model.decode_head.loss_decode.class_weight
+    assert len(weights) == 6 and weights == cfg.class_weight and len(set(weights)) > 1
     assert cfg.model.decode_head.num_classes == 6 and cfg.train_cfg.max_iters == 2 * 3 and 'mIoU' in metrics
     size = [(each.type, each.get('scale', each.get('crop_size'))) for each in cfg.train_dataloader.dataset.pipeline]
     assert ('RandomResize', (64, 64)) in size and ('RandomCrop', (64, 64)) in size
@@ -158,8 +184,8 @@ def test_the_arch_is_that_of_the_checkpoint(write, clean, tmp_path, task):
     assert len(write(task, clean / DATA[task], '--checkpoint', path)) <= 10
     model = launch.read_config('out/out.py', {}).model
     assert model.backbone.arch == 'm3' and model.backbone.init_cfg == dict(type='Pretrained', checkpoint=str(path))
-    assert (model.head if task == 'cls' else model.neck).in_channels == (
-        512 if task == 'cls' else [64, 128, 256, 512])
+    assert (model.head if task == 'cls' else model.neck).in_channels == dict(
+        det=[128, 256, 512], seg=[64, 128, 256, 512], cls=512)[task]
 
 
 def test_a_url_stays_one(write, clean, tmp_path):

@@ -1,14 +1,5 @@
-# What tools/train_custom.py starts from for instance masks: the light Cascade Mask R-CNN, with pictures cropped,
-# mirrored and changed in colour, since there are often few. Crops are cut before pictures are resized: objects grow.
-_base_ = '../../cascade_rcnn_convneur_m1_shapes.py'
+# What tools/train_custom.py starts from for instance masks: the light RTMDet-Ins, with the learning rate and the
+# augmentation of pictures that are few.
+_base_ = '../../rtmdet/rtmdet-ins_convneur_m1_shapes.py'
 
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='RandomCrop', crop_type='relative_range', crop_size=(0.6, 0.6)),
-    dict(type='Resize', scale={{_base_.image_size}}, keep_ratio=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackDetInputs'),
-]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+auto_scale_lr = dict(base_batch_size=4)
