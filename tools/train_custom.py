@@ -180,22 +180,29 @@ def config_text(args: argparse.Namespace, own: OwnData, arch: str, weights: str 
     say('input', f'{size[0]} x {size[1]} pixels, at most {limit} {"with" if torch.cuda.is_available() else "without"} '
                  'a GPU')
     channels = ConvNeur.arch_settings[arch]['channels']
+    kind = 'cascade' if task == 'det' and args.head == 'cascade' else task
     # Overrides of the model, by part.
-    model = [f"backbone=dict(arch='{arch}')"] * (arch != 'm1')
-    if task == 'cls':
-        model += [f'head=dict(in_channels={channels[-1]})'] * (arch != 'm1')
-    else:
-        taken = channels[1:] if task == 'det' and args.head == 'rtmdet' else channels
-        model += [f'neck=dict(in_channels={taken})'] * (arch != 'm1')
-    base = 'cascade' if task == 'det' and args.head == 'cascade' else task
-    kind = base
-    if task == 'det' and not own.has_masks:
-        base += '_boxes'
+    model: dict[str, list[str]] = {}
+
+    def override(part: str, text: str) -> None:
+        model.setdefault(part, []).append(text)
+
+    if arch != 'm1':
+        override('backbone', f"arch='{arch}'")
+        if task == 'cls':
+            override('head', f'in_channels={channels[-1]}')
+        else:
+            override('neck', f'in_channels={channels[1:] if kind == "det" else channels}')
+    if own.train.count < BATCH_SIZE[task] and kind in ('det', 'seg'):
+        say('norms', 'GroupNorm in neck and head: a step has too few pictures for BatchNorm to normalise by')
+        for part in ('neck', 'bbox_head') if kind == 'det' else ('decode_head', ):
+            override(part, "norm_cfg=dict(type='GN', num_groups=8)")
+    base = kind if task != 'det' or own.has_masks else f'{kind}_boxes'
     if kind == 'cascade':
         scale, ratios, iou = fit_anchors(own.boxes * max(size))
         say('anchors', f'scale {scale:g} at the strides {", ".join(map(str, STRIDES))}, height to width '
                        f'{", ".join(f"{ratio:g}" for ratio in ratios)}: mean IoU with the objects {iou:.2f}')
-        model.append(f'rpn_head=dict(anchor_generator=dict(scales=[{scale:g}], ratios={ratios}))')
+        override('rpn_head', f'anchor_generator=dict(scales=[{scale:g}], ratios={ratios})')
     epochs = args.epochs or fit_epochs(kind, own.train.count)
     steps = -(-own.train.count // BATCH_SIZE[task])
     say('length', f'{epochs} epochs of {steps} steps; --epochs sets another number')
@@ -215,7 +222,8 @@ def config_text(args: argparse.Namespace, own: OwnData, arch: str, weights: str 
         rate = '1e-3' if kind == 'det' else '3e-4'
         lines.append(f'pretrained, optim_wrapper = dict({arch}={weights!r}), dict(optimizer=dict(lr={rate}))')
     if model:
-        lines.append(f'model = dict({", ".join(model)})')
+        parts = (f'{part}=dict({", ".join(texts)})' for part, texts in model.items())
+        lines.append(f'model = dict({", ".join(parts)})')
     lines.append(f'train_cfg, default_hooks = dict(val_interval={interval}), '
                  f'dict(checkpoint=dict(interval={interval}))')
     return '\n'.join(lines) + '\n'

@@ -190,7 +190,8 @@ def _wanted(cfg: Config, written_for: Settings) -> dict[str, object]:
         wanted['milestones'] = [round(epoch * wanted['max_epochs'] / written_for['max_epochs'])
                                 for epoch in written_for['milestones']]
     if changed('max_epochs') and 'switch_epoch' in wanted and not changed('switch_epoch'):
-        wanted['switch_epoch'] = round(written_for['switch_epoch'] * wanted['max_epochs'] / written_for['max_epochs'])
+        wanted['switch_epoch'] = max(1, round(
+            written_for['switch_epoch'] * wanted['max_epochs'] / written_for['max_epochs']))
     return wanted
 
 

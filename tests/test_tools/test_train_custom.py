@@ -88,6 +88,7 @@ def test_detection(tool, write, trained, root, monkeypatch, has_masks):
     assert len(lines) <= 10
     # After so few steps all scores are low, and mmdet reports no metrics without a detection.
     cfg, metrics = trained({'model.test_cfg.score_thr': 0.0})
+    assert 'GN' not in str(cfg.model)
     assert ('coco/segm_mAP' in metrics) == has_masks and 'coco/bbox_mAP' in metrics
     assert cfg.model.bbox_head.type == ('RTMDetInsSepBNHead' if has_masks else 'RTMDetSepBNHead')
     assert cfg.model.bbox_head.num_classes == 6 and cfg.image_size == (96, 96)
@@ -154,6 +155,24 @@ def test_classification_by_the_command(root):
     assert re.fullmatch(r'error: work_dirs/train_cls has a training already: go on with '
                         r'.*tools/train.py\'? work_dirs/train_cls/train_cls.py --work-dir work_dirs/train_cls/train '
                         r'--auto-scale-lr --resume, or give another --work-dir\n', again.stderr)
+
+
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_a_batch_of_few_pictures_is_normalised_by_groups(write, trained, root, tmp_path, task):
+    """Two pictures to train on, so each step has two in place of four."""
+    if task == 'det':
+        for split, count in (('train', 2), ('val', 1)):
+            shorten(root / f'coco/annotations/instances_{split}.json', count, True)
+    else:
+        for folder in ('images', 'annotations'):
+            for path in sorted((root / f'ade20k/{folder}/training').iterdir())[2:]:
+                path.unlink()
+    names = tmp_path / 'names.txt'
+    names.write_text('disk\nsquare\n' if task == 'det' else ''.join(f'{i}\n' for i in range(7)))
+    write(task, root / DATA[task], '--epochs', 1, '--classes', names, '--arch', 'm2')
+    cfg, _ = trained()
+    parts = (cfg.model.neck, cfg.model.bbox_head) if task == 'det' else (cfg.model.decode_head, )
+    assert [part.norm_cfg.type for part in parts] == ['GN'] * len(parts)
 
 
 def test_sizes_that_are_not_square_go_where_they_belong(write, tmp_path):

@@ -1,5 +1,6 @@
-# What tools/train_custom.py --head cascade starts from for instance masks: the light Cascade Mask R-CNN, with pictures cropped,
-# mirrored and changed in colour, since there are often few. Crops are cut before pictures are resized: objects grow.
+# What tools/train_custom.py --head cascade starts from for instance masks: the light Cascade Mask R-CNN, with pictures
+# cropped, mirrored and changed in colour, since there are often few. Crops are cut before pictures are resized: objects
+# grow.
 _base_ = '../../cascade_rcnn_convneur_m1_shapes.py'
 
 train_pipeline = [
