@@ -142,8 +142,7 @@ def import_module(name: str, load: Callable[[str], ModuleType] = importlib.impor
             hint = ('mmcv was compiled for another torch. Mend with an mmcv without compiled operators, in whose place '
                     f'torchvision\'s are used: {_without_operators()}')
         elif 'NoneType takes no arguments' in str(error):
-            hint = ('transformers 5 no longer has what it imports from there. Mend with: pip uninstall -y '
-                    'transformers, or use an environment of its own for that')
+            hint = ('transformers 5 no longer has what it imports from there. Mend with: pip install "transformers<5"')
         message = ' '.join(str(error).split())
         raise StackError(f'{name} is installed, but importing it fails with {type(error).__name__}: {message}. '
                          f'{hint}') from error
