@@ -184,6 +184,8 @@ def test_sync_bn_becomes_bn():
 def test_nested_sync_bn_is_found():
     assert without_sync_bn([dict(type='BN'), [dict(type='SyncBN')], dict(type='BN')])
     assert without_sync_bn(dict(type='SyncBN'))
+    rtmdet = dict(type='mmdet.RTMDet', neck=dict(norm_cfg=dict(type='BN')))  # it makes SyncBN of them
+    assert without_sync_bn(rtmdet) and rtmdet['use_syncbn'] is False
     assert not without_sync_bn(dict(head=dict(norm_cfg=dict(type='BN')), necks=[dict(type='FPN')]))
 
 

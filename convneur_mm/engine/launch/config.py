@@ -118,7 +118,12 @@ def readable_checkpoint(filename: str, argument: str, allow_pickle: bool) -> str
 
 def without_sync_bn(cfg: dict | list) -> bool:
     """Replace SyncBN, which needs a GPU, by BN in place, and return whether there was any."""
-    found = [node for _, node in walk(cfg, 'model') if isinstance(node, dict) and node.get('type') == 'SyncBN']
-    for node in found:
-        node['type'] = 'BN'
-    return bool(found)
+    found = False
+    for _, node in walk(cfg, 'model'):
+        kind = node.get('type') if isinstance(node, dict) else None
+        if kind == 'SyncBN':
+            node['type'], found = 'BN', True
+        elif kind in ('RTMDet', 'mmdet.RTMDet'):
+            # With several processes it makes SyncBN of all BN that it has, unless it is told not to.
+            node['use_syncbn'], found = False, True
+    return found
