@@ -96,6 +96,22 @@ def test_both_ranks_end_with_equal_weights(trained):
                        weights['backbone.stages.0.0.depthwise_conv.weight'])
 
 
+def test_rtmdet_trains_on_two_processes(trained, tmp_path):
+    """It makes SyncBN of its BN where there are several processes, which a CPU does not have."""
+    folder, _, _ = trained
+    config = tmp_path / 'rtmdet.py'
+    config.write_text("""
+_base_ = __import__('convneur_mm').config('rtmdet/rtmdet-ins_convneur_m1_shapes')
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False)
+image_size, max_epochs = 64, 1
+""")
+    done = run(ROOT / 'tools' / 'dist_train.sh', config, 2, '--work-dir', tmp_path / 'work', cwd=folder)
+    assert done.returncode == 0, done.stdout[-4000:]
+    weights = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=False)
+    assert all(value.isfinite().all() for value in weights['state_dict'].values())
+
+
 def test_no_warning_of_unused_parameters_or_launchers(trained):
     _, _, output = trained
     assert 'find_unused_parameters' not in output.replace('find_unused_parameters=False', '')
