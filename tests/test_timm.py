@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from without_openmmlab import WITHOUT_OPENMMLAB
 
 timm = pytest.importorskip('timm')
 from timm.models._manipulate import group_parameters  # noqa: E402
@@ -14,18 +15,6 @@ from convneur_mm.models import ConvNeur, NeuralMemory  # noqa: E402
 from convneur_mm.timm import ARCHS, ConvNeurClassifier  # noqa: E402
 
 IMAGE = (2, 3, 64, 96)
-# What an environment without the OpenMMLab packages and OpenCV does, in one that has them.
-WITHOUT_OPENMMLAB = """
-import importlib.util, sys
-HIDDEN = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'cv2')
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in HIDDEN:
-            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
-sys.meta_path.insert(0, Hide())
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name.split('.')[0] in HIDDEN else find_spec(name, *args)
-"""
 
 
 def randomised(model: nn.Module) -> nn.Module:

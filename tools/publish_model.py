@@ -344,6 +344,8 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.publish-', dir=folder) as unfinished:
             for name, data in files.items():
+                for place in (Path(unfinished, name), folder / name):
+                    place.parent.mkdir(exist_ok=True)
                 Path(unfinished, name).write_bytes(data)
             for name in files:
                 os.replace(Path(unfinished, name), folder / name)
@@ -385,13 +387,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     averaged = 'averaged' if 'ema_state_dict' in checkpoint else 'as trained'
     backbone = getattr(model, 'backbone', model)
     rows = describe(model, meta, origin.sources, 'as trained, before averaging' if before_averaging else averaged)
-    if args.hub:
-        files = hub_files(backbone, weights, origin.licence, table(rows, '', ''))
+    hub = hub_files(backbone, weights, origin.licence, table(rows, '', '')) if args.hub else {}
     card = model_card(stem, rows, metrics, measured, {names[suffix]: digest for suffix, digest in hashes.items()})
     # The checkpoint is written last: if it exists, so do the others.
-    if args.hub:
-        write(args.out_dir / stem, files)
-    write(args.out_dir, {f'{stem}.py': config.encode(), f'{stem}.md': card.encode(),
+    write(args.out_dir, {**{f'{stem}/{file}': content for file, content in hub.items()},
+                         f'{stem}.py': config.encode(), f'{stem}.md': card.encode(),
                          **{names[suffix]: contents[suffix] for suffix in reversed(contents)}})
     for file in (*names.values(), f'{stem}.py', f'{stem}.md', *([stem] if args.hub else [])):
         print(args.out_dir / file)

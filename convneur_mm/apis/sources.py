@@ -14,15 +14,13 @@ class Source(NamedTuple):
     Attributes:
         arch (str): The arch of ConvNeur that the converted weights fit.
         licence (str): The licence of the weights, as timm states it.
-        top1 (float | None): Published ImageNet-1K accuracy in %, of timm's results/results-imagenet.csv; None if the
-            weights have no classifier.
-        image_size (int): Side in pixels of the images with which it was measured.
+        top1 (float | None): Published ImageNet-1K accuracy in % at 288 x 288 pixels, of timm's
+            results/results-imagenet.csv; None if the weights have no classifier.
     """
 
     arch: str
     licence: str
     top1: float | None = None
-    image_size: int = 288
 
 
 # By timm's name. Licences that allow commercial use come first.

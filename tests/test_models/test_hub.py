@@ -4,17 +4,16 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from without_openmmlab import WITHOUT_OPENMMLAB
 
 from convneur_mm.models import ConvNeur
 
 pytest.importorskip('huggingface_hub')
 pytest.importorskip('safetensors')
-sys.path.insert(0, str(Path(__file__).parents[1]))
 OPTIONS = dict(memory_cfg=dict(num_chunks=4, retrieve='final'), in_channels=4)
 IMAGE = (2, 4, 65, 96)
 
@@ -33,7 +32,6 @@ def backbone() -> ConvNeur:
 
 
 def test_in_a_fresh_process_without_openmmlab(backbone, tmp_path):
-    from test_timm import WITHOUT_OPENMMLAB
     backbone.save_pretrained(tmp_path / 'model')
     x = torch.randn(IMAGE)
     with torch.no_grad():
